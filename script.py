@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 
-
 Config = typing.TypeVar("Config")
 
 
@@ -41,7 +40,7 @@ def setting(
 def parser_for(config_class: type, description: str) -> argparse.ArgumentParser:
     """An argparse parser with one flag a field of `config_class`: `n_latents` is `--n-latents`.
 
-    A bool field is a pair of flags, `--name` and `--no-name`. A field of type `X | None` takes an X.
+    A bool field is two flags, `--name` and `--no-name`. A field of type `X | None` takes an X.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -62,7 +61,7 @@ def parser_for(config_class: type, description: str) -> argparse.ArgumentParser:
 
 
 def parse(config_class: type[Config], description: str, argv: Sequence[str] | None) -> Config:
-    """`argv` (None: the process's own) as a `config_class`. Exits with code 2 on an unknown flag."""
+    """`argv` (None: the process's own) as a `config_class`. Exits with 2 on an unknown flag."""
     return config_class(**vars(parser_for(config_class, description).parse_args(argv)))
 
 
@@ -114,7 +113,7 @@ def make_folder(path: Path, flag: str = "--out") -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` on a file beside `path`, then renames: `path` is the old file or the new one."""
+    """Calls `write` on a file beside `path`, then renames: a kill leaves old or new, whole."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
     part = Path(name)
@@ -153,7 +152,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A plain-text table that is also Markdown: first column to the left, the others to the right."""
+    """A plain-text table that is also Markdown; all but the first column are right-aligned."""
     cells = [list(map(str, headers)), *(list(map(str, row)) for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
 
