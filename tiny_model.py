@@ -1,0 +1,271 @@
+"""TinyModel: its forward pass up to a residual layer, and its weights.
+
+A transformer of the plainest kind, trained on TinyStories (N. Nabeshima; 4 layers, d_model 768,
+16 heads, 10,000 tokens). There is no LayerNorm anywhere:
+
+    x = embed[tok_ids] + pos_embed
+    x = x + attn(x),  x = x + mlp(x)     once a block
+    log-probabilities = log_softmax(x W_head + b_head)
+
+The residual stream at layer L is the input of block L, blocks counted from 0; at L = n_layers it
+is what the head reads. Shapes are read off the weights, so any state dict of these names loads.
+"""
+
+import functools
+import hashlib
+import pickle
+from pathlib import Path
+
+import huggingface_hub
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from script import UserError
+
+WEIGHTS_FILE = "tiny_model.pt"
+
+
+class Attention(nn.Module):
+    """Causal attention, scaled by 1/sqrt(d_head). Q, K and V have no bias, O has one."""
+
+    def __init__(self, d_model: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.Q = nn.Linear(d_model, d_model, bias=False)
+        self.K = nn.Linear(d_model, d_model, bias=False)
+        self.V = nn.Linear(d_model, d_model, bias=False)
+        self.O = nn.Linear(d_model, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, seq, d_model] to the same shape."""
+        q, k, v = (
+            rearrange(project(x), "batch seq (head d) -> batch head seq d", head=self.n_heads)
+            for project in (self.Q, self.K, self.V)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.O(rearrange(mixed, "batch head seq d -> batch seq (head d)"))
+
+
+class MLP(nn.Module):
+    """Read in, ReLU, write out."""
+
+    def __init__(self, d_model: int, d_mlp: int) -> None:
+        super().__init__()
+        self.read_in = nn.Linear(d_model, d_mlp)
+        self.write_out = nn.Linear(d_mlp, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, seq, d_model] to the same shape."""
+        return self.write_out(F.relu(self.read_in(x)))
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each added to the stream that it reads."""
+
+    def __init__(self, d_model: int, n_heads: int, d_mlp: int) -> None:
+        super().__init__()
+        self.attn = Attention(d_model, n_heads)
+        self.mlp = MLP(d_model, d_mlp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, seq, d_model] to the same shape."""
+        x = x + self.attn(x)
+        return x + self.mlp(x)
+
+
+class TinyModel(nn.Module):
+    """The whole model. `from_pretrained` is the usual way to one."""
+
+    def __init__(
+        self, d_model: int, n_layers: int, n_heads: int, d_mlp: int, d_vocab: int, max_seq_len: int
+    ) -> None:
+        super().__init__()
+        if n_heads < 1 or d_model % n_heads:
+            raise UserError(f"n_heads is {n_heads}: it must divide the weights' d_model, {d_model}")
+        self.d_model, self.n_layers, self.n_heads = d_model, n_layers, n_heads
+        self.d_vocab, self.max_seq_len = d_vocab, max_seq_len
+        self.embed = nn.Embedding(d_vocab, d_model)
+        self.pos_embed = nn.Parameter(torch.zeros(1, max_seq_len, d_model))
+        self.torso = nn.ModuleList(Block(d_model, n_heads, d_mlp) for _ in range(n_layers))
+        self.lm_head = nn.Linear(d_model, d_vocab)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+        n_heads: int = 16,
+    ) -> "TinyModel":
+        """The model whose weights are in a file, in a folder, or in a repo on the hub.
+
+        `name_or_path`: a `.pt` or `.safetensors` file, a folder or a hub repo that holds
+        `tiny_model.pt`; `revision`: the hub repo's branch, tag or commit. Every shape but the
+        number of heads can be read off the weights. They are run in float32, whatever they are
+        stored in, and ask for no gradient. Raises `UserError` where there are no weights there,
+        the hub does not answer, or names or shapes are not a TinyModel's.
+        """
+        path = locate_weights(name_or_path, revision)
+        return cls.from_state_dict(read_weights(path), str(name_or_path), n_heads).to(device)
+
+    @classmethod
+    def from_state_dict(
+        cls, state: dict[str, Tensor], source: str = "state dict", n_heads: int = 16
+    ) -> "TinyModel":
+        """The model with these weights, as float32. Raises `UserError` naming `source`."""
+        shapes = check_weights(state, source)
+        with torch.device("meta"):  # no time spent on initial values that are about to go
+            model = cls(n_heads=n_heads, **shapes)
+        # .clone(): the hub's file must not be changed through this model, nor one model by another
+        weights = {name: tensor.to(torch.float32).clone() for name, tensor in state.items()}
+        model.load_state_dict(weights, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def embed_tokens(self, tok_ids: Tensor) -> Tensor:
+        """[batch, seq] token ids to the residual stream at layer 0, [batch, seq, d_model].
+
+        Raises `UserError` for a sequence longer than the positions that the model has.
+        """
+        seq = tok_ids.shape[1]
+        if seq > self.max_seq_len:
+            raise UserError(f"rows of {seq} tokens: the model has {self.max_seq_len} positions")
+        return self.embed(tok_ids) + self.pos_embed[:, :seq]
+
+    def residual(self, tok_ids: Tensor, layer: int) -> Tensor:
+        """The residual stream at `layer`, [batch, seq, d_model]: only blocks before it are run.
+
+        `tok_ids`: integers, [batch, seq], in 0..d_vocab-1 (not checked here: on a GPU that would
+        be a stall a call). Raises `UserError` for a layer or a length that the model has not.
+        """
+        self.check_layer(layer)
+        x = self.embed_tokens(tok_ids)  # [batch, seq, d_model]
+        for block in self.torso[:layer]:
+            x = block(x)
+        return x
+
+    def forward_from(self, residual: Tensor, layer: int) -> Tensor:
+        """Log-probabilities, [batch, seq, d_vocab], from the residual stream at `layer`.
+
+        A reconstruction in the residual's place, [batch, seq, d_model], is how one asks what an
+        SAE costs the model. Raises `UserError` for a layer that the model has not.
+        """
+        self.check_layer(layer)
+        x = residual
+        for block in self.torso[layer:]:
+            x = block(x)
+        return F.log_softmax(self.lm_head(x), dim=-1)
+
+    def forward(self, tok_ids: Tensor) -> Tensor:
+        """Log-probabilities of each next token, [batch, seq, d_vocab], from ids [batch, seq]."""
+        return self.forward_from(self.embed_tokens(tok_ids), layer=0)
+
+    def check_layer(self, layer: int) -> None:
+        """Raises `UserError` unless the model has a residual stream at `layer`."""
+        if not 0 <= layer <= self.n_layers:
+            raise UserError(f"layer {layer} is not there: this model has 0 to {self.n_layers}")
+
+    @functools.cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 of names, shapes and float32 values, sorted by name: 64 hex digits.
+
+        The same weights have the same hash in whichever format or precision they were stored.
+        Computed once: weights changed afterwards keep the old one.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+def locate_weights(name_or_path: str | Path, revision: str | None) -> Path:
+    """The weights' file on this machine, downloaded if it is the hub's. Raises `UserError`."""
+    path, name = Path(name_or_path), str(name_or_path)
+    if path.is_dir():
+        if not (path / WEIGHTS_FILE).is_file():
+            raise UserError(f"folder {name} holds no {WEIGHTS_FILE}")
+        return path / WEIGHTS_FILE
+    if path.exists():
+        return path
+    if name.count("/") != 1 or name[0] in "./~" or path.suffix in (".pt", ".safetensors"):
+        raise UserError(f"there are no weights at {name}: no such file, and no hub repo's name")
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, WEIGHTS_FILE, revision=revision))
+    # The client lets a dozen unrelated classes through, its own and its HTTP library's.
+    except Exception as error:
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(
+            f"cannot get {WEIGHTS_FILE} of {name}{at} from the Hugging Face hub "
+            f"({type(error).__name__}); to use a local copy, give the path of its "
+            f"{WEIGHTS_FILE} instead of the name"
+        ) from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a .safetensors or .pt file; no code in it is run. Raises `UserError`."""
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"weights {path} cannot be read: {error.strerror or error}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
+        raise UserError(f"weights {path} are not a state dict ({type(error).__name__})") from error
+    except safetensors.SafetensorError as error:
+        raise UserError(f"weights {path} are not a safetensors file ({error})") from None
+    is_state = isinstance(state, dict) and all(isinstance(t, Tensor) for t in state.values())
+    if not is_state:
+        raise UserError(f"weights {path} are not a state dict: expected names with tensors")
+    return state
+
+
+def expected_shapes(
+    d_model: int, n_layers: int, d_mlp: int, d_vocab: int, max_seq_len: int
+) -> dict[str, list[int]]:
+    """Every name in a TinyModel's state dict, with its shape."""
+    with torch.device("meta"):
+        model = TinyModel(d_model, n_layers, 1, d_mlp, d_vocab, max_seq_len)
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def check_weights(state: dict[str, Tensor], source: str) -> dict[str, int]:
+    """`TinyModel`'s arguments but n_heads, read off the weights. Raises `UserError`.
+
+    The message says which tensor is wrong, what was expected and what was found.
+    """
+
+    def size(name: str, ndim: int, axis: int) -> int:
+        if name not in state:
+            raise UserError(f"weights {source}: expected a tensor {name}, found none of that name")
+        if state[name].ndim != ndim:
+            found = list(state[name].shape)
+            raise UserError(f"weights {source}: {name}: expected {ndim} axes, found shape {found}")
+        return state[name].shape[axis]
+
+    blocks = [name.split(".")[1] for name in state if name.startswith("torso.")]
+    shapes = {
+        "d_vocab": size("embed.weight", 2, 0),
+        "d_model": size("embed.weight", 2, 1),
+        "max_seq_len": size("pos_embed", 3, 1),
+        "d_mlp": size("torso.0.mlp.read_in.weight", 2, 0),
+        # No more blocks than names: a stray torso.99999999 is a wrong name, not a huge model.
+        "n_layers": min(len(state), 1 + max((int(b) for b in blocks if b.isdecimal()), default=0)),
+    }
+    if min(shapes.values()) < 1:
+        raise UserError(f"weights {source}: expected sizes above zero, found {shapes}")
+    expected = expected_shapes(**shapes)
+    for name in [*expected, *state]:
+        if name not in state:
+            raise UserError(f"weights {source}: expected a tensor {name}, found none of that name")
+        if name not in expected:
+            raise UserError(f"weights {source}: found {name}, expected none of that name")
+        found = list(state[name].shape)
+        if found != expected[name]:
+            raise UserError(f"weights {source}: {name}: expected {expected[name]}, found {found}")
+        if not state[name].is_floating_point():
+            raise UserError(f"weights {source}: {name}: expected floats, found {state[name].dtype}")
+    return shapes
