@@ -1,0 +1,471 @@
+"""The Matryoshka sparse autoencoder: the SAE, the prefix losses, the trainer.
+
+    acts  = ReLU(x W_enc + b_enc)                             x in units of its mean norm / sqrt(d)
+    x_hat = acts W_dec + b_dec
+
+A Matryoshka SAE is trained so that the first m latents alone reconstruct x, for prefix lengths m
+drawn afresh each step. With P_m = b_dec + sum_{j <= m} a_j d_j (d_j a row of W_dec):
+
+    loss = mean over prefixes m of   ||x - P_m||^2  +  sparsity_weight * sum_{j <= m} a_j ||d_j||
+
+A latent enters this only through its *reach* s_j, the share of the step's prefixes that contain it.
+Whichever of two latents is reached less decides whether they meet, so (x now less b_dec)
+
+    loss = ||x||^2 - 2 sum_j s_j a_j <d_j, x> + sum_ij min(s_i, s_j) a_i a_j <d_i, d_j>
+           + sparsity_weight * sum_j s_j a_j ||d_j||
+
+and no prefix is ever formed. A vanilla SAE has one prefix: every reach is 1.
+
+Bussmann, Nabeshima, Karvonen, Nanda 2025, "Learning Multi-Level Features with Matryoshka Sparse
+Autoencoders" (arXiv 2503.17547).
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.optim.adam import adam
+
+
+def seeded_generator(seed: int, *stream: int) -> torch.Generator:
+    """A CPU generator that is a function of `seed` and `stream` alone; streams are independent."""
+    state = np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
+
+
+# One stream of random numbers a purpose, so that no two purposes of a seed share numbers.
+STREAM_INIT, STREAM_PREFIXES = 0, 1
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder, or a stack of independent ones: every tensor may lead with [n_saes].
+
+    Parameters: W_enc [d_model, n_latents], b_enc [n_latents], W_dec [n_latents, d_model],
+    b_dec [d_model]. The buffer mean_norm [] is the mean norm of the inputs trained on: inside, an
+    input is divided by mean_norm / sqrt(d_model). x and x_hat are in the units of the data.
+
+    Initialised as the original: W_enc ~ N(0, 1 / d_model), each row of W_dec 0.1 times the unit
+    vector along its latent's column of W_enc, biases 0.
+    """
+
+    mean_norm: Tensor
+
+    def __init__(self, d_model: int, n_latents: int, seed: int = 0):
+        super().__init__()
+        generator = seeded_generator(seed, STREAM_INIT)
+        W_enc = torch.randn(d_model, n_latents, generator=generator) / math.sqrt(d_model)
+        W_dec = 0.1 * (W_enc / W_enc.norm(dim=0)).T
+        self._set(W_enc, torch.zeros(n_latents), W_dec, torch.zeros(d_model), torch.tensor(1.0))
+
+    def _set(
+        self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, mean_norm: Tensor
+    ) -> None:
+        self.W_enc = nn.Parameter(W_enc.contiguous())
+        self.b_enc = nn.Parameter(b_enc.contiguous())
+        self.W_dec = nn.Parameter(W_dec.contiguous())
+        self.b_dec = nn.Parameter(b_dec.contiguous())
+        self.register_buffer("mean_norm", mean_norm.contiguous())
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "SAE":
+        """An SAE of copies of `tensors`: W_enc, b_enc, W_dec, b_dec, mean_norm."""
+        sae = cls.__new__(cls)
+        nn.Module.__init__(sae)
+        sae._set(**{name: tensor.detach().clone() for name, tensor in tensors.items()})
+        return sae
+
+    @classmethod
+    def stack(cls, saes: Sequence["SAE"]) -> "SAE":
+        """Several SAEs of one shape as one whose tensors lead with [n_saes]."""
+        states = [sae.state_dict() for sae in saes]
+        return cls.from_tensors(
+            {name: torch.stack([s[name] for s in states]) for name in states[0]}
+        )
+
+    def unstack(self) -> list["SAE"]:
+        """The SAEs of a stack, one by one."""
+        state = self.state_dict()
+        return [
+            SAE.from_tensors({name: tensor[i] for name, tensor in state.items()})
+            for i in range(len(self.W_enc))
+        ]
+
+    @property
+    def d_model(self) -> int:
+        return self.W_enc.shape[-2]
+
+    @property
+    def n_latents(self) -> int:
+        return self.W_enc.shape[-1]
+
+    @property
+    def scale(self) -> Tensor:
+        """What an input is multiplied by: sqrt(d_model) / mean_norm. [1, 1], or [n_saes, 1, 1]."""
+        return (math.sqrt(self.d_model) / self.mean_norm)[..., None, None]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x [batch, d_model] -> acts [batch, n_latents], not negative, mostly zero."""
+        return torch.relu((x * self.scale) @ self.W_enc + self.b_enc[..., None, :])
+
+    def decode(self, acts: Tensor, prefix: int | None = None) -> Tensor:
+        """acts [batch, n_latents] -> x_hat [batch, d_model], from the first `prefix` latents."""
+        x_hat = acts[..., :prefix] @ self.W_dec[..., :prefix, :] + self.b_dec[..., None, :]
+        return x_hat / self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [batch, d_model] -> x_hat [batch, d_model]."""
+        return self.decode(self.encode(x))
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file with d_model and n_latents in its metadata."""
+        config = {"d_model": self.d_model, "n_latents": self.n_latents}
+        safetensors.torch.save_file(
+            {name: tensor.contiguous() for name, tensor in self.state_dict().items()},
+            path,
+            metadata={"format": "pt", "sae": json.dumps(config)},
+        )
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "SAE":
+        """The SAE in a file written by `save`.
+
+        Raises ValueError where the file is no such SAE, OSError where it cannot be read.
+        """
+        try:
+            with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from None
+        expected = {"W_enc", "b_enc", "W_dec", "b_dec", "mean_norm"}
+        if set(tensors) != expected:
+            raise ValueError(f"{path} is not an SAE: it holds {sorted(tensors)}, not {expected}")
+        return cls.from_tensors(tensors)
+
+
+# ------------------------------------------------------------------------------------- prefixes
+
+
+def prefix_probabilities(n_latents: int) -> Tensor:
+    """P(l) for l = 1 .. n_latents - 1, proportional to sqrt(l) - sqrt(l - 1). float64.
+
+    A Pareto law of power 0.5 and minimum length 1, as in the original: short prefixes are favoured.
+    """
+    roots = torch.arange(n_latents, dtype=torch.float64).sqrt()
+    return roots.diff() / roots[-1]
+
+
+def sample_prefixes(
+    n_latents: int, n_prefixes: int, generator: torch.Generator, n_draws: int | None = None
+) -> Tensor:
+    """Sorted prefix lengths [n_prefixes], or [n_draws, n_prefixes]: the last is n_latents.
+
+    The others are drawn without replacement from 1 .. n_latents - 1 by `prefix_probabilities`.
+    Raises ValueError where n_prefixes is not within 1 .. n_latents.
+    """
+    if not 1 <= n_prefixes <= n_latents:
+        raise ValueError(f"n_prefixes is {n_prefixes}: it must be within 1 and {n_latents}")
+    rows = 1 if n_draws is None else n_draws
+    prefixes = torch.full((rows, n_prefixes), n_latents)
+    if n_prefixes > 1:
+        weights = prefix_probabilities(n_latents).expand(rows, -1)
+        drawn = torch.multinomial(weights, n_prefixes - 1, generator=generator)
+        prefixes[:, :-1] = 1 + drawn.sort(dim=-1).values
+    return prefixes[0] if n_draws is None else prefixes
+
+
+def reach(prefixes: Tensor, n_latents: int) -> Tensor:
+    """The share of `prefixes` [..., n_prefixes] that contain the latent in each place.
+
+    -> [..., n_latents], from 1 in the first place down to 1 / n_prefixes in the last.
+    """
+    places = torch.arange(1, n_latents + 1).expand(*prefixes.shape[:-1], -1).contiguous()
+    return 1 - torch.searchsorted(prefixes, places) / prefixes.shape[-1]
+
+
+# ----------------------------------------------------------------------------- loss and gradient
+
+
+class Params(NamedTuple):
+    """What is learnt, or its gradient: views of one flat tensor [n_saes, n_params]."""
+
+    W_enc: Tensor  # [n_saes, d_model, n_latents]
+    b_enc: Tensor  # [n_saes, 1, n_latents]
+    W_dec: Tensor  # [n_saes, n_latents, d_model]
+    b_dec: Tensor  # [n_saes, 1, d_model]
+
+    @classmethod
+    def of(cls, flat: Tensor, d_model: int, n_latents: int) -> "Params":
+        shapes = [(d_model, n_latents), (1, n_latents), (n_latents, d_model), (1, d_model)]
+        parts = flat.split([math.prod(shape) for shape in shapes], dim=1)
+        return cls(*(part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)))
+
+
+Sparsity = Literal["l1", "log"]
+
+
+def write_gradient(
+    grads: Params, params: Params, x: Tensor, reach: Tensor, price: Tensor, sparsity: Sparsity
+) -> tuple[Tensor, Tensor]:
+    """Writes the gradient of the prefix loss, a mean over the batch, into `grads`.
+
+    x [n_saes, batch, d_model] is already scaled; reach [n_saes, n_latents] belongs to the latents
+    as they are stored, in whatever order; price [n_saes, n_latents] is sparsity_weight * reach.
+    `sparsity` is "l1", or "log": log((a ||d|| + 0.1) / 0.1) in place of a ||d||.
+
+    Returns l0 [n_saes], and each latent's mean square of a ||d|| [n_saes, n_latents].
+
+    The gradient is written out: with G = W_dec W_dec^T, C = acts^T acts, meet_ij = min(s_i, s_j),
+    the quadratic term's derivative is 2 acts (meet * G) to acts and 2 (meet * C) W_dec to W_dec.
+    """
+    W_enc, b_enc, W_dec, b_dec = params
+    batch = x.shape[1]
+    ones = x.new_ones(len(x), 1, batch)  # sums over the batch are products: one thread, no copies
+    reach, price = (
+        reach[..., None] * (2 / batch),
+        price[..., None] / batch,
+    )  # [n_saes, n_latents, 1]
+
+    acts = torch.baddbmm(b_enc, x, W_enc).relu_()  # [n_saes, batch, n_latents]
+    x_centred = x - b_dec
+    meet = torch.minimum(reach, reach.mT)  # [n_saes, n_latents, n_latents]
+    gram = torch.bmm(W_dec, W_dec.mT)
+    norms = gram.diagonal(dim1=1, dim2=2).sqrt()  # [n_saes, n_latents]
+    W_dec_reached = W_dec * reach
+
+    # slope: what one more unit of an activation costs in sparsity; pull: how much of that falls
+    # on the decoder row's norm.
+    slope = price.mT * norms[:, None]
+    if sparsity == "l1":
+        paid = acts
+    else:
+        per_unit = 1 / (acts * norms[:, None] + 0.1)
+        slope, paid = slope * per_unit, acts * per_unit
+    pull = torch.bmm(ones, paid).mT * price / norms[..., None]
+
+    g_acts = torch.baddbmm(slope, acts, gram * meet).baddbmm_(x_centred, W_dec_reached.mT, alpha=-1)
+    g_acts = torch.ops.aten.threshold_backward(g_acts, acts, 0)  # through the ReLU
+    torch.bmm(x.mT, g_acts, out=grads.W_enc)
+    torch.bmm(ones, g_acts, out=grads.b_enc)
+
+    correlation = torch.bmm(acts.mT, acts)  # [n_saes, n_latents, n_latents]
+    linear = torch.bmm(acts.mT, x_centred).mul_(-reach).addcmul_(W_dec, pull)
+    torch.baddbmm(linear, correlation * meet, W_dec, out=grads.W_dec)
+    sum_acts, sum_x = torch.bmm(ones, acts), torch.bmm(ones, x_centred)
+    torch.baddbmm(sum_x, sum_acts, W_dec_reached, beta=-2 / batch, out=grads.b_dec)
+
+    # ord 0 counts what is not zero, without a copy in another dtype
+    l0 = torch.linalg.vector_norm(acts, ord=0, dim=(1, 2)) / batch
+    return l0, correlation.diagonal(dim1=1, dim2=2) * norms.square() / batch
+
+
+# --------------------------------------------------------------------------------------- trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerConfig:
+    """How an SAE is trained. The defaults are the original's for the toy."""
+
+    n_steps: int
+    target_l0: float
+    lr: float = 3e-2
+    sparsity: Sparsity = "l1"
+    sparsity_weight: float = 0.2  # where the adaptive weight starts
+    sparsity_step: float = 3e-4  # by this share the weight moves a step, up or down
+    sparsity_warmup: float = 0.2  # share of the steps
+    lr_warmup_steps: int = 100
+    lr_decay: float = 0.2  # share of the steps
+    lr_end: float = 0.1  # the last learning rate, as a share of lr
+    betas: tuple[float, float] = (0.5, 0.9375)
+    max_grad_norm: float = 1.0
+    norm_decay: float = 0.99  # of the running mean of the inputs' norm
+    order_decay: float = 0.95  # of the running mean square that orders the latents
+
+    def learning_rate(self, step: int) -> float:
+        """Warm-up, stable, decay: the learning rate of step `step`, which counts from 0."""
+        warmup = min(self.lr_warmup_steps, self.n_steps // 20)
+        decay_steps = self.lr_decay * self.n_steps
+        into_decay = max(0.0, step - (self.n_steps - decay_steps)) / max(decay_steps, 1e-9)
+        return self.lr * min(1.0, step / max(warmup, 1)) * (1 - (1 - self.lr_end) * into_decay)
+
+
+class Trainer:
+    """Trains a stack of independent SAEs, stepped together.
+
+    Each has its own seed, prefixes, sparsity weight, latent order and gradient clipping, and ends
+    where it would have ended alone, to float tolerance. `n_prefixes` is one number an SAE.
+
+    Latents are never moved. Their order, by the running mean square of a_j ||d_j||, decides the
+    reach of each, and that is all it does; so Adam's moments and the running means stay with their
+    latents. `sae` hands out a copy whose latents are in order.
+    """
+
+    BLOCK = 256  # prefixes are drawn for this many steps at once
+
+    def __init__(
+        self,
+        saes: SAE,
+        config: TrainerConfig,
+        seeds: Sequence[int],
+        n_prefixes: Sequence[int],
+    ):
+        """`saes`: a stack as long as `seeds` and `n_prefixes`. Raises ValueError where it is not,
+        or where n_prefixes is not within 1 .. n_latents."""
+        if not len(saes.W_enc) == len(seeds) == len(n_prefixes) or saes.W_enc.dim() != 3:
+            raise ValueError(
+                f"a stack of {tuple(saes.W_enc.shape)} for {len(seeds)} seeds and "
+                f"{len(n_prefixes)} numbers of prefixes: the three must be as many"
+            )
+        self.config, self.seeds, self.n_prefixes = config, list(seeds), list(n_prefixes)
+        self.d_model, self.n_latents = saes.d_model, saes.n_latents
+        n_saes, device = len(seeds), saes.W_enc.device
+
+        parts = (saes.W_enc, saes.b_enc, saes.W_dec, saes.b_dec)
+        flat = torch.cat([part.detach().flatten(1) for part in parts], dim=1)
+        self._state = {
+            "params": flat,
+            "adam_mean": torch.zeros_like(flat),
+            "adam_square": torch.zeros_like(flat),
+            "adam_step": torch.zeros((), device=device),
+            "mean_norm": torch.zeros(n_saes, device=device),
+            "mean_square": torch.zeros(n_saes, self.n_latents, device=device),
+            "sparsity_weight": torch.full((n_saes,), config.sparsity_weight, device=device),
+        }
+        self.n_steps_done = 0
+        self._grads = torch.zeros_like(flat)
+        self._params_by_name = Params.of(flat, self.d_model, self.n_latents)
+        self._grads_by_name = Params.of(self._grads, self.d_model, self.n_latents)
+        self._reaches: tuple[int, Tensor] | None = None
+
+    @torch.inference_mode()
+    def step(self, x: Tensor) -> dict[str, Tensor]:
+        """One step of Adam on x, [batch, d_model] for all SAEs or [n_saes, batch, d_model].
+
+        Returns tensors on x's device, before the step: l0 [n_saes], sparsity_weight [n_saes],
+        grad_norm [n_saes] (before clipping), mean_square [n_saes, n_latents] of a_j ||d_j||.
+        """
+        config, state, t = self.config, self._state, self.n_steps_done
+        x = self._scaled(x.expand(len(self.seeds), -1, -1))
+        reach = self._reach()
+
+        warmup = min(1.0, (t + 1) / max(1, int(config.sparsity_warmup * config.n_steps)))
+        weight = state["sparsity_weight"]
+        price = (weight * warmup)[:, None] * reach
+        l0, mean_square = write_gradient(
+            self._grads_by_name, self._params_by_name, x, reach, price, config.sparsity
+        )
+        grad_norm = torch.linalg.vector_norm(self._grads, dim=1, keepdim=True)
+        self._grads.mul_((config.max_grad_norm / (grad_norm + 1e-6)).clamp_(max=1))
+        self._adam()
+
+        state["mean_square"].lerp_(mean_square, 1 - config.order_decay)
+        if warmup == 1:
+            weight.mul_(
+                1 - config.sparsity_step + 2 * config.sparsity_step * (l0 >= config.target_l0)
+            )
+        self.n_steps_done += 1
+        return {
+            "l0": l0,
+            "sparsity_weight": weight * warmup,
+            "grad_norm": grad_norm[:, 0],
+            "mean_square": mean_square,
+        }
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """x in units of its running mean norm / sqrt(d_model), after updating that mean.
+
+        The mean is plain over the first steps and exponential after them, so that it is right from
+        the first step on; the original starts it at 0 and needs about 200.
+        """
+        mean_norm = self._state["mean_norm"]
+        share = max(1 - self.config.norm_decay, 1 / (self.n_steps_done + 1))
+        mean_norm.lerp_(torch.linalg.vector_norm(x, dim=2).mean(dim=1), share)
+        return x * (math.sqrt(self.d_model) / mean_norm)[:, None, None]
+
+    def _reach(self) -> Tensor:
+        """This step's reach of each latent where it is stored: [n_saes, n_latents]."""
+        block, place = divmod(self.n_steps_done, self.BLOCK)
+        if self._reaches is None or self._reaches[0] != block:
+            self._reaches = block, self._draw_reaches(block)
+        order = self._state["mean_square"].sort(dim=1, descending=True, stable=True).indices
+        return torch.empty_like(self._state["mean_square"]).scatter_(
+            1, order, self._reaches[1][place]
+        )
+
+    def _draw_reaches(self, block: int) -> Tensor:
+        """The reach by place for a block of steps: [BLOCK, n_saes, n_latents].
+
+        A function of the seeds and of `block` alone, so a resumed run draws what it would have.
+        """
+        draws = [
+            reach(
+                sample_prefixes(
+                    self.n_latents,
+                    n_prefixes,
+                    seeded_generator(seed, STREAM_PREFIXES, block),
+                    self.BLOCK,
+                ),
+                self.n_latents,
+            )
+            for seed, n_prefixes in zip(self.seeds, self.n_prefixes, strict=True)
+        ]
+        return torch.stack(draws, dim=1).to(self._state["params"].device)
+
+    def _adam(self) -> None:
+        state, (beta1, beta2) = self._state, self.config.betas
+        adam(
+            [state["params"]],
+            [self._grads],
+            [state["adam_mean"]],
+            [state["adam_square"]],
+            [],
+            [state["adam_step"]],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=self.config.learning_rate(self.n_steps_done),
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
+
+    @property
+    def sae(self) -> SAE:
+        """A copy of the stack as it stands, its latents in order: largest mean square first."""
+        state = self._state
+        W_enc, b_enc, W_dec, b_dec = self._params_by_name
+        order = state["mean_square"].sort(dim=1, descending=True, stable=True).indices
+        return SAE.from_tensors(
+            {
+                "W_enc": W_enc.take_along_dim(order[:, None, :], dim=2),
+                "b_enc": b_enc[:, 0].take_along_dim(order, dim=1),
+                "W_dec": W_dec.take_along_dim(order[:, :, None], dim=1),
+                "b_dec": b_dec[:, 0],
+                "mean_norm": state["mean_norm"],
+            }
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that an exact resume needs, copied: tensors only, so it saves as safetensors."""
+        state = {name: tensor.clone() for name, tensor in self._state.items()}
+        return state | {"n_steps_done": torch.tensor(self.n_steps_done)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises ValueError where `state` is not of a trainer of this shape."""
+        for name, tensor in self._state.items():
+            if name not in state or state[name].shape != tensor.shape:
+                found = tuple(state[name].shape) if name in state else "nothing"
+                raise ValueError(
+                    f"trainer state {name}: {tuple(tensor.shape)} wanted, {found} found"
+                )
+        for name, tensor in self._state.items():
+            tensor.copy_(state[name])
+        self.n_steps_done = int(state["n_steps_done"])
