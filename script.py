@@ -21,6 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
+
+class Interrupted(Exception):
+    """Ctrl-C, after what was finished has been written. The message says what that is."""
+
+
 Config = typing.TypeVar("Config")
 
 
@@ -73,8 +78,8 @@ def main_guard() -> Iterator[None]:
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: what was finished is kept", file=sys.stderr)
+    except (KeyboardInterrupt, Interrupted) as error:
+        print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
         sys.exit(130)
 
 
@@ -84,6 +89,14 @@ def require_positive(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if not value > 0:  # written so that NaN fails too
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be positive")
+
+
+def require_not_negative(config: Any, *names: str) -> None:
+    """Raises `UserError` naming the first of the settings `names` that is below zero."""
+    for name in names:
+        value = getattr(config, name)
+        if not value >= 0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must not be negative")
 
 
 def pick_device(name: str) -> torch.device:
@@ -100,6 +113,17 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"--device {name} is not there ({reason}); try --device cpu") from None
     return device
+
+
+@contextlib.contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Torch on `n` threads within an operator."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def make_folder(path: Path, flag: str = "--out") -> None:

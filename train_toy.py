@@ -1,0 +1,479 @@
+"""The toy comparison: a Matryoshka SAE recovers a tree of features, a vanilla one does not.
+
+Samples come from a tree of 20 features whose directions are known. For each seed a Matryoshka SAE
+and a vanilla one (the same, with one prefix) are trained on the same batches from the same
+initialisation. A feature counts as clean where some latent's decoder direction has a cosine over
+0.9 with it. Seeds are trained together, as stacks of SAEs; see `sae.Trainer`.
+"""
+
+import concurrent.futures
+import dataclasses
+import math
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import evaluate
+import script
+from sae import SAE, Trainer, TrainerConfig, seeded_generator
+from script import UserError, setting
+from toy_model import FeatureTree, true_directions
+
+KINDS = ("parent", "child", "rare")  # of features
+SAES = ("matryoshka", "vanilla")  # the order in which a stack holds them
+# Streams of a seed's random numbers, apart from those of sae.py.
+STREAM_DIRECTIONS, STREAM_SAMPLES, STREAM_HELD_OUT = 10, 11, 12
+SEEDS_A_STACK = 10  # on a CPU: a stack whose activations stay in a core's cache is fastest a seed
+STEPS_A_DRAW = 50  # batches drawn at once
+N_RECORDS = 200  # points of the training curves
+N_REFERENCE = 1_000  # held-out samples that the curves are measured on
+N_DRAWN = 200  # held-out samples in the figure of activations
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting of the toy comparison. The defaults are the write-up's."""
+
+    seeds: int = setting(1, "how many seeds; each trains one SAE of either kind")
+    seed: int = setting(0, "the first seed")
+    steps: int = setting(40_000, "training steps")
+    batch_size: int = setting(200, "samples a step")
+    n_prefixes: int = setting(10, "prefixes a step of the Matryoshka SAE; vanilla has 1")
+    n_latents: int = setting(0, "latents of an SAE; 0: as many as the tree has features")
+    d_model: int = setting(20, "dimensions that the features live in")
+    target_l0: float = setting(1.2338, "active latents a sample that the sparsity weight aims at")
+    lr: float = setting(0.03, "learning rate, of Adam")
+    sparsity: str = setting("l1", "the sparsity loss", choices=["l1", "log"])
+    sparsity_weight: float = setting(0.2, "where the adaptive sparsity weight starts")
+    tree: str = setting("tree.json", "file of the feature tree")
+    threshold: float = setting(0.9, "cosine over which a feature is clean")
+    n_eval: int = setting(50_000, "held-out samples that an SAE is scored on")
+    out: str = setting("runs/toy", "folder for results.json, the SAEs and the figures")
+    device: str = setting("cpu", "torch device; auto: the GPU where there is one")
+    workers: int = setting(0, "processes that share the seeds on a CPU; 0: one a core")
+
+
+def load_tree(path: str) -> FeatureTree:
+    """The tree in the file `path`, or beside this script where there is no such file."""
+    beside = Path(__file__).with_name(path)
+    return FeatureTree.from_json(beside if not Path(path).exists() and beside.exists() else path)
+
+
+def check(config: Config, tree: FeatureTree) -> Config:
+    """`config` with n_latents and workers filled in. Raises `UserError` where it is impossible."""
+    script.require_positive(
+        config, "seeds", "steps", "batch_size", "n_prefixes", "d_model", "target_l0", "lr"
+    )
+    script.require_positive(config, "n_eval", "sparsity_weight")
+    script.require_not_negative(config, "seed", "n_latents", "workers")
+    n_latents = config.n_latents or tree.n_features
+    if config.n_prefixes > n_latents:
+        raise UserError(
+            f"--n-prefixes {config.n_prefixes} is more than there are latents: at most {n_latents}"
+        )
+    if not 0 < config.threshold < 1:
+        raise UserError(f"--threshold {config.threshold} is no cosine between 0 and 1")
+    workers = config.workers or os.cpu_count() or 1
+    return dataclasses.replace(config, n_latents=n_latents, workers=workers)
+
+
+# ------------------------------------------------------------------------------------ one stack
+
+
+class Data(NamedTuple):
+    """What a stack of seeds trains on: each seed's own directions and samples."""
+
+    tree: FeatureTree
+    directions: Tensor  # [n_seeds, n_features, d_model]
+    generators: list[torch.Generator]
+
+    @classmethod
+    def of(cls, config: Config, tree: FeatureTree, seeds: Sequence[int], device: torch.device):
+        directions = [directions_of(tree, config, seed) for seed in seeds]
+        generators = [seeded_generator(seed, STREAM_SAMPLES) for seed in seeds]
+        return cls(tree, torch.stack(directions).to(device), generators)
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """Endless batches for both kinds of SAE: x [2 n_seeds, batch, d_model]."""
+        n_seeds, device = len(self.generators), self.directions.device
+        while True:
+            n = STEPS_A_DRAW * batch_size
+            features = torch.stack([self.tree.sample(n, g) for g in self.generators]).to(device)
+            x = torch.bmm(features, self.directions)  # [n_seeds, n, d_model]
+            x = x.reshape(n_seeds, STEPS_A_DRAW, batch_size, -1).transpose(0, 1)
+            yield from torch.cat([x, x], dim=1)  # [STEPS_A_DRAW, 2 n_seeds, batch, d_model]
+
+
+def directions_of(tree: FeatureTree, config: Config, seed: int) -> Tensor:
+    """The features' directions for `seed`: [n_features, d_model]."""
+    generator = seeded_generator(seed, STREAM_DIRECTIONS)
+    return true_directions(tree.n_features, config.d_model, generator)
+
+
+def held_out(tree: FeatureTree, config: Config, seed: int, n: int) -> tuple[Tensor, Tensor]:
+    """Features [n, n_features] and x [n, d_model] of `seed` that no SAE was trained on."""
+    features = tree.sample(n, seeded_generator(seed, STREAM_HELD_OUT))
+    return features, features @ directions_of(tree, config, seed)
+
+
+class Progress:
+    """Where training stands, in memory that processes share: steps done, then what to show."""
+
+    SHOWN = ("l0", "fvu", "sparsity_weight")
+
+    def __init__(self, context: Any):
+        self.stop = context.Event()
+        self.steps = context.Value("q", 0)
+        self.latest = context.Array("d", len(SAES) * len(self.SHOWN))
+
+    def report(self, steps: int, record: dict[str, np.ndarray]) -> None:
+        """Adds `steps` done, by a stack whose first seed stands as in `record`."""
+        if self.stop.is_set():
+            raise KeyboardInterrupt
+        with self.steps.get_lock():
+            self.steps.value += steps
+        self.latest[:] = [
+            float(record[name].reshape(len(SAES), -1)[k, 0])
+            for k in range(len(SAES))
+            for name in self.SHOWN
+        ]
+
+    def show(self, bar: tqdm) -> None:
+        numbers = np.array(self.latest[:]).reshape(len(SAES), -1)
+        shown = "; ".join(
+            f"{name} L0 {l0:.2f} FVU {fvu:.3f} weight {weight:.2g}"
+            for name, (l0, fvu, weight) in zip(SAES, numbers, strict=True)
+        )
+        bar.set_postfix_str(shown, refresh=False)
+        bar.update(self.steps.value - bar.n)
+
+
+class StackResult(NamedTuple):
+    """What training a stack of seeds gives."""
+
+    runs: list[dict[str, Any]]  # an entry of results.json each
+    saes: list[dict[str, Tensor]]  # their state dicts, in the same order
+    curves: dict[str, np.ndarray]  # [n_records, n_saes] each
+
+
+def train_stack(
+    config: Config, tree: FeatureTree, seeds: Sequence[int], progress: Progress
+) -> StackResult:
+    """Trains both SAEs of all `seeds` together, and scores them."""
+    device = torch.device(config.device)
+    assert config.n_latents > 0
+    both = [*seeds, *seeds]
+    trainer = Trainer(
+        SAE.stack([SAE(config.d_model, config.n_latents, seed) for seed in both]).to(device),
+        TrainerConfig(
+            n_steps=config.steps,
+            target_l0=config.target_l0,
+            lr=config.lr,
+            sparsity=config.sparsity,  # type: ignore[arg-type]
+            sparsity_weight=config.sparsity_weight,
+        ),
+        seeds=both,
+        n_prefixes=[config.n_prefixes] * len(seeds) + [1] * len(seeds),
+    )
+    batches = Data.of(config, tree, seeds, device).batches(config.batch_size)
+    reference = torch.stack([held_out(tree, config, s, N_REFERENCE)[1] for s in both]).to(device)
+
+    every = max(1, config.steps // N_RECORDS)
+    records: list[dict[str, np.ndarray]] = []
+    for step in range(1, config.steps + 1):
+        metrics = trainer.step(next(batches))
+        if step % every == 0 or step == config.steps:
+            record = measure(trainer, reference, metrics["sparsity_weight"])
+            check_finite(step, both, record, records)
+            since = step - (int(records[-1]["step"]) if records else 0)
+            records.append({"step": np.array(step), **record})
+            progress.report(since, record)
+
+    saes = [sae.to("cpu") for sae in trainer.sae.unstack()]
+    names = [name for name in SAES for _ in seeds]
+    runs = [
+        score(config, tree, sae, name, seed)
+        for sae, name, seed in zip(saes, names, both, strict=True)
+    ]
+    curves = {name: np.stack([record[name] for record in records]) for name in records[0]}
+    return StackResult(runs, [sae.state_dict() for sae in saes], curves)
+
+
+@torch.no_grad()
+def measure(trainer: Trainer, x: Tensor, sparsity_weight: Tensor) -> dict[str, np.ndarray]:
+    """L0 and FVU on x [n_saes, n, d_model], with the weight: [n_saes] each."""
+    sae = trainer.sae
+    acts = sae.encode(x)
+    values = {
+        "l0": evaluate.l0(acts),
+        "fvu": evaluate.fvu(x, sae.decode(acts)),
+        "sparsity_weight": sparsity_weight,
+    }
+    return {name: value.cpu().numpy().astype(np.float64) for name, value in values.items()}
+
+
+def check_finite(
+    step: int, seeds: Sequence[int], record: dict[str, np.ndarray], records: list[dict]
+) -> None:
+    """Raises `UserError` where an SAE's FVU is no longer a number."""
+    bad = np.flatnonzero(~np.isfinite(record["fvu"]))
+    if not len(bad):
+        return
+    i = int(bad[0])
+    good = "there were no earlier metrics"
+    if records:
+        last = records[-1]
+        good = f"at step {last['step']} FVU was {last['fvu'][i]:.4g}, L0 {last['l0'][i]:.4g}"
+    name = SAES[i * len(SAES) // len(seeds)]
+    raise UserError(
+        f"step {step}: the {name} SAE of seed {seeds[i]} has an FVU of {record['fvu'][i]}; {good}. "
+        "Try a lower --lr"
+    )
+
+
+@torch.no_grad()
+def score(config: Config, tree: FeatureTree, sae: SAE, name: str, seed: int) -> dict[str, Any]:
+    """One entry of results.json: how the SAE does on held-out samples and against the truth."""
+    features, x = held_out(tree, config, seed, config.n_eval)
+    acts = sae.encode(x)
+    cosines = evaluate.decoder_cosines(sae.W_dec, directions_of(tree, config, seed))
+    best = evaluate.best_cosine(cosines)
+    matched = evaluate.match_latents(cosines)
+    absorbed = evaluate.absorption_rate(acts, features, tree.parent, matched)
+    lost = [
+        kind for kind, cosine in zip(tree.kind, best, strict=True) if cosine <= config.threshold
+    ]
+    return {
+        "sae": name,
+        "seed": seed,
+        "fvu": float(evaluate.fvu(x, sae(x))),
+        "l0": float(evaluate.l0(acts)),
+        "clean_features": int(evaluate.clean_features(best, config.threshold)),
+        "n_features": tree.n_features,
+        "best_cosine": [round(float(c), 6) for c in best],
+        "clean_at": {str(t): int(evaluate.clean_features(best, t)) for t in (0.9, 0.95, 0.99)},
+        "lost": {kind: lost.count(kind) for kind in KINDS},
+        "dead_share": float(evaluate.dead_share(acts)),
+        "absorption": [None if a.isnan() else round(float(a), 6) for a in absorbed],
+    }
+
+
+# ---------------------------------------------------------------------------------- the whole run
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains and scores both SAEs for every seed; writes results.json, the SAEs and the figures.
+
+    Returns what results.json holds. Raises `UserError` where the input is wrong, before anything
+    in `config.out` is touched. After Ctrl-C the stacks that were finished are written.
+    """
+    started = time.perf_counter()
+    device = script.pick_device(config.device)
+    tree = load_tree(config.tree)
+    config = dataclasses.replace(check(config, tree), device=str(device))
+    out = Path(config.out)
+    script.make_folder(out)
+
+    finished: list[StackResult] = []
+    try:
+        for result in train_stacks(config, tree):
+            finished.append(result)
+    except KeyboardInterrupt:
+        if finished:
+            write(config, tree, finished, time.perf_counter() - started)
+        n_done = sum(len(result.runs) for result in finished) // len(SAES)
+        raise script.Interrupted(
+            f"{n_done} of {config.seeds} seeds are finished, in {out}"
+        ) from None
+    return write(config, tree, finished, time.perf_counter() - started)
+
+
+def train_stacks(config: Config, tree: FeatureTree) -> Iterator[StackResult]:
+    """Every seed, in stacks, side by side in processes on a CPU; yields stacks in order of seed."""
+    on_cpu = config.device == "cpu"
+    workers = min(config.workers, config.seeds) if on_cpu else 1
+    size = min(SEEDS_A_STACK, math.ceil(config.seeds / workers)) if on_cpu else config.seeds
+    seeds = range(config.seed, config.seed + config.seeds)
+    stacks = [seeds[i : i + size] for i in range(0, len(seeds), size)]
+    context = multiprocessing.get_context("spawn")
+    progress = Progress(context)
+    # One stack needs no process of its own, only a thread beside the progress bar.
+    executor = (
+        concurrent.futures.ProcessPoolExecutor(
+            min(workers, len(stacks)), mp_context=context, initializer=_adopt, initargs=(progress,)
+        )
+        if len(stacks) > 1
+        else concurrent.futures.ThreadPoolExecutor(1, initializer=_adopt, initargs=(progress,))
+    )
+    with executor, tqdm(total=len(stacks) * config.steps, unit=" steps", smoothing=0.05) as bar:
+        futures = [executor.submit(_train_stack, config, tree, stack) for stack in stacks]
+        try:
+            for future in futures:
+                while concurrent.futures.wait([future], timeout=0.2).not_done:
+                    progress.show(bar)
+                yield future.result()
+            progress.show(bar)
+        finally:
+            progress.stop.set()
+            executor.shutdown(cancel_futures=True)
+
+
+_progress: Progress | None = None
+
+
+def _adopt(progress: Progress) -> None:
+    """In a worker: takes over the shared progress, and leaves Ctrl-C to the parent."""
+    global _progress
+    _progress = progress
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _train_stack(config: Config, tree: FeatureTree, seeds: Sequence[int]) -> StackResult:
+    """`train_stack` on one thread: its tensors are too small for two to help."""
+    assert _progress is not None
+    with script.threads(1):
+        return train_stack(config, tree, seeds, _progress)
+
+
+def write(
+    config: Config, tree: FeatureTree, finished: Sequence[StackResult], seconds: float
+) -> dict[str, Any]:
+    """Writes the SAEs, then the figures, then results.json, into `config.out`."""
+    import plots  # only here: matplotlib takes a second to import, and workers have no use for it
+
+    out = Path(config.out)
+    runs = sorted((r for result in finished for r in result.runs), key=lambda r: r["seed"])
+    for result in finished:
+        for entry, state in zip(result.runs, result.saes, strict=True):
+            sae = SAE.from_tensors(state)
+            script.write_atomically(
+                out / f"{entry['sae']}_seed{entry['seed']}.safetensors", sae.save
+            )
+
+    draw(config, tree, finished, plots)
+    results = {
+        "config": dataclasses.asdict(config),
+        "environment": script.environment(torch.device(config.device)),
+        "seconds": round(seconds, 2),
+        "runs": runs,
+    }
+    script.write_json(out / "results.json", results)
+    return results
+
+
+def draw(config: Config, tree: FeatureTree, finished: Sequence[StackResult], plots: Any) -> None:
+    """The figures: the first seed's activations and cosines, and every seed's training curves."""
+    out, first = Path(config.out), finished[0]
+    seed, n_seeds = first.runs[0]["seed"], len(first.runs) // len(SAES)
+    features, x = held_out(tree, config, seed, N_REFERENCE)
+    features, x = features[:N_DRAWN], x[:N_DRAWN]
+    directions = directions_of(tree, config, seed)
+    acts, decoder, encoder = {}, {}, {}
+    for k, name in enumerate(SAES):
+        sae = SAE.from_tensors(first.saes[k * n_seeds])
+        cosines = evaluate.decoder_cosines(sae.W_dec.detach(), directions)
+        matched = torch.as_tensor(evaluate.match_latents(cosines))
+        with torch.no_grad():
+            # in the units of the truth: an activation times its decoder row's length in the data
+            contribution = sae.encode(x) * sae.W_dec.norm(dim=1) / sae.scale
+        acts[name] = in_feature_order(contribution.T, matched).T
+        decoder[name] = in_feature_order(cosines, matched)
+        encoder[name] = in_feature_order(
+            evaluate.decoder_cosines(sae.W_enc.detach().T, directions), matched
+        )
+    plots.toy_activations(out / "activations.png", features, acts, tree)
+    plots.toy_cosines(out / "decoder_cosines.png", decoder, tree, "decoder")
+    plots.toy_cosines(out / "encoder_cosines.png", encoder, tree, "encoder")
+    curves = {
+        name: {
+            what: np.concatenate(
+                [np.split(r.curves[what], len(SAES), axis=1)[k] for r in finished], axis=1
+            ).T
+            for what in ("l0", "fvu", "sparsity_weight")
+        }
+        for k, name in enumerate(SAES)
+    }
+    plots.training_curves(
+        out / "curves.png", first.curves["step"], curves, config.target_l0, tree.expected_l0
+    )
+    if config.seeds > 1:
+        runs = [run for result in finished for run in result.runs]
+        plots.toy_seeds(out / "seeds.png", runs, tree)
+
+
+def in_feature_order(rows: Tensor, matched: Tensor) -> Tensor:
+    """Row f of the result is that of feature f's latent, NaN where it has none."""
+    return torch.where(matched[:, None] >= 0, rows[matched], torch.nan)
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The table of the write-up, as mean and spread over seeds, and what each kind of SAE lost."""
+    rows, lost_rows = [], []
+    threshold = results["config"]["threshold"]
+    for name in SAES:
+        runs = [run for run in results["runs"] if run["sae"] == name]
+        n = runs[0]["n_features"]
+
+        def spread(key: str, digits: int, runs: list[dict] = runs) -> str:
+            values = np.array([run[key] for run in runs])
+            mean = f"{values.mean():.{digits}f}"
+            return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):.{digits}f}"
+
+        clean = np.array([run["clean_features"] for run in runs])
+        counts = [
+            f"{c}/{n}" + (f" in {(clean == c).sum()}" if len(runs) > 1 else "")
+            for c in sorted(set(clean.tolist()), reverse=True)
+        ]
+        at = [np.mean([run["clean_at"][t] for run in runs]) for t in ("0.9", "0.95", "0.99")]
+        rows.append([name, spread("fvu", 4), spread("l0", 3), ", ".join(counts)])
+        lost = [np.mean([run["lost"][kind] for run in runs]) for kind in KINDS]
+        absorbed = [a for run in runs for a in run["absorption"] if a is not None]
+        lost_rows.append(
+            [
+                name,
+                *(f"{value:.2f}" for value in (*at, *lost)),
+                f"{np.mean(absorbed):.3f}" if absorbed else "-",
+            ]
+        )
+    n_seeds = len(results["runs"]) // len(SAES)
+    seeds = f"{n_seeds} seeds" if n_seeds > 1 else f"seed {results['runs'][0]['seed']}"
+    return "\n\n".join(
+        [
+            script.table([seeds, "FVU", "L0", f"clean features (cosine > {threshold})"], rows),
+            script.table(
+                [
+                    "mean a seed",
+                    "clean > 0.9",
+                    "> 0.95",
+                    "> 0.99",
+                    "parents lost",
+                    "children lost",
+                    "rare lost",
+                    "absorption",
+                ],
+                lost_rows,
+            ),
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with script.main_guard():
+        config = script.parse(Config, __doc__, argv)
+        results = run(config)
+        print(summary(results))
+        print(f"\n{results['seconds']:.0f} s; figures, SAEs and results.json are in {config.out}")
+
+
+if __name__ == "__main__":
+    main()
