@@ -11,8 +11,10 @@ import dataclasses
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
+import threading
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -113,6 +115,18 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"--device {name} is not there ({reason}); try --device cpu") from None
     return device
+
+
+@contextlib.contextmanager
+def ignoring_ctrl_c() -> Iterator[None]:
+    """Ctrl-C does nothing meanwhile; processes started meanwhile ignore it for good."""
+    in_main = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
+    try:
+        yield
+    finally:
+        if in_main:
+            signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ import dataclasses
 import math
 import multiprocessing
 import os
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,7 +63,7 @@ class Config:
 
 def load_tree(path: str) -> FeatureTree:
     """The tree in the file `path`, or beside this script where there is no such file."""
-    beside = Path(__file__).with_name(path)
+    beside = Path(__file__).parent / path
     return FeatureTree.from_json(beside if not Path(path).exists() and beside.exists() else path)
 
 
@@ -315,7 +314,8 @@ def train_stacks(config: Config, tree: FeatureTree) -> Iterator[StackResult]:
         else concurrent.futures.ThreadPoolExecutor(1, initializer=_adopt, initargs=(progress,))
     )
     with executor, tqdm(total=len(stacks) * config.steps, unit=" steps", smoothing=0.05) as bar:
-        futures = [executor.submit(_train_stack, config, tree, stack) for stack in stacks]
+        with script.ignoring_ctrl_c():  # which processes born here inherit: it is the parent's
+            futures = [executor.submit(_train_stack, config, tree, stack) for stack in stacks]
         try:
             for future in futures:
                 while concurrent.futures.wait([future], timeout=0.2).not_done:
@@ -331,11 +331,9 @@ _progress: Progress | None = None
 
 
 def _adopt(progress: Progress) -> None:
-    """In a worker: takes over the shared progress, and leaves Ctrl-C to the parent."""
+    """In a worker: takes over the progress that it shares with the parent."""
     global _progress
     _progress = progress
-    if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _train_stack(config: Config, tree: FeatureTree, seeds: Sequence[int]) -> StackResult:
