@@ -29,16 +29,30 @@ from script import UserError
 WEIGHTS_FILE = "tiny_model.pt"
 
 
+class Linear(nn.Linear):
+    """A linear map whose values are always loaded: none are drawn, which takes seconds."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """As `Linear`, for an embedding."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class Attention(nn.Module):
     """Causal attention, scaled by 1/sqrt(d_head). Q, K and V have no bias, O has one."""
 
     def __init__(self, d_model: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.Q = nn.Linear(d_model, d_model, bias=False)
-        self.K = nn.Linear(d_model, d_model, bias=False)
-        self.V = nn.Linear(d_model, d_model, bias=False)
-        self.O = nn.Linear(d_model, d_model)
+        self.Q = Linear(d_model, d_model, bias=False)
+        self.K = Linear(d_model, d_model, bias=False)
+        self.V = Linear(d_model, d_model, bias=False)
+        self.O = Linear(d_model, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, seq, d_model] to the same shape."""
@@ -55,8 +69,8 @@ class MLP(nn.Module):
 
     def __init__(self, d_model: int, d_mlp: int) -> None:
         super().__init__()
-        self.read_in = nn.Linear(d_model, d_mlp)
-        self.write_out = nn.Linear(d_mlp, d_model)
+        self.read_in = Linear(d_model, d_mlp)
+        self.write_out = Linear(d_mlp, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, seq, d_model] to the same shape."""
@@ -78,7 +92,7 @@ class Block(nn.Module):
 
 
 class TinyModel(nn.Module):
-    """The whole model. `from_pretrained` is the usual way to one."""
+    """The whole model. Make it with `from_pretrained`: `TinyModel(...)` has shapes, no values."""
 
     def __init__(
         self, d_model: int, n_layers: int, n_heads: int, d_mlp: int, d_vocab: int, max_seq_len: int
@@ -88,10 +102,11 @@ class TinyModel(nn.Module):
             raise UserError(f"n_heads is {n_heads}: it must divide the weights' d_model, {d_model}")
         self.d_model, self.n_layers, self.n_heads = d_model, n_layers, n_heads
         self.d_vocab, self.max_seq_len = d_vocab, max_seq_len
-        self.embed = nn.Embedding(d_vocab, d_model)
-        self.pos_embed = nn.Parameter(torch.zeros(1, max_seq_len, d_model))
-        self.torso = nn.ModuleList(Block(d_model, n_heads, d_mlp) for _ in range(n_layers))
-        self.lm_head = nn.Linear(d_model, d_vocab)
+        with torch.device("meta"):  # shapes only: unloaded weights cannot be run by mistake
+            self.embed = Embedding(d_vocab, d_model)
+            self.pos_embed = nn.Parameter(torch.empty(1, max_seq_len, d_model))
+            self.torso = nn.ModuleList(Block(d_model, n_heads, d_mlp) for _ in range(n_layers))
+            self.lm_head = Linear(d_model, d_vocab)
 
     @classmethod
     def from_pretrained(
@@ -118,8 +133,7 @@ class TinyModel(nn.Module):
     ) -> "TinyModel":
         """The model with these weights, as float32. Raises `UserError` naming `source`."""
         shapes = check_weights(state, source)
-        with torch.device("meta"):  # no time spent on initial values that are about to go
-            model = cls(n_heads=n_heads, **shapes)
+        model = cls(n_heads=n_heads, **shapes)
         # .clone(): the hub's file must not be changed through this model, nor one model by another
         weights = {name: tensor.to(torch.float32).clone() for name, tensor in state.items()}
         model.load_state_dict(weights, assign=True)
@@ -227,8 +241,7 @@ def expected_shapes(
     d_model: int, n_layers: int, d_mlp: int, d_vocab: int, max_seq_len: int
 ) -> dict[str, list[int]]:
     """Every name in a TinyModel's state dict, with its shape."""
-    with torch.device("meta"):
-        model = TinyModel(d_model, n_layers, 1, d_mlp, d_vocab, max_seq_len)
+    model = TinyModel(d_model, n_layers, 1, d_mlp, d_vocab, max_seq_len)
     return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
