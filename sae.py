@@ -25,7 +25,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import numpy as np
 import safetensors
@@ -33,6 +32,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
+
+from gradients import Params, Sparsity, write_gradient
 
 
 def seeded_generator(seed: int, *stream: int) -> torch.Generator:
@@ -190,82 +191,6 @@ def reach(prefixes: Tensor, n_latents: int) -> Tensor:
     return 1 - torch.searchsorted(prefixes, places) / prefixes.shape[-1]
 
 
-# ----------------------------------------------------------------------------- loss and gradient
-
-
-class Params(NamedTuple):
-    """What is learnt, or its gradient: views of one flat tensor [n_saes, n_params]."""
-
-    W_enc: Tensor  # [n_saes, d_model, n_latents]
-    b_enc: Tensor  # [n_saes, 1, n_latents]
-    W_dec: Tensor  # [n_saes, n_latents, d_model]
-    b_dec: Tensor  # [n_saes, 1, d_model]
-
-    @classmethod
-    def of(cls, flat: Tensor, d_model: int, n_latents: int) -> "Params":
-        shapes = [(d_model, n_latents), (1, n_latents), (n_latents, d_model), (1, d_model)]
-        parts = flat.split([math.prod(shape) for shape in shapes], dim=1)
-        return cls(*(part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)))
-
-
-Sparsity = Literal["l1", "log"]
-
-
-def write_gradient(
-    grads: Params, params: Params, x: Tensor, reach: Tensor, price: Tensor, sparsity: Sparsity
-) -> tuple[Tensor, Tensor]:
-    """Writes the gradient of the prefix loss, a mean over the batch, into `grads`.
-
-    x [n_saes, batch, d_model] is already scaled; reach [n_saes, n_latents] belongs to the latents
-    as they are stored, in whatever order; price [n_saes, n_latents] is sparsity_weight * reach.
-    `sparsity` is "l1", or "log": log((a ||d|| + 0.1) / 0.1) in place of a ||d||.
-
-    Returns l0 [n_saes], and each latent's mean square of a ||d|| [n_saes, n_latents].
-
-    The gradient is written out: with G = W_dec W_dec^T, C = acts^T acts, meet_ij = min(s_i, s_j),
-    the quadratic term's derivative is 2 acts (meet * G) to acts and 2 (meet * C) W_dec to W_dec.
-    """
-    W_enc, b_enc, W_dec, b_dec = params
-    batch = x.shape[1]
-    ones = x.new_ones(len(x), 1, batch)  # sums over the batch are products: one thread, no copies
-    reach, price = (
-        reach[..., None] * (2 / batch),
-        price[..., None] / batch,
-    )  # [n_saes, n_latents, 1]
-
-    acts = torch.baddbmm(b_enc, x, W_enc).relu_()  # [n_saes, batch, n_latents]
-    x_centred = x - b_dec
-    meet = torch.minimum(reach, reach.mT)  # [n_saes, n_latents, n_latents]
-    gram = torch.bmm(W_dec, W_dec.mT)
-    norms = gram.diagonal(dim1=1, dim2=2).sqrt()  # [n_saes, n_latents]
-    W_dec_reached = W_dec * reach
-
-    # slope: what one more unit of an activation costs in sparsity; pull: how much of that falls
-    # on the decoder row's norm.
-    slope = price.mT * norms[:, None]
-    if sparsity == "l1":
-        paid = acts
-    else:
-        per_unit = 1 / (acts * norms[:, None] + 0.1)
-        slope, paid = slope * per_unit, acts * per_unit
-    pull = torch.bmm(ones, paid).mT * price / norms[..., None]
-
-    g_acts = torch.baddbmm(slope, acts, gram * meet).baddbmm_(x_centred, W_dec_reached.mT, alpha=-1)
-    g_acts = torch.ops.aten.threshold_backward(g_acts, acts, 0)  # through the ReLU
-    torch.bmm(x.mT, g_acts, out=grads.W_enc)
-    torch.bmm(ones, g_acts, out=grads.b_enc)
-
-    correlation = torch.bmm(acts.mT, acts)  # [n_saes, n_latents, n_latents]
-    linear = torch.bmm(acts.mT, x_centred).mul_(-reach).addcmul_(W_dec, pull)
-    torch.baddbmm(linear, correlation * meet, W_dec, out=grads.W_dec)
-    sum_acts, sum_x = torch.bmm(ones, acts), torch.bmm(ones, x_centred)
-    torch.baddbmm(sum_x, sum_acts, W_dec_reached, beta=-2 / batch, out=grads.b_dec)
-
-    # ord 0 counts what is not zero, without a copy in another dtype
-    l0 = torch.linalg.vector_norm(acts, ord=0, dim=(1, 2)) / batch
-    return l0, correlation.diagonal(dim1=1, dim2=2) * norms.square() / batch
-
-
 # --------------------------------------------------------------------------------------- trainer
 
 
@@ -327,7 +252,7 @@ class Trainer:
         self.d_model, self.n_latents = saes.d_model, saes.n_latents
         n_saes, device = len(seeds), saes.W_enc.device
 
-        parts = (saes.W_enc, saes.b_enc, saes.W_dec, saes.b_dec)
+        parts = (saes.W_enc.mT, saes.b_enc, saes.W_dec, saes.b_dec)
         flat = torch.cat([part.detach().flatten(1) for part in parts], dim=1)
         self._state = {
             "params": flat,
@@ -445,7 +370,7 @@ class Trainer:
         order = state["mean_square"].sort(dim=1, descending=True, stable=True).indices
         return SAE.from_tensors(
             {
-                "W_enc": W_enc.take_along_dim(order[:, None, :], dim=2),
+                "W_enc": W_enc.take_along_dim(order[:, :, None], dim=1).mT,
                 "b_enc": b_enc[:, 0].take_along_dim(order, dim=1),
                 "W_dec": W_dec.take_along_dim(order[:, :, None], dim=1),
                 "b_dec": b_dec[:, 0],

@@ -12,16 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 import sae as sae_module
+from gradients import Params
 from sae import (
     SAE,
-    Params,
     Trainer,
     TrainerConfig,
     prefix_probabilities,
     reach,
     sample_prefixes,
     seeded_generator,
-    write_gradient,
 )
 
 D_MODEL, N_LATENTS, BATCH = 5, 7, 11
@@ -43,108 +42,6 @@ def batches(n, seed=0):
 
 def states_equal(a, b):
     return all(torch.equal(a[name], b[name]) for name in a) and a.keys() == b.keys()
-
-
-# ------------------------------------------------------------------------------- loss, gradient
-
-
-def loop_loss(W_enc, b_enc, W_dec, b_dec, x, prefixes, order, weight, sparsity):
-    """The prefix loss of the paper as it is written down: one reconstruction a prefix, a loop."""
-    acts = torch.relu(x @ W_enc + b_enc)
-    total = 0.0
-    for m in prefixes:
-        kept = order[: int(m)]
-        x_hat = b_dec + sum(acts[:, j, None] * W_dec[j] for j in kept)
-        error = ((x - x_hat) ** 2).sum(dim=1).mean()
-        paid = 0.0
-        for j in kept:
-            normed = acts[:, j] * W_dec[j].norm()
-            paid += (normed if sparsity == "l1" else torch.log((normed + 0.1) / 0.1)).mean()
-        total = total + error + weight * paid
-    return total / len(prefixes)
-
-
-def random_case(seed, n_prefixes):
-    """Float64 parameters [1, ...], x, prefixes, and an order that is not the stored one."""
-    flat = 0.5 * rand(1, 2 * D_MODEL * N_LATENTS + N_LATENTS + D_MODEL, seed=seed).double()
-    x = rand(BATCH, D_MODEL, seed=seed + 1).double()
-    prefixes = sample_prefixes(N_LATENTS, n_prefixes, seeded_generator(seed))
-    order = torch.randperm(N_LATENTS, generator=seeded_generator(seed, 1))
-    return flat, x, prefixes, order
-
-
-def reach_by_latent(prefixes, order):
-    """Counted in float64: the share of prefixes that contain each latent where it is stored."""
-    shares = torch.empty(N_LATENTS, dtype=torch.float64)
-    for place, latent in enumerate(order):
-        shares[latent] = (prefixes > place).double().mean()
-    return shares
-
-
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(
-    seed=st.integers(0, 10**6),
-    n_prefixes=st.integers(1, N_LATENTS),
-    weight=st.floats(0, 3),
-    sparsity=st.sampled_from(["l1", "log"]),
-)
-def test_gradient_is_autograds_of_the_loop(seed, n_prefixes, weight, sparsity):
-    flat, x, prefixes, order = random_case(seed, n_prefixes)
-    flat.requires_grad_()
-    W_enc, b_enc, W_dec, b_dec = (part[0] for part in Params.of(flat, D_MODEL, N_LATENTS))
-    loss = loop_loss(W_enc, b_enc[0], W_dec, b_dec[0], x, prefixes, order, weight, sparsity)
-    (expected,) = torch.autograd.grad(loss, flat)
-
-    by_latent = reach_by_latent(prefixes, order)[None]
-    grad = torch.full_like(flat, torch.nan)  # every element must be written
-    with torch.no_grad():
-        l0, mean_square = write_gradient(
-            Params.of(grad, D_MODEL, N_LATENTS),
-            Params.of(flat.detach(), D_MODEL, N_LATENTS),
-            x[None],
-            by_latent,
-            weight * by_latent,
-            sparsity,
-        )
-        acts = torch.relu(x @ W_enc + b_enc[0])
-    torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(l0[0], (acts > 0).double().sum(1).mean())
-    normed = acts * W_dec.detach().norm(dim=1)
-    torch.testing.assert_close(mean_square[0], (normed**2).mean(0))
-
-
-def test_gradient_against_finite_differences():
-    flat, x, prefixes, order = random_case(seed=3, n_prefixes=3)
-
-    def loss(values):
-        W_enc, b_enc, W_dec, b_dec = (p[0] for p in Params.of(values[None], D_MODEL, N_LATENTS))
-        return loop_loss(W_enc, b_enc[0], W_dec, b_dec[0], x, prefixes, order, 0.7, "l1")
-
-    by_latent = reach_by_latent(prefixes, order)[None]
-    grad = torch.zeros_like(flat)
-    params = Params.of(flat, D_MODEL, N_LATENTS)
-    write_gradient(
-        Params.of(grad, D_MODEL, N_LATENTS), params, x[None], by_latent, 0.7 * by_latent, "l1"
-    )
-    for i in range(0, flat.shape[1], 3):
-        nudge = torch.zeros_like(flat[0])
-        nudge[i] = 1e-6
-        slope = (loss(flat[0] + nudge) - loss(flat[0] - nudge)) / 2e-6
-        assert abs(slope - grad[0, i]) < 1e-6 * (1 + abs(slope))
-
-
-def test_closed_form_of_the_module_docstring_is_the_loop():
-    flat, x, prefixes, order = random_case(seed=5, n_prefixes=4)
-    W_enc, b_enc, W_dec, b_dec = (p[0] for p in Params.of(flat, D_MODEL, N_LATENTS))
-    s = reach_by_latent(prefixes, order)
-    acts, centred = torch.relu(x @ W_enc + b_enc), x - b_dec
-    closed = (centred**2).sum(1)
-    closed = closed - 2 * (s * acts * (centred @ W_dec.T)).sum(1)
-    quadratic = torch.minimum(s[:, None], s) * (W_dec @ W_dec.T)
-    closed = closed + torch.einsum("bi,bj,ij->b", acts, acts, quadratic)
-    closed = closed + 0.3 * (s * acts * W_dec.norm(dim=1)).sum(1)
-    looped = loop_loss(W_enc, b_enc, W_dec, b_dec, x, prefixes, order, 0.3, "l1")
-    torch.testing.assert_close(closed.mean(), looped)
 
 
 # ------------------------------------------------------------------------------------- prefixes
@@ -290,7 +187,7 @@ def permuted(trainer, order, left_behind=()):
     state = trainer.state_dict()
     for name in {"params", "adam_mean", "adam_square"} - set(left_behind):
         parts = Params.of(state[name], D_MODEL, N_LATENTS)
-        moved = [parts.W_enc[:, :, order], parts.b_enc[:, :, order], parts.W_dec[:, order]]
+        moved = [parts.W_enc[:, order], parts.b_enc[:, :, order], parts.W_dec[:, order]]
         state[name] = torch.cat([p.flatten(1) for p in (*moved, parts.b_dec)], dim=1)
     if "mean_square" not in left_behind:
         state["mean_square"] = state["mean_square"][:, order]
@@ -328,7 +225,7 @@ def test_latents_are_handed_out_in_order():
     # the SAE is the same function whatever the order of its latents
     params = Params.of(state["params"], D_MODEL, N_LATENTS)
     scale = trainer.sae.scale
-    acts = torch.relu(scale * x @ params.W_enc + params.b_enc)
+    acts = torch.relu(scale * x @ params.W_enc.mT + params.b_enc)
     torch.testing.assert_close(trainer.sae(x), (acts @ params.W_dec + params.b_dec) / scale)
     order = state["mean_square"].sort(dim=1, descending=True).indices
     torch.testing.assert_close(trainer.sae.encode(x), acts.take_along_dim(order[:, None], dim=2))

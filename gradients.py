@@ -1,0 +1,286 @@
+"""The gradient of the prefix loss, written out: one function, one line of mathematics, three ways.
+
+With x less b_dec, a = ReLU(x W_enc + b_enc), d_j a row of W_dec, s_j the reach of latent j, and
+p_j = sparsity_weight * s_j, the loss of a sample is
+
+    ||x||^2 - 2 sum_j s_j a_j <d_j, x> + sum_ij min(s_i, s_j) a_i a_j <d_i, d_j>
+            + sum_j p_j a_j ||d_j||
+
+and everything follows from the residual that latent j meets, the mean over prefixes of what those
+that contain j have over or left to explain,
+
+    r_j = sum_i min(s_i, s_j) a_i d_i - s_j x
+    d loss / d a_j = 2 <d_j, r_j> + p_j ||d_j||
+    d loss / d d_j = 2 a_j r_j    + p_j a_j d_j / ||d_j||
+
+`gram`    forms no residual: all pairs of latents, for small dictionaries stacked by the hundred.
+`blocks`  one residual a prefix and sample: dense products, for activations that are still dense.
+`runs`    one residual for each run of active latents of equal reach: only the encoder's product is
+          dense. What training is, but for its beginning.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Sparsity = Literal["l1", "log"]
+
+SMALL = 256  # latents up to which `gram` serves
+SPARSE = 0.05  # share of active latents up to which `runs` is faster than `blocks`; see bench.py
+
+
+class Params(NamedTuple):
+    """What is learnt, or its gradient: views of one flat tensor [n_saes, n_params]."""
+
+    W_enc: Tensor  # [n_saes, n_latents, d_model]: a row a latent, as in W_dec
+    b_enc: Tensor  # [n_saes, 1, n_latents]
+    W_dec: Tensor  # [n_saes, n_latents, d_model]
+    b_dec: Tensor  # [n_saes, 1, d_model]
+
+    @classmethod
+    def of(cls, flat: Tensor, d_model: int, n_latents: int) -> "Params":
+        shapes = [(n_latents, d_model), (1, n_latents), (n_latents, d_model), (1, d_model)]
+        parts = flat.split([math.prod(shape) for shape in shapes], dim=1)
+        return cls(*(part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)))
+
+    def one(self, i: int) -> "Params":
+        """SAE i by itself: tensors without the leading dimension."""
+        return Params(*(tensor[i] for tensor in tuple(self)))
+
+
+class Stats(NamedTuple):
+    """What a step learns of the activations on its way."""
+
+    l0: Tensor  # [n_saes], active latents a sample
+    mean_square: Tensor  # [n_saes, n_latents], of a_j ||d_j||
+
+
+def write_gradient(
+    grads: Params,
+    params: Params,
+    x: Tensor,
+    reach: Tensor,
+    price: Tensor,
+    sparsity: Sparsity = "l1",
+    way: Literal["gram", "blocks", "runs"] | None = None,
+) -> Stats:
+    """Writes the gradient of the loss above, a mean over the batch, into `grads`.
+
+    x [n_saes, batch, d_model] is already scaled; reach [n_saes, n_latents] belongs to the latents
+    as they are stored, in whatever order, its maximum 1; price [n_saes, n_latents] is
+    sparsity_weight * reach.
+    `sparsity` is "l1", or "log": log((a ||d|| + 0.1) / 0.1) in place of a ||d||.
+    The three ways differ in rounding alone; None takes the one that is fastest here.
+    """
+    small = reach.shape[1] <= SMALL
+    if way == "gram" or (way is None and small):
+        return _gram(grads, params, x, reach, price, sparsity)
+    stats = []
+    for i in range(len(x)):
+        p = params.one(i)
+        acts = torch.addmm(p.b_enc, x[i], p.W_enc.mT).relu_()  # [batch, n_latents]
+        write = _pick(acts, reach[i]) if way is None else {"blocks": _blocks, "runs": _runs}[way]
+        stats.append(write(grads.one(i), p, x[i], acts, reach[i], price[i], sparsity))
+    return Stats(*map(torch.stack, zip(*stats, strict=True)))
+
+
+def _pick(acts: Tensor, reach: Tensor):
+    """`runs` where few latents are active; reading that number costs a GPU more than it gains."""
+    if acts.is_cuda or torch.linalg.vector_norm(acts, ord=0) > SPARSE * acts.numel():
+        return _blocks
+    return _runs
+
+
+def _sparsity_slopes(acts: Tensor, norms: Tensor, sparsity: Sparsity) -> tuple[Tensor, Tensor]:
+    """f'(a ||d||) and a f'(a ||d||), for f the identity or the logarithm; shapes broadcast."""
+    if sparsity == "l1":
+        return torch.ones_like(norms), acts
+    slope = 1 / (acts * norms + 0.1)
+    return slope, acts * slope
+
+
+def _gram(
+    grads: Params, params: Params, x: Tensor, reach: Tensor, price: Tensor, sparsity: Sparsity
+) -> Stats:
+    """All pairs of latents. With G = W_dec W_dec^T, C = acts^T acts and meet_ij = min(s_i, s_j),
+    the quadratic term's derivative is 2 acts (meet * G) to acts, and 2 (meet * C) W_dec to W_dec.
+    """
+    W_enc, b_enc, W_dec, b_dec = params
+    batch = x.shape[1]
+    ones = x.new_ones(len(x), 1, batch)  # sums over the batch are products: no copies
+    reach, price = (
+        reach[..., None] * (2 / batch),
+        price[..., None] / batch,
+    )  # [n_saes, n_latents, 1]
+
+    acts = torch.baddbmm(b_enc, x, W_enc.mT).relu_()  # [n_saes, batch, n_latents]
+    x_centred = x - b_dec
+    meet = torch.minimum(reach, reach.mT)  # [n_saes, n_latents, n_latents]
+    gram = torch.bmm(W_dec, W_dec.mT)
+    norms = gram.diagonal(dim1=1, dim2=2).sqrt()  # [n_saes, n_latents]
+    W_dec_reached = W_dec * reach
+
+    slope, paid = _sparsity_slopes(acts, norms[:, None], sparsity)
+    slope = price.mT * norms[:, None] * slope
+    pull = torch.bmm(ones, paid).mT * price / norms[..., None]
+
+    g_acts = torch.baddbmm(slope, acts, gram * meet).baddbmm_(x_centred, W_dec_reached.mT, alpha=-1)
+    g_acts = torch.ops.aten.threshold_backward(g_acts, acts, 0)  # through the ReLU
+    torch.bmm(g_acts.mT, x, out=grads.W_enc)
+    torch.bmm(ones, g_acts, out=grads.b_enc)
+
+    correlation = torch.bmm(acts.mT, acts)  # [n_saes, n_latents, n_latents]
+    linear = torch.bmm(acts.mT, x_centred).mul_(-reach).addcmul_(W_dec, pull)
+    torch.baddbmm(linear, correlation * meet, W_dec, out=grads.W_dec)
+    sum_acts, sum_x = torch.bmm(ones, acts), torch.bmm(ones, x_centred)
+    torch.baddbmm(sum_x, sum_acts, W_dec_reached, beta=-2 / batch, out=grads.b_dec)
+
+    # ord 0 counts what is not zero, without a copy in another dtype
+    l0 = torch.linalg.vector_norm(acts, ord=0, dim=(1, 2)) / batch
+    return Stats(l0, correlation.diagonal(dim1=1, dim2=2) * norms.square() / batch)
+
+
+def _blocks(
+    grads: Params,
+    params: Params,
+    x: Tensor,
+    acts: Tensor,
+    reach: Tensor,
+    price: Tensor,
+    sparsity: Sparsity,
+) -> Stats:
+    """One residual a block of latents of equal reach: r = suffix sums of what prefixes leave over.
+
+    The latents are sorted by reach, so that a block is a slice. One SAE: no leading dimension.
+    """
+    batch = len(x)
+    ranked, order = reach.sort(descending=True, stable=True)
+    shares, sizes = torch.unique_consecutive(ranked, return_counts=True)
+    weights = (shares - torch.cat([shares[1:], shares.new_zeros(1)])).tolist()  # of each prefix
+    one_block = len(weights) == 1
+    if not one_block:
+        acts, W_dec = acts[:, order], params.W_dec[order]
+    else:
+        W_dec = params.W_dec
+    blocks = list(zip(acts.split(sizes.tolist(), 1), W_dec.split(sizes.tolist()), strict=True))
+
+    residuals = x.new_empty(len(blocks), *x.shape)  # [n_blocks, batch, d_model]
+    before = params.b_dec - x
+    for residual, (a, d) in zip(residuals, blocks, strict=True):
+        torch.addmm(before, a, d, out=residual)
+        before = residual
+    for k in reversed(range(len(blocks))):
+        residuals[k].mul_(weights[k] * 2 / batch)
+        if k + 1 < len(blocks):
+            residuals[k] += residuals[k + 1]
+
+    norms = W_dec.norm(dim=1)
+    ranked_price = price if one_block else price[order]
+    slope, paid = _sparsity_slopes(acts, norms, sparsity)
+    pull = paid.sum(0) * ranked_price / norms / batch
+    g_acts, g_W_dec = torch.empty_like(acts), torch.empty_like(W_dec)
+    parts = zip(
+        g_acts.split(sizes.tolist(), 1),
+        g_W_dec.split(sizes.tolist()),
+        blocks,
+        residuals,
+        strict=True,
+    )
+    for g_a, g_d, (a, d), residual in parts:
+        g_a.copy_(residual @ d.T)
+        torch.mm(a.T, residual, out=g_d)
+    g_acts.add_(ranked_price * norms * slope, alpha=1 / batch)
+    g_acts = torch.ops.aten.threshold_backward(g_acts, acts, 0)  # through the ReLU
+    g_W_dec.addcmul_(W_dec, pull[:, None])
+
+    mean_square = (acts.square().sum(0) / batch) * norms.square()
+    where = slice(None) if one_block else order
+    grads.W_enc[where] = g_acts.T @ x
+    grads.b_enc[0, where] = g_acts.sum(0)
+    grads.W_dec[where] = g_W_dec
+    grads.b_dec[0] = residuals[0].sum(0)
+    stored = torch.empty_like(mean_square)
+    stored[where] = mean_square
+    return Stats(torch.linalg.vector_norm(acts, ord=0) / batch, stored)
+
+
+def _runs(
+    grads: Params,
+    params: Params,
+    x: Tensor,
+    acts: Tensor,
+    reach: Tensor,
+    price: Tensor,
+    sparsity: Sparsity,
+) -> Stats:
+    """One residual a run: active latents of a sample that have the same reach.
+
+    Everything but the encoder is a product with a sparse matrix of few entries a sample. One SAE:
+    no leading dimension.
+    """
+    W_dec, batch, n_latents = params.W_dec, len(x), len(reach)
+    rank = torch.empty_like(reach, dtype=torch.int64)
+    rank[reach.argsort(descending=True, stable=True)] = torch.arange(n_latents, device=x.device)
+    sample, latent = acts.nonzero(as_tuple=True)  # [n_active] each
+    by_rank = (sample * n_latents + rank[latent]).argsort()
+    latent = latent[by_rank]  # samples stay in order: within each, the furthest reach comes first
+    a, s = acts[sample, latent], reach[latent]
+
+    first = torch.ones_like(sample, dtype=torch.bool)  # of its run
+    first[1:] = (sample[1:] != sample[:-1]) | (s[1:] != s[:-1])
+    run_of = first.cumsum(0) - 1  # [n_active]
+    run_sample, run_reach = sample[first], s[first]  # [n_runs]
+
+    # residual_r = sum_i min(s_i, s_r) a_i d_i - s_r x, over the active latents i of r's sample
+    n_active = torch.bincount(sample, minlength=batch)
+    starts = n_active.cumsum(0) - n_active
+    of_run = n_active[run_sample]
+    run = torch.repeat_interleave(of_run)  # [n_pairs]
+    run_starts = of_run.cumsum(0) - of_run
+    active = torch.arange(len(run), device=x.device) + (starts[run_sample] - run_starts)[run]
+    meet = _csr(
+        run_starts, latent[active], torch.minimum(run_reach[run], s[active]) * a[active], n_latents
+    )
+    x_centred = x - params.b_dec
+    residual = (x_centred[run_sample] * -run_reach[:, None]).addmm_(meet, W_dec)  # [n_runs, d]
+
+    norms = W_dec.norm(dim=1)
+    slope, paid = _sparsity_slopes(a, norms[latent], sparsity)
+    row_starts = torch.bincount(run_of, minlength=len(run_sample)).cumsum(0)
+    pattern = _csr(
+        row_starts - row_starts.diff(prepend=row_starts.new_zeros(1)),
+        latent,
+        price[latent] * norms[latent] * slope,
+        n_latents,
+    )
+    g_a = torch.sparse.sampled_addmm(pattern, residual, W_dec.T, beta=1 / batch, alpha=2 / batch)
+    g_a = g_a.values()
+
+    by_latent = latent.argsort(stable=True)
+    counts = torch.bincount(latent, minlength=n_latents)
+    latent_starts = counts.cumsum(0) - counts
+    to_runs = _csr(latent_starts, run_of[by_latent], a[by_latent], len(run_sample))
+    to_samples = _csr(latent_starts, sample[by_latent], g_a[by_latent], batch)
+
+    def total(values: Tensor) -> Tensor:
+        return torch.zeros_like(reach).index_add_(0, latent, values)
+
+    pull = total(paid) * price / norms / batch
+    torch.mul(W_dec, pull[:, None], out=grads.W_dec)
+    grads.W_dec.addmm_(to_runs, residual, alpha=2 / batch)
+    grads.W_enc.zero_().addmm_(to_samples, x)
+    grads.b_enc[0] = total(g_a)
+    sums = (total(a) * reach) @ W_dec - x_centred.sum(0)
+    grads.b_dec[0] = sums * (2 / batch)
+    l0 = reach.new_tensor(len(a) / batch)
+    return Stats(l0, total(a * a) / batch * norms.square())
+
+
+def _csr(row_starts: Tensor, columns: Tensor, values: Tensor, n_columns: int) -> Tensor:
+    """A sparse matrix in CSR form, int32 indices: half the bytes, and what MKL wants."""
+    ends = torch.cat([row_starts, row_starts.new_tensor([len(columns)])])
+    return torch.sparse_csr_tensor(
+        ends.int(), columns.int(), values, (len(row_starts), n_columns), check_invariants=False
+    )

@@ -1,0 +1,190 @@
+"""gradients.py, each of its ways, against loops over prefixes in float64, and each other."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gradients
+from gradients import Params, write_gradient
+from sae import sample_prefixes, seeded_generator
+
+D_MODEL, N_LATENTS, BATCH = 5, 7, 11
+WAYS = ("gram", "blocks", "runs")
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=seeded_generator(seed, 99))
+
+
+def loop_loss(W_enc, b_enc, W_dec, b_dec, x, prefixes, order, weight, sparsity):
+    """The prefix loss of the paper as it is written down: one reconstruction a prefix, a loop."""
+    acts = torch.relu(x @ W_enc + b_enc)
+    total = 0.0
+    for m in prefixes:
+        kept = order[: int(m)]
+        x_hat = b_dec + sum(acts[:, j, None] * W_dec[j] for j in kept)
+        error = ((x - x_hat) ** 2).sum(dim=1).mean()
+        paid = 0.0
+        for j in kept:
+            normed = acts[:, j] * W_dec[j].norm()
+            paid += (normed if sparsity == "l1" else torch.log((normed + 0.1) / 0.1)).mean()
+        total = total + error + weight * paid
+    return total / len(prefixes)
+
+
+def random_case(seed, n_prefixes):
+    """Float64 parameters [1, ...], x, prefixes, and an order that is not the stored one."""
+    flat = 0.5 * rand(1, 2 * D_MODEL * N_LATENTS + N_LATENTS + D_MODEL, seed=seed).double()
+    x = rand(BATCH, D_MODEL, seed=seed + 1).double()
+    prefixes = sample_prefixes(N_LATENTS, n_prefixes, seeded_generator(seed))
+    order = torch.randperm(N_LATENTS, generator=seeded_generator(seed, 1))
+    return flat, x, prefixes, order
+
+
+def reach_by_latent(prefixes, order):
+    """Counted in float64: the share of prefixes that contain each latent where it is stored."""
+    shares = torch.empty(N_LATENTS, dtype=torch.float64)
+    for place, latent in enumerate(order):
+        shares[latent] = (prefixes > place).double().mean()
+    return shares
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10**6),
+    n_prefixes=st.integers(1, N_LATENTS),
+    weight=st.floats(0, 3),
+    sparsity=st.sampled_from(["l1", "log"]),
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_gradient_is_autograds_of_the_loop(way, seed, n_prefixes, weight, sparsity):
+    flat, x, prefixes, order = random_case(seed, n_prefixes)
+    flat.requires_grad_()
+    W_enc_T, b_enc, W_dec, b_dec = (part[0] for part in Params.of(flat, D_MODEL, N_LATENTS))
+    W_enc = W_enc_T.T
+    loss = loop_loss(W_enc, b_enc[0], W_dec, b_dec[0], x, prefixes, order, weight, sparsity)
+    (expected,) = torch.autograd.grad(loss, flat)
+
+    by_latent = reach_by_latent(prefixes, order)[None]
+    grad = torch.full_like(flat, torch.nan)  # every element must be written
+    with torch.no_grad():
+        l0, mean_square = write_gradient(
+            Params.of(grad, D_MODEL, N_LATENTS),
+            Params.of(flat.detach(), D_MODEL, N_LATENTS),
+            x[None],
+            by_latent,
+            weight * by_latent,
+            sparsity,
+            way,
+        )
+        acts = torch.relu(x @ W_enc + b_enc[0])
+    torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(l0[0], (acts > 0).double().sum(1).mean())
+    normed = acts * W_dec.detach().norm(dim=1)
+    torch.testing.assert_close(mean_square[0], (normed**2).mean(0))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradient_against_finite_differences(way):
+    flat, x, prefixes, order = random_case(seed=3, n_prefixes=3)
+
+    def loss(values):
+        W_enc, b_enc, W_dec, b_dec = (p[0] for p in Params.of(values[None], D_MODEL, N_LATENTS))
+        return loop_loss(W_enc.T, b_enc[0], W_dec, b_dec[0], x, prefixes, order, 0.7, "l1")
+
+    by_latent = reach_by_latent(prefixes, order)[None]
+    grad = torch.zeros_like(flat)
+    params = Params.of(flat, D_MODEL, N_LATENTS)
+    write_gradient(
+        Params.of(grad, D_MODEL, N_LATENTS), params, x[None], by_latent, 0.7 * by_latent, "l1", way
+    )
+    for i in range(0, flat.shape[1], 3):
+        nudge = torch.zeros_like(flat[0])
+        nudge[i] = 1e-6
+        slope = (loss(flat[0] + nudge) - loss(flat[0] - nudge)) / 2e-6
+        assert abs(slope - grad[0, i]) < 1e-6 * (1 + abs(slope))
+
+
+def test_closed_form_of_the_module_docstring_is_the_loop():
+    flat, x, prefixes, order = random_case(seed=5, n_prefixes=4)
+    W_enc_T, b_enc, W_dec, b_dec = (p[0] for p in Params.of(flat, D_MODEL, N_LATENTS))
+    W_enc = W_enc_T.T
+    s = reach_by_latent(prefixes, order)
+    acts, centred = torch.relu(x @ W_enc + b_enc), x - b_dec
+    closed = (centred**2).sum(1)
+    closed = closed - 2 * (s * acts * (centred @ W_dec.T)).sum(1)
+    quadratic = torch.minimum(s[:, None], s) * (W_dec @ W_dec.T)
+    closed = closed + torch.einsum("bi,bj,ij->b", acts, acts, quadratic)
+    closed = closed + 0.3 * (s * acts * W_dec.norm(dim=1)).sum(1)
+    looped = loop_loss(W_enc, b_enc, W_dec, b_dec, x, prefixes, order, 0.3, "l1")
+    torch.testing.assert_close(closed.mean(), looped)
+
+
+def large_case(seed, sparse, dtype=torch.float32):
+    """Parameters and a batch of a size at which all three ways are taken for real: [2, ...]."""
+    d_model, n_latents, batch, n_saes = 32, 400, 64, 2
+    flat = rand(n_saes, 2 * d_model * n_latents + n_latents + d_model, seed=seed).to(dtype) / 4
+    params = Params.of(flat, d_model, n_latents)
+    params.b_enc.sub_(3.0 if sparse else 0.0)
+    x = rand(n_saes, batch, d_model, seed=seed + 1).to(dtype)
+    reach = torch.randint(1, 11, (n_saes, n_latents), generator=seeded_generator(seed)).to(dtype)
+    return params, x, reach / 10
+
+
+@pytest.mark.parametrize("sparsity", ["l1", "log"])
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("reaches", ["ten prefixes", "every prefix", "one prefix"])
+def test_the_ways_agree(sparse, reaches, sparsity):
+    """In float64, on two SAEs at once; with every reach different, as in the exact loss, too."""
+    params, x, reach = large_case(1, sparse, torch.float64)
+    if reaches == "every prefix":
+        reach = rand(*reach.shape, seed=5).double().sigmoid()
+        reach /= reach.amax(dim=1, keepdim=True)  # the first place is in every prefix
+    if reaches == "one prefix":
+        reach = torch.ones_like(reach)
+    results = {}
+    for way in WAYS:
+        flat = torch.full((2, sum(p[0].numel() for p in tuple(params))), torch.nan).double()
+        grads = Params.of(flat, x.shape[2], reach.shape[1])
+        stats = write_gradient(grads, params, x, reach, 0.3 * reach, sparsity, way)
+        results[way] = [flat, *stats]
+    for way in ("blocks", "runs"):
+        for ours, gram in zip(results[way], results["gram"], strict=True):
+            torch.testing.assert_close(ours, gram, rtol=1e-8, atol=1e-11)
+
+
+def test_the_way_follows_from_what_is_active(monkeypatch):
+    """Few active latents: runs. Many: blocks. A small dictionary: gram."""
+    taken = []
+    for way in WAYS:
+        original = getattr(gradients, f"_{way}")
+        monkeypatch.setattr(
+            gradients, f"_{way}", lambda *a, o=original, w=way: taken.append(w) or o(*a)
+        )
+    for sparse in (True, False):
+        params, x, reach = large_case(2, sparse)
+        grads = Params(*(torch.empty_like(p) for p in tuple(params)))
+        write_gradient(grads, params, x, reach, reach)
+    assert taken == ["runs", "runs", "blocks", "blocks"]
+    flat, x, prefixes, order = random_case(0, 2)
+    params = Params.of(flat, D_MODEL, N_LATENTS)
+    by_latent = reach_by_latent(prefixes, order)[None]
+    write_gradient(
+        Params.of(flat.clone(), D_MODEL, N_LATENTS), params, x[None], by_latent, by_latent
+    )
+    assert taken[4:] == ["gram"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_batch_on_which_nothing_fires(way):
+    """The gradient is that of b_dec alone, and no way trips over having no active latent."""
+    params, x, reach = large_case(3, sparse=True)
+    params.b_enc.sub_(1e3)
+    grads = Params(*(torch.full_like(p, torch.nan) for p in tuple(params)))
+    stats = write_gradient(grads, params, x, reach, reach, way=way)
+    assert (stats.l0 == 0).all()
+    assert (stats.mean_square == 0).all()
+    torch.testing.assert_close(grads.b_dec[:, 0], 2 * (params.b_dec[:, 0] - x.mean(1)))
+    for part in (grads.W_enc, grads.b_enc, grads.W_dec):
+        assert (part == 0).all()
