@@ -25,6 +25,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import safetensors
@@ -203,8 +204,8 @@ class TrainerConfig:
     lr: float = 3e-2
     sparsity: Sparsity = "l1"
     sparsity_weight: float = 0.2  # where the adaptive weight starts
-    sparsity_step: float = 3e-4  # by this share the weight moves a step, up or down
-    sparsity_warmup: float = 0.2  # share of the steps
+    sparsity_warmup: float = 0.2  # share of the steps over which it rises from 0 to there
+    l0_control: Literal["original", "steady"] = "original"  # how it moves; see `Trainer._control`
     lr_warmup_steps: int = 100
     lr_decay: float = 0.2  # share of the steps
     lr_end: float = 0.1  # the last learning rate, as a share of lr
@@ -212,6 +213,15 @@ class TrainerConfig:
     max_grad_norm: float = 1.0
     norm_decay: float = 0.99  # of the running mean of the inputs' norm
     order_decay: float = 0.95  # of the running mean square that orders the latents
+
+    @property
+    def n_warmup_steps(self) -> int:
+        """Steps over which the sparsity weight rises."""
+        return max(1, int(self.sparsity_warmup * self.n_steps))
+
+    def weight_in_warmup(self, step: int) -> float:
+        """The sparsity weight of step `step` of the warm-up, which counts from 0."""
+        return self.sparsity_weight * min(1.0, (step + 1) / self.n_warmup_steps)
 
     def learning_rate(self, step: int) -> float:
         """Warm-up, stable, decay: the learning rate of step `step`, which counts from 0."""
@@ -261,7 +271,9 @@ class Trainer:
             "adam_step": torch.zeros((), device=device),
             "mean_norm": torch.zeros(n_saes, device=device),
             "mean_square": torch.zeros(n_saes, self.n_latents, device=device),
-            "sparsity_weight": torch.full((n_saes,), config.sparsity_weight, device=device),
+            "sparsity_weight": torch.full((n_saes,), config.weight_in_warmup(0), device=device),
+            "settled_weight": torch.full((n_saes,), config.weight_in_warmup(0), device=device),
+            "warming_up": torch.ones(n_saes, dtype=torch.bool, device=device),
         }
         self.n_steps_done = 0
         self._grads = torch.zeros_like(flat)
@@ -276,32 +288,62 @@ class Trainer:
         Returns tensors on x's device, before the step: l0 [n_saes], sparsity_weight [n_saes],
         grad_norm [n_saes] (before clipping), mean_square [n_saes, n_latents] of a_j ||d_j||.
         """
-        config, state, t = self.config, self._state, self.n_steps_done
+        config, state = self.config, self._state
         x = self._scaled(x.expand(len(self.seeds), -1, -1))
         reach = self._reach()
 
-        warmup = min(1.0, (t + 1) / max(1, int(config.sparsity_warmup * config.n_steps)))
-        weight = state["sparsity_weight"]
-        price = (weight * warmup)[:, None] * reach
-        l0, mean_square = write_gradient(
-            self._grads_by_name, self._params_by_name, x, reach, price, config.sparsity
+        stats = write_gradient(
+            self._grads_by_name,
+            self._params_by_name,
+            x,
+            reach,
+            state["sparsity_weight"][:, None] * reach,
+            config.sparsity,
         )
         grad_norm = torch.linalg.vector_norm(self._grads, dim=1, keepdim=True)
         self._grads.mul_((config.max_grad_norm / (grad_norm + 1e-6)).clamp_(max=1))
         self._adam()
 
-        state["mean_square"].lerp_(mean_square, 1 - config.order_decay)
-        if warmup == 1:
-            weight.mul_(
-                1 - config.sparsity_step + 2 * config.sparsity_step * (l0 >= config.target_l0)
-            )
+        state["mean_square"].lerp_(stats.mean_square, 1 - config.order_decay)
+        weight = state["sparsity_weight"].clone()
+        self._control(stats.l0)
         self.n_steps_done += 1
         return {
-            "l0": l0,
-            "sparsity_weight": weight * warmup,
+            "l0": stats.l0,
+            "sparsity_weight": weight,
             "grad_norm": grad_norm[:, 0],
-            "mean_square": mean_square,
+            "mean_square": stats.mean_square,
         }
+
+    def _control(self, l0: Tensor) -> None:
+        """Sets the next step's sparsity weight from this step's batch L0: [n_saes].
+
+        "original": a linear warm-up, then up or down by 3e-4 of itself a step. That is slow, and
+        in the toy, whose SAEs do not reach their target, it lets the weight go to 0.
+
+        "steady": the warm-up ends early where L0 falls to the target, so that too high a weight
+        kills nothing; then a PI controller on the weight's logarithm. With e = L0 / target - 1,
+
+            settled_weight *= exp(clip(0.02 e, +-10 / n_steps)),  weight = settled_weight exp(2 e)
+
+        e clipped to +-1/2. The clip is the original's 3e-4 a step where there are 30,000 steps, and
+        moves the weight by up to e^8 after the warm-up however many there are.
+        """
+        config, state, t = self.config, self._state, self.n_steps_done
+        weight, settled = state["sparsity_weight"], state["settled_weight"]
+        in_warmup = t + 1 < config.n_warmup_steps
+        if config.l0_control == "original":
+            if in_warmup:
+                weight.fill_(config.weight_in_warmup(t + 1))
+            else:
+                weight.mul_(1 - 3e-4 + 6e-4 * (l0 >= config.target_l0))
+            return
+        error = (l0 / config.target_l0 - 1).clamp_(-0.5, 0.5)
+        warming_up = state["warming_up"].logical_and_((error > 0) & in_warmup)
+        rate = (0.02 * error).clamp_(-10 / config.n_steps, 10 / config.n_steps)
+        risen = config.weight_in_warmup(t + 1) if in_warmup else config.sparsity_weight
+        settled.copy_(torch.where(warming_up, risen, settled * rate.exp()))
+        weight.copy_(torch.where(warming_up, settled, settled * (2 * error).exp()))
 
     def _scaled(self, x: Tensor) -> Tensor:
         """x in units of its running mean norm / sqrt(d_model), after updating that mean.
