@@ -20,6 +20,7 @@ that contain j have over or left to explain,
 """
 
 import math
+import warnings
 from typing import Literal, NamedTuple
 
 import torch
@@ -281,6 +282,9 @@ def _runs(
 def _csr(row_starts: Tensor, columns: Tensor, values: Tensor, n_columns: int) -> Tensor:
     """A sparse matrix in CSR form, int32 indices: half the bytes, and what MKL wants."""
     ends = torch.cat([row_starts, row_starts.new_tensor([len(columns)])])
-    return torch.sparse_csr_tensor(
-        ends.int(), columns.int(), values, (len(row_starts), n_columns), check_invariants=False
-    )
+    shape = (len(row_starts), n_columns)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(
+            ends.int(), columns.int(), values, shape, check_invariants=False
+        )

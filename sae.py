@@ -324,7 +324,7 @@ class Trainer:
         "steady": the warm-up ends early where L0 falls to the target, so that too high a weight
         kills nothing; then a PI controller on the weight's logarithm. With e = L0 / target - 1,
 
-            settled_weight *= exp(clip(0.02 e, +-10 / n_steps)),  weight = settled_weight exp(2 e)
+            settled_weight *= exp(clip(0.02 e, +-10 / n_steps)),  weight = settled_weight exp(e / 2)
 
         e clipped to +-1/2. The clip is the original's 3e-4 a step where there are 30,000 steps, and
         moves the weight by up to e^8 after the warm-up however many there are.
@@ -343,7 +343,7 @@ class Trainer:
         rate = (0.02 * error).clamp_(-10 / config.n_steps, 10 / config.n_steps)
         risen = config.weight_in_warmup(t + 1) if in_warmup else config.sparsity_weight
         settled.copy_(torch.where(warming_up, risen, settled * rate.exp()))
-        weight.copy_(torch.where(warming_up, settled, settled * (2 * error).exp()))
+        weight.copy_(torch.where(warming_up, settled, settled * (error / 2).exp()))
 
     def _scaled(self, x: Tensor) -> Tensor:
         """x in units of its running mean norm / sqrt(d_model), after updating that mean.

@@ -1,0 +1,346 @@
+"""The TinyStories comparison: a Matryoshka and a vanilla SAE at the same L0, from one cache.
+
+    python cache_activations.py --tokens 30_000_000 --out cache/train
+    python train_tinystories.py --cache cache/train --n-latents 3072 --target-l0 30 --lr 0.001
+
+Both SAEs see the same batches. Metrics go to metrics.jsonl as training goes; checkpoints resume
+exactly, so that a run that was killed and resumed ends with the weights of one that was not.
+`evaluate.py --run FOLDER` scores the SAEs on tokens that they were not trained on.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import evaluate
+import script
+from cache_activations import ActivationCache
+from sae import SAE, Trainer, TrainerConfig
+from script import UserError, setting
+
+CHECKPOINT = "checkpoint.safetensors"
+METRICS = "metrics.jsonl"
+N_RECORDS = 300  # lines of metrics.jsonl an SAE, at most
+DEAD_AFTER = 2_000_000  # activations without firing after which training calls a latent dead
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting of the TinyStories comparison. The defaults are the write-up's."""
+
+    cache: str = setting("cache/train", "folder that cache_activations.py wrote")
+    sae: str = setting("both", "which SAEs", choices=["vanilla", "matryoshka", "both"])
+    n_latents: int = setting(3072, "latents of an SAE")
+    n_prefixes: int = setting(10, "prefixes a step of the Matryoshka SAE; vanilla has 1")
+    target_l0: float = setting(30.0, "active latents a token that the sparsity weight aims at")
+    lr: float = setting(1e-3, "learning rate, of Adam")
+    n_steps: int = setting(30_000, "training steps")
+    batch_size: int = setting(1024, "activations a step; 1024 x 30,000 is one pass over 30M")
+    sparsity: str = setting("l1", "the sparsity loss", choices=["l1", "log"])
+    sparsity_weight: float = setting(1.2, "where the adaptive sparsity weight starts")
+    seed: int = setting(0, "seed of the initialisation, the prefixes and the order of batches")
+    out: str = setting("runs/tinystories", "folder for the SAEs, metrics and checkpoint")
+    resume: bool = setting(False, "go on from the checkpoint in --out, if there is one")
+    checkpoint_every: int = setting(1000, "steps between checkpoints")
+    device: str = setting("auto", "torch device; auto: the GPU where there is one")
+
+
+# What may differ between a run and the run that resumes it.
+RESUMABLE = ("out", "resume", "device", "checkpoint_every", "cache")
+
+
+def names_of(config: Config) -> tuple[str, ...]:
+    """The SAEs that are trained, in the order of their stack."""
+    return ("matryoshka", "vanilla") if config.sae == "both" else (config.sae,)
+
+
+def check(config: Config) -> None:
+    """Raises `UserError` where a setting is impossible, whatever the cache."""
+    script.require_positive(
+        config, "n_latents", "n_prefixes", "target_l0", "lr", "n_steps", "batch_size"
+    )
+    script.require_positive(config, "sparsity_weight", "checkpoint_every")
+    script.require_not_negative(config, "seed")
+    if config.n_prefixes > config.n_latents:
+        raise UserError(
+            f"--n-prefixes {config.n_prefixes} is more than there are latents: "
+            f"at most {config.n_latents}"
+        )
+    if config.target_l0 > config.n_latents:
+        raise UserError(
+            f"--target-l0 {config.target_l0} is more than there are latents: "
+            f"at most {config.n_latents}"
+        )
+
+
+def make_trainer(config: Config, d_model: int, device: torch.device) -> Trainer:
+    """A stack of the SAEs of `config`, from one initialisation, ready for its first step."""
+    names = names_of(config)
+    return Trainer(
+        SAE.stack([SAE(d_model, config.n_latents, config.seed) for _ in names]).to(device),
+        TrainerConfig(
+            n_steps=config.n_steps,
+            target_l0=config.target_l0,
+            lr=config.lr,
+            sparsity=config.sparsity,  # type: ignore[arg-type]
+            sparsity_weight=config.sparsity_weight,
+            l0_control="steady",
+        ),
+        seeds=[config.seed] * len(names),
+        n_prefixes=[config.n_prefixes if name == "matryoshka" else 1 for name in names],
+    )
+
+
+class Run:
+    """A training run and its folder: where it stands, and what of that is on disk."""
+
+    SUMS = ("silent", "l0_sum", "final_l0_sum")
+
+    def __init__(self, config: Config, cache: ActivationCache, device: torch.device):
+        self.config, self.out, self.names = config, Path(config.out), names_of(config)
+        self.trainer = make_trainer(config, cache.d_model, device)
+        # activations since each latent last fired: [n_saes, n_latents]
+        self.silent = torch.zeros(len(self.names), config.n_latents, device=device)
+        # sums of L0 since the last record, and over the last 5% of the steps: [n_saes]
+        self.l0_sum = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+        self.final_l0_sum = torch.zeros_like(self.l0_sum)
+        self.seconds = self.waited = 0.0  # training, and waiting for data meanwhile
+
+    def step(self, x: Tensor) -> dict[str, Tensor]:
+        metrics = self.trainer.step(x)
+        self.silent.add_(len(x)).mul_(metrics["mean_square"] == 0)
+        self.l0_sum += metrics["l0"]
+        if self.trainer.n_steps_done > self.config.n_steps - self.n_final:
+            self.final_l0_sum += metrics["l0"]
+        return metrics
+
+    @property
+    def n_final(self) -> int:
+        """Steps that the final L0 is averaged over: the last 5%."""
+        return max(1, self.config.n_steps // 20)
+
+    @torch.no_grad()
+    def record(self, x: Tensor, metrics: dict[str, Tensor], n_averaged: int) -> list[dict]:
+        """A line of metrics.jsonl an SAE: FVU on the batch x, mean L0 over `n_averaged` steps."""
+        sae = self.trainer.sae
+        fvu = evaluate.fvu(x, sae(x)).tolist()
+        l0 = (self.l0_sum / n_averaged).tolist()
+        self.l0_sum.zero_()
+        dead = (self.silent >= DEAD_AFTER).double().mean(dim=1).tolist()
+        weight = metrics["sparsity_weight"].tolist()
+        return [
+            {
+                "step": self.trainer.n_steps_done,
+                "sae": name,
+                "fvu": fvu[i],
+                "l0": l0[i],
+                "dead_share": dead[i],
+                "sparsity_weight": weight[i],
+            }
+            for i, name in enumerate(self.names)
+        ]
+
+    def save(self) -> None:
+        """The checkpoint, whole or not at all; with it, how long metrics.jsonl is by now."""
+        tensors = {f"trainer.{name}": t for name, t in self.trainer.state_dict().items()}
+        tensors |= {name: getattr(self, name) for name in self.SUMS}
+        metadata = {
+            "config": json.dumps(dataclasses.asdict(self.config)),
+            "metrics_bytes": str((self.out / METRICS).stat().st_size),
+            "seconds": str(self.seconds),
+            "waited": str(self.waited),
+        }
+        script.write_atomically(
+            self.out / CHECKPOINT,
+            lambda part: safetensors.torch.save_file(
+                {name: t.contiguous().cpu() for name, t in tensors.items()}, part, metadata
+            ),
+        )
+
+    def load(self) -> None:
+        """Goes on from the checkpoint. Raises `UserError` where it is of another run."""
+        path = self.out / CHECKPOINT
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            saved = json.loads(metadata["config"])
+        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is no checkpoint ({error}): delete it to start over") from None
+        for name, asked in dataclasses.asdict(self.config).items():
+            if name not in RESUMABLE and saved.get(name) != asked:
+                raise UserError(
+                    f"{path} is of a run with --{name.replace('_', '-')} {saved.get(name)}, "
+                    f"not {asked}: ask for that, or choose another --out"
+                )
+        prefix = "trainer."
+        try:
+            self.trainer.load_state_dict(
+                {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            )
+        except ValueError as error:
+            raise UserError(f"{path} is not of this cache's width: {error}") from None
+        for name in self.SUMS:
+            getattr(self, name).copy_(tensors[name])
+        self.seconds, self.waited = float(metadata["seconds"]), float(metadata["waited"])
+        with (self.out / METRICS).open("a") as file:
+            file.truncate(int(metadata["metrics_bytes"]))  # drops what came after the checkpoint
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains the SAEs; writes them, metrics.jsonl and results.json to `config.out`.
+
+    Returns what results.json holds. Raises `UserError` where the input is wrong or the cache is
+    damaged, before anything is trained, and where training diverges.
+    """
+    check(config)
+    device = script.pick_device(config.device)
+    out = Path(config.out)
+    cache = ActivationCache(config.cache)
+    if (out / CHECKPOINT).exists() and not config.resume:
+        raise UserError(
+            f"{out} holds a run: add --resume to go on with it, or choose another --out"
+        )
+    batches_there = cache.steps_per_pass(config.batch_size)
+    if batches_there == 0:
+        raise UserError(
+            f"{config.cache} holds {cache.n_tokens} activations: too few for --batch-size "
+            f"{config.batch_size}"
+        )
+    script.make_folder(out)
+    state = Run(config, cache, device)
+    if (out / CHECKPOINT).exists():
+        state.load()
+    else:
+        (out / METRICS).write_text("")
+    if state.trainer.n_steps_done == config.n_steps and (out / "results.json").exists():
+        return json.loads((out / "results.json").read_text())  # it was finished before
+    cache.verify()
+
+    train(state, cache, device)
+    for name, sae in zip(state.names, state.trainer.sae.unstack(), strict=True):
+        script.write_atomically(out / f"{name}.safetensors", sae.to("cpu").save)
+    last = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    results = {
+        "config": dataclasses.asdict(config),
+        "environment": script.environment(device),
+        "cache": {"make": cache.make, "n_tokens": cache.n_tokens},
+        "seconds": round(state.seconds, 2),
+        "waited_for_data": round(state.waited, 2),
+        "passes": round(config.n_steps * config.batch_size / cache.n_tokens, 3),
+        "runs": [
+            {
+                "sae": name,
+                "seed": config.seed,
+                "final_l0": float(state.final_l0_sum[i]) / state.n_final,
+                "training_fvu": [m["fvu"] for m in last if m["sae"] == name][-1],
+                "dead_share": [m["dead_share"] for m in last if m["sae"] == name][-1],
+            }
+            for i, name in enumerate(state.names)
+        ],
+    }
+    script.write_json(out / "results.json", results)
+    return results
+
+
+def train(state: Run, cache: ActivationCache, device: torch.device) -> None:
+    """Steps to the end, with a record now and then, and a checkpoint."""
+    config, trainer = state.config, state.trainer
+    batches = cache.batches(config.batch_size, config.seed, trainer.n_steps_done, device)
+    every = max(1, config.n_steps // N_RECORDS)
+    last_good = "there were no earlier metrics"
+    with (
+        (state.out / METRICS).open("a") as file,
+        tqdm(total=config.n_steps, initial=trainer.n_steps_done, unit=" steps") as bar,
+    ):
+        while (step := trainer.n_steps_done + 1) <= config.n_steps:
+            started = time.perf_counter()
+            x = next(batches)
+            got = time.perf_counter()
+            metrics = state.step(x)
+            state.waited += got - started
+            state.seconds += time.perf_counter() - started
+            bar.update()
+            if step % every == 0 or step == config.n_steps:
+                records = state.record(x, metrics, (step - 1) % every + 1)
+                stop_if_diverged(records, last_good)
+                last_good = "; ".join(map(str, records))
+                file.writelines(json.dumps(record) + "\n" for record in records)
+                bar.set_postfix_str(shown(records), refresh=False)
+            if step % config.checkpoint_every == 0 or step == config.n_steps:
+                file.flush()
+                state.save()
+
+
+def stop_if_diverged(records: Sequence[dict], last_good: str) -> None:
+    """Raises `UserError` with the last good metrics where an SAE's FVU is no longer a number."""
+    for record in records:
+        if not np.isfinite(record["fvu"]):
+            raise UserError(
+                f"step {record['step']}: the {record['sae']} SAE has an FVU of {record['fvu']}; "
+                f"last good: {last_good}. Try a lower --lr"
+            )
+
+
+def shown(records: Sequence[dict]) -> str:
+    return "; ".join(
+        f"{r['sae']} FVU {r['fvu']:.3f} L0 {r['l0']:.1f} dead {r['dead_share']:.1%} "
+        f"weight {r['sparsity_weight']:.2g}"
+        for r in records
+    )
+
+
+def curves_of(out: Path) -> tuple[np.ndarray, dict[str, dict[str, np.ndarray]]]:
+    """metrics.jsonl as `plots.training_curves` wants it: steps, and [1, n_records] a metric."""
+    records = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    names = dict.fromkeys(record["sae"] for record in records)
+    curves = {
+        name: {
+            what: np.array([[r[what] for r in records if r["sae"] == name]])
+            for what in ("l0", "fvu", "sparsity_weight")
+        }
+        for name in names
+    }
+    return np.unique([record["step"] for record in records]), curves
+
+
+def summary(results: dict[str, Any]) -> str:
+    """What training ended with; held-out figures are `evaluate.py`'s."""
+    return script.table(
+        ["at the end of training", "batch FVU", "L0, last 5% of steps", "dead"],
+        [
+            [
+                r["sae"],
+                f"{r['training_fvu']:.4f}",
+                f"{r['final_l0']:.2f}",
+                f"{r['dead_share']:.1%}",
+            ]
+            for r in results["runs"]
+        ],
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with script.main_guard():
+        config = script.parse(Config, __doc__, argv)
+        results = run(config)
+        print(summary(results))
+        share = results["waited_for_data"] / max(results["seconds"], 1e-9)
+        print(
+            f"\n{results['seconds']:.0f} s, {share:.1%} of them waiting for data; SAEs and metrics "
+            f"are in {config.out}. Next: python evaluate.py --run {config.out}"
+        )
+
+
+if __name__ == "__main__":
+    main()
