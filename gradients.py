@@ -234,49 +234,49 @@ def _runs(
     run_of = first.cumsum(0) - 1  # [n_active]
     run_sample, run_reach = sample[first], s[first]  # [n_runs]
 
-    # residual_r = sum_i min(s_i, s_r) a_i d_i - s_r x, over the active latents i of r's sample
-    n_active = torch.bincount(sample, minlength=batch)
-    starts = n_active.cumsum(0) - n_active
-    of_run = n_active[run_sample]
-    run = torch.repeat_interleave(of_run)  # [n_pairs]
-    run_starts = of_run.cumsum(0) - of_run
-    active = torch.arange(len(run), device=x.device) + (starts[run_sample] - run_starts)[run]
-    meet = _csr(
-        run_starts, latent[active], torch.minimum(run_reach[run], s[active]) * a[active], n_latents
-    )
-    x_centred = x - params.b_dec
-    residual = (x_centred[run_sample] * -run_reach[:, None]).addmm_(meet, W_dec)  # [n_runs, d]
+    # met_r = sum_i min(s_i, s_r) a_i d_i over the active latents i of r's sample. The other half
+    # of the residual, s_r x, enters below without ever being written down.
+    starts = _starts(sample, batch)  # of each sample, and of each run, in [n_active]
+    run_starts = _starts(run_of, len(run_sample))
+    n_pairs = starts.diff(append=starts.new_tensor([len(a)]))[run_sample]
+    pair_starts = n_pairs.cumsum(0) - n_pairs
+    run = torch.repeat_interleave(n_pairs)  # [n_pairs]
+    met_by = torch.arange(len(run), device=x.device) + (starts[run_sample] - pair_starts)[run]
+    weight = torch.minimum(run_reach[run], s[met_by]) * a[met_by]
+    met = x.new_empty(len(run_sample), x.shape[1])  # [n_runs, d_model]
+    torch.addmm(met, _csr(pair_starts, latent[met_by], weight, n_latents), W_dec, beta=0, out=met)
 
     norms = W_dec.norm(dim=1)
+    x_centred = x - params.b_dec
     slope, paid = _sparsity_slopes(a, norms[latent], sparsity)
-    row_starts = torch.bincount(run_of, minlength=len(run_sample)).cumsum(0)
-    pattern = _csr(
-        row_starts - row_starts.diff(prepend=row_starts.new_zeros(1)),
-        latent,
-        price[latent] * norms[latent] * slope,
-        n_latents,
-    )
-    g_a = torch.sparse.sampled_addmm(pattern, residual, W_dec.T, beta=1 / batch, alpha=2 / batch)
-    g_a = g_a.values()
+    by_run, by_sample = (_csr(begin, latent, a, n_latents) for begin in (run_starts, starts))
+    g_a = torch.sparse.sampled_addmm(by_run, met, W_dec.T, beta=0).values()
+    g_a -= s * torch.sparse.sampled_addmm(by_sample, x_centred, W_dec.T, beta=0).values()
+    g_a = g_a.mul_(2).add_(price[latent] * norms[latent] * slope).div_(batch)
 
     by_latent = latent.argsort(stable=True)
-    counts = torch.bincount(latent, minlength=n_latents)
-    latent_starts = counts.cumsum(0) - counts
-    to_runs = _csr(latent_starts, run_of[by_latent], a[by_latent], len(run_sample))
-    to_samples = _csr(latent_starts, sample[by_latent], g_a[by_latent], batch)
+    latent_starts = _starts(latent, n_latents)
+
+    def per_latent(rows: Tensor, values: Tensor, n_rows: int) -> Tensor:
+        return _csr(latent_starts, rows[by_latent], values[by_latent], n_rows)
 
     def total(values: Tensor) -> Tensor:
         return torch.zeros_like(reach).index_add_(0, latent, values)
 
-    pull = total(paid) * price / norms / batch
-    torch.mul(W_dec, pull[:, None], out=grads.W_dec)
-    grads.W_dec.addmm_(to_runs, residual, alpha=2 / batch)
-    grads.W_enc.zero_().addmm_(to_samples, x)
+    torch.mul(W_dec, (total(paid) * price / norms / batch)[:, None], out=grads.W_dec)
+    grads.W_dec.addmm_(per_latent(run_of, a, len(met)), met, alpha=2 / batch)
+    grads.W_dec.addmm_(per_latent(sample, s * a, batch), x_centred, alpha=-2 / batch)
+    torch.addmm(grads.W_enc, per_latent(sample, g_a, batch), x, beta=0, out=grads.W_enc)
     grads.b_enc[0] = total(g_a)
-    sums = (total(a) * reach) @ W_dec - x_centred.sum(0)
-    grads.b_dec[0] = sums * (2 / batch)
+    grads.b_dec[0] = ((total(a) * reach) @ W_dec - x_centred.sum(0)) * (2 / batch)
     l0 = reach.new_tensor(len(a) / batch)
     return Stats(l0, total(a * a) / batch * norms.square())
+
+
+def _starts(index: Tensor, size: int) -> Tensor:
+    """Where each of 0 .. size - 1 begins in `index`, once that is sorted: [size]."""
+    counts = torch.bincount(index, minlength=size)
+    return counts.cumsum(0) - counts
 
 
 def _csr(row_starts: Tensor, columns: Tensor, values: Tensor, n_columns: int) -> Tensor:
