@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from script import UserError
+from script import UserError, threads
 
 # A joint table of at most this many states stays in the cache of a CPU core or two.
 MAX_STATES = 2**16
@@ -188,8 +188,11 @@ class FeatureTree:
         if device not in self._samplers:
             self._samplers[device] = self._samplers_on(device)
         samples = torch.empty(n, self.n_features, device=device)
-        for start in range(0, n, CHUNK):
-            self._fill(samples[start : start + CHUNK], self._samplers[device], generator)
+        # Drawing uniforms is serial, and most of the work: a second thread gains nothing, and on a
+        # busy machine waiting for it costs many times the work.
+        with threads(1):
+            for start in range(0, n, CHUNK):
+                self._fill(samples[start : start + CHUNK], self._samplers[device], generator)
         return samples
 
     def _fill(self, out: torch.Tensor, samplers: list[Sampler], generator: torch.Generator) -> None:
