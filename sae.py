@@ -361,10 +361,13 @@ class Trainer:
         block, place = divmod(self.n_steps_done, self.BLOCK)
         if self._reaches is None or self._reaches[0] != block:
             self._reaches = block, self._draw_reaches(block)
-        order = self._state["mean_square"].sort(dim=1, descending=True, stable=True).indices
-        return torch.empty_like(self._state["mean_square"]).scatter_(
-            1, order, self._reaches[1][place]
+        return torch.empty_like(self._reaches[1][place]).scatter_(
+            1, self.order(), self._reaches[1][place]
         )
+
+    def order(self) -> Tensor:
+        """Which latent is in each place: [n_saes, n_latents], largest running mean square first."""
+        return self._state["mean_square"].sort(dim=1, descending=True, stable=True).indices
 
     def _draw_reaches(self, block: int) -> Tensor:
         """The reach by place for a block of steps: [BLOCK, n_saes, n_latents].
@@ -409,7 +412,7 @@ class Trainer:
         """A copy of the stack as it stands, its latents in order: largest mean square first."""
         state = self._state
         W_enc, b_enc, W_dec, b_dec = self._params_by_name
-        order = state["mean_square"].sort(dim=1, descending=True, stable=True).indices
+        order = self.order()
         return SAE.from_tensors(
             {
                 "W_enc": W_enc.take_along_dim(order[:, :, None], dim=1).mT,

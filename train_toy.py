@@ -165,13 +165,17 @@ class StackResult(NamedTuple):
 
 
 def train_stack(
-    config: Config, tree: FeatureTree, seeds: Sequence[int], progress: Progress
+    config: Config,
+    tree: FeatureTree,
+    seeds: Sequence[int],
+    progress: Progress,
+    trainer_class: type[Trainer] = Trainer,
 ) -> StackResult:
     """Trains both SAEs of all `seeds` together, and scores them."""
     device = torch.device(config.device)
     assert config.n_latents > 0
     both = [*seeds, *seeds]
-    trainer = Trainer(
+    trainer = trainer_class(
         SAE.stack([SAE(config.d_model, config.n_latents, seed) for seed in both]).to(device),
         TrainerConfig(
             n_steps=config.steps,
@@ -269,7 +273,7 @@ def score(config: Config, tree: FeatureTree, sae: SAE, name: str, seed: int) -> 
 # ---------------------------------------------------------------------------------- the whole run
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, trainer_class: type[Trainer] = Trainer) -> dict[str, Any]:
     """Trains and scores both SAEs for every seed; writes results.json, the SAEs and the figures.
 
     Returns what results.json holds. Raises `UserError` where the input is wrong, before anything
@@ -284,7 +288,7 @@ def run(config: Config) -> dict[str, Any]:
 
     finished: list[StackResult] = []
     try:
-        for result in train_stacks(config, tree):
+        for result in train_stacks(config, tree, trainer_class):
             finished.append(result)
     except KeyboardInterrupt:
         if finished:
@@ -296,7 +300,9 @@ def run(config: Config) -> dict[str, Any]:
     return write(config, tree, finished, time.perf_counter() - started)
 
 
-def train_stacks(config: Config, tree: FeatureTree) -> Iterator[StackResult]:
+def train_stacks(
+    config: Config, tree: FeatureTree, trainer_class: type[Trainer] = Trainer
+) -> Iterator[StackResult]:
     """Every seed, in stacks, side by side in processes on a CPU; yields stacks in order of seed."""
     on_cpu = config.device == "cpu"
     workers = min(config.workers, config.seeds) if on_cpu else 1
@@ -315,7 +321,10 @@ def train_stacks(config: Config, tree: FeatureTree) -> Iterator[StackResult]:
     )
     with executor, tqdm(total=len(stacks) * config.steps, unit=" steps", smoothing=0.05) as bar:
         with script.ignoring_ctrl_c():  # which processes born here inherit: it is the parent's
-            futures = [executor.submit(_train_stack, config, tree, stack) for stack in stacks]
+            futures = [
+                executor.submit(_train_stack, config, tree, stack, trainer_class)
+                for stack in stacks
+            ]
         try:
             for future in futures:
                 while concurrent.futures.wait([future], timeout=0.2).not_done:
@@ -336,11 +345,13 @@ def _adopt(progress: Progress) -> None:
     _progress = progress
 
 
-def _train_stack(config: Config, tree: FeatureTree, seeds: Sequence[int]) -> StackResult:
+def _train_stack(
+    config: Config, tree: FeatureTree, seeds: Sequence[int], trainer_class: type[Trainer]
+) -> StackResult:
     """`train_stack` on one thread: its tensors are too small for two to help."""
     assert _progress is not None
     with script.threads(1):
-        return train_stack(config, tree, seeds, _progress)
+        return train_stack(config, tree, seeds, _progress, trainer_class)
 
 
 def write(

@@ -172,8 +172,8 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path, monkeypatch, capsys):
     """The first stack is done when the interrupt comes; its SAEs and figures are written."""
     train_stacks = train_toy.train_stacks
 
-    def interrupted(config, tree):
-        yield from train_stacks(train_toy.dataclasses.replace(config, seeds=2), tree)
+    def interrupted(config, *rest):
+        yield from train_stacks(train_toy.dataclasses.replace(config, seeds=2), *rest)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_toy, "train_stacks", interrupted)

@@ -1,0 +1,176 @@
+"""What each fix of the original code does: the toy comparison with a defect put back.
+
+    python ablate_toy.py --seeds 40
+
+Defects that change what is trained, by name:
+
+    moments     Adam's moments stay in their place when latents are reordered (1)
+    order       the running mean square that orders the latents does too (2)
+    normalizer  the running mean norm of the inputs starts at 0 (3)
+    all         the three together, as in the original
+
+Every variant trains the same seeds on the same batches. The Matryoshka SAE is what differs; the
+normalizer concerns the vanilla one as well.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import script
+import train_toy
+from gradients import Params
+from sae import Trainer
+from script import setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The seeds of the ablation, and where its results go; all else is train_toy.py's default."""
+
+    seeds: int = setting(40, "how many seeds")
+    seed: int = setting(0, "the first seed")
+    steps: int = setting(40_000, "training steps")
+    variants: str = setting("none,moments,order,normalizer,all", "which, separated by commas")
+    out: str = setting("runs/ablate_toy", "folder for ablation.json, and a folder a variant")
+
+
+class MomentsStay(Trainer):
+    """Defect 1: what Adam knows of the latent in a place passes to whatever latent comes there."""
+
+    def step(self, x: Tensor) -> dict[str, Tensor]:
+        before = self.order()
+        metrics = super().step(x)
+        with torch.inference_mode():
+            after = self.order()
+            for name in ("adam_mean", "adam_square"):
+                parts = Params.of(self._state[name], self.d_model, self.n_latents)
+                for moments, axis in ((parts.W_enc, 1), (parts.b_enc, 2), (parts.W_dec, 1)):
+                    shape = [len(moments), 1, 1]
+                    shape[axis] = -1
+                    in_place = moments.take_along_dim(before.view(shape), dim=axis)
+                    moments.scatter_(axis, after.view(shape).expand_as(moments), in_place)
+        return metrics
+
+
+class OrderStays(Trainer):
+    """Defect 2: the running mean square belongs to places, and latents are sorted through them."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        by_place = self._state["mean_square"]
+        self._at = torch.arange(self.n_latents).expand_as(by_place).clone().to(by_place.device)
+        self._by_place = torch.zeros_like(by_place)
+
+    def order(self) -> Tensor:
+        return self._at
+
+    def step(self, x: Tensor) -> dict[str, Tensor]:
+        metrics = super().step(x)
+        with torch.inference_mode():
+            self._by_place.lerp_(metrics["mean_square"].gather(1, self._at), 0.05)
+            moves = self._by_place.sort(dim=1, descending=True, stable=True).indices
+            self._at = self._at.gather(1, moves)
+        return metrics
+
+
+class NormalizerFromZero(Trainer):
+    """Defect 3: an exponential mean that starts at 0: the first inputs are 100 times off."""
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        mean_norm = self._state["mean_norm"]
+        share = 1 - self.config.norm_decay
+        mean_norm.lerp_(torch.linalg.vector_norm(x, dim=2).mean(dim=1), share)
+        return x * (math.sqrt(self.d_model) / mean_norm)[:, None, None]
+
+
+class Original(MomentsStay, OrderStays, NormalizerFromZero):
+    """All three."""
+
+
+VARIANTS: dict[str, type[Trainer]] = {
+    "none": Trainer,
+    "moments": MomentsStay,
+    "order": OrderStays,
+    "normalizer": NormalizerFromZero,
+    "all": Original,
+}
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains every variant; writes ablation.json to `config.out` and returns what it holds."""
+    script.require_positive(config, "seeds", "steps")
+    names = config.variants.split(",")
+    for name in names:
+        if name not in VARIANTS:
+            raise script.UserError(f"--variants {name}: it is none of {', '.join(VARIANTS)}")
+    out = Path(config.out)
+    script.make_folder(out)
+    variants = {}
+    for name in names:
+        toy = train_toy.Config(
+            seeds=config.seeds, seed=config.seed, steps=config.steps, out=str(out / name)
+        )
+        results = train_toy.run(toy, VARIANTS[name])
+        variants[name] = summarise(results["runs"])
+    results = {
+        "config": dataclasses.asdict(config),
+        "environment": script.environment(torch.device("cpu")),
+        "variants": variants,
+    }
+    script.write_json(out / "ablation.json", results)
+    return results
+
+
+def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Clean features by how many seeds have them, and the medians, for either SAE."""
+    summary = {}
+    for sae in train_toy.SAES:
+        own = [run for run in runs if run["sae"] == sae]
+        clean, counts = np.unique([run["clean_features"] for run in own], return_counts=True)
+        summary[sae] = {
+            "clean_features": dict(zip(map(str, clean), counts.tolist(), strict=True)),
+            "fvu": float(np.median([run["fvu"] for run in own])),
+            "l0": float(np.median([run["l0"] for run in own])),
+        }
+    return summary
+
+
+def table(results: dict[str, Any]) -> str:
+    """A row a variant: how many seeds recover all, FVU and L0."""
+    seeds = results["config"]["seeds"]
+    rows = []
+    for name, by_sae in results["variants"].items():
+        ours, vanilla = by_sae["matryoshka"], by_sae["vanilla"]
+        rest = ", ".join(
+            f"{n} x {clean}" for clean, n in ours["clean_features"].items() if clean != "20"
+        )
+        rows.append(
+            [
+                name,
+                f"{ours['clean_features'].get('20', 0)} of {seeds}",
+                rest or "-",
+                f"{ours['fvu']:.4f}",
+                f"{ours['l0']:.3f}",
+                f"{vanilla['clean_features'].get('11', 0)} of {seeds}",
+            ]
+        )
+    return script.table(
+        ["defect put back", "20/20", "the others", "median FVU", "median L0", "vanilla at 11/20"],
+        rows,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with script.main_guard():
+        print(table(run(script.parse(Config, __doc__, argv))))
+
+
+if __name__ == "__main__":
+    main()
