@@ -1,5 +1,6 @@
 """sae.py against loops in float64, autograd, closed forms, and the defects of the original code."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -17,6 +18,7 @@ from sae import (
     SAE,
     Trainer,
     TrainerConfig,
+    expected_reach,
     prefix_probabilities,
     reach,
     sample_prefixes,
@@ -76,6 +78,53 @@ def test_reach_counts_prefixes(n_latents, data):
     for row, shares in zip(prefixes, reach(prefixes, n_latents), strict=True):
         counts = [sum(int(m) >= place for m in row) for place in range(1, n_latents + 1)]
         torch.testing.assert_close(shares, torch.tensor(counts) / n_prefixes)
+
+
+@pytest.mark.parametrize(("n_latents", "n_prefixes"), [(2, 2), (6, 1), (6, 3), (6, 5), (6, 6)])
+def test_expected_reach_is_the_mean_over_every_draw(n_latents, n_prefixes):
+    """Against every ordered draw without replacement, enumerated with its probability."""
+    p = prefix_probabilities(n_latents).tolist()
+    expected = torch.zeros(n_latents, dtype=torch.float64)
+    for lengths in itertools.permutations(range(1, n_latents), n_prefixes - 1):
+        probability, left = 1.0, 1.0
+        for m in lengths:
+            probability *= p[m - 1] / left
+            left -= p[m - 1]
+        shares = [sum(m >= j for m in (*lengths, n_latents)) for j in range(1, n_latents + 1)]
+        expected += probability * torch.tensor(shares, dtype=torch.float64) / n_prefixes
+    assert (expected_reach(n_latents, n_prefixes) - expected).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(("n_latents", "n_prefixes"), [(20, 10), (300, 10), (200, 60)])
+def test_expected_reach_is_the_mean_of_many_draws(n_latents, n_prefixes):
+    draws = reach(sample_prefixes(n_latents, n_prefixes, seeded_generator(1), 50_000), n_latents)
+    exact = expected_reach(n_latents, n_prefixes)
+    error = draws.double().std(0) / math.sqrt(50_000)
+    assert ((draws.double().mean(0) - exact).abs() <= 5 * error + 1e-6).all()
+    assert exact.sum() * n_prefixes > n_latents  # and the inclusion probabilities add up:
+    assert abs(float(exact[0]) - 1) < 1e-9
+
+
+def test_the_loss_at_the_expected_reach_is_the_mean_loss():
+    """Many sampled gradients average to that of the expected loss."""
+    sampled, exact = (
+        make_trainer(seeds=(0,), n_prefixes=(4,), prefixes=kind, sparsity_weight=1.0)
+        for kind in ("sampled", "expected")
+    )
+    x = batches(1)[0]
+    for trainer in (sampled, exact):
+        trainer.config = dataclasses.replace(trainer.config, lr=0.0, max_grad_norm=1e9)
+    exact.step(x)
+    gradients = []
+    for _ in range(3000):
+        sampled.step(x)
+        sampled._state["mean_square"].copy_(exact._state["mean_square"] * 0)  # the same order
+        sampled._state["mean_norm"].copy_(exact._state["mean_norm"])
+        sampled._state["sparsity_weight"].fill_(sampled.config.weight_in_warmup(0))
+        gradients.append(sampled._grads.clone())
+    gradients = torch.stack(gradients).double()
+    error = gradients.std(0) / math.sqrt(len(gradients))
+    assert ((gradients.mean(0) - exact._grads).abs() <= 5 * error + 1e-5).all()
 
 
 def test_impossible_prefixes_are_refused():
