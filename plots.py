@@ -1,0 +1,707 @@
+"""Every figure of the project, in one style. Each function writes one PNG, whole or not at all.
+
+Figures are 1660 pixels wide, twice the width of a README, so that type is 11 pixels or more on the
+page. The background is white and opaque: the same picture on light pages and dark. Colours are
+Okabe and Ito's, which colour-blind readers can tell apart, and an SAE has the same one everywhere;
+purple is "more" in every heatmap, grey "nothing here". Nothing touches pyplot or leaves
+matplotlib's settings changed, nor is drawn by them: the style starts from the defaults.
+
+Arrays may be NumPy's, tensors on any device, or nested lists. SAEs are named as in `COLOURS`, and
+each function draws those that it is given, always in the same order.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.style
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.transforms import ScaledTranslation
+
+from script import write_atomically
+from toy_model import FeatureTree
+
+# In the order of panels and legends.
+COLOURS = {"truth": "#333333", "vanilla": "#D55E00", "matryoshka": "#0072B2"}
+NAMES = {"truth": "ground truth", "vanilla": "vanilla", "matryoshka": "Matryoshka"}
+MISSED = "#F0B429"  # a feature is active and its latent silent
+ABSENT = "#D9D9D9"  # there is no such latent
+FAINT = "#8A8A8A"  # lines and marks beside the data
+INK = "#333333"
+
+WIDTH = 8.3  # inches
+DPI = 200
+# Rows of a heatmap of samples: more than the pixels show would be drawn at random.
+MAX_ROWS = 400
+
+_STYLE: list[str | Path | dict[str, Any]] = [
+    "default",
+    {
+        "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
+        "font.size": 8,
+        "axes.titlesize": 9,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.labelsize": 8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.7,
+        "axes.edgecolor": "#444444",
+        "axes.axisbelow": True,
+        "axes.grid.axis": "both",
+        "grid.color": "#E6E6E6",
+        "grid.linewidth": 0.6,
+        "xtick.labelsize": 7.5,
+        "ytick.labelsize": 7.5,
+        "legend.fontsize": 8,
+        "legend.frameon": False,
+        "lines.solid_capstyle": "round",
+        "figure.facecolor": "white",
+        "savefig.facecolor": "white",
+    },
+]
+_style = matplotlib.style.context(_STYLE)  # a decorator: each call enters and leaves it afresh
+
+_ACTIVATION = LinearSegmentedColormap.from_list(
+    "activation", ["#FFFFFF", "#B9A9D6", "#6A3D9A", "#2D0A4E"]
+)
+_COSINE = LinearSegmentedColormap.from_list(
+    "cosine",
+    [(0, "#7F3B08"), (0.25, "#E08214"), (0.5, "#FFFFFF"), (0.64, "#B9A9D6"), (0.82, "#6A3D9A"),
+     (1, "#2D0A4E")],
+)  # fmt: skip
+
+
+def toy_activations(
+    path: str | Path, truth: Any, acts_by_sae: Mapping[str, Any], tree: FeatureTree
+) -> None:
+    """The same samples as the features are and as each SAE's latents see them, side by side.
+
+    truth: [n, n_features], a few hundred samples (MAX_ROWS of more are shown, evenly spaced).
+    acts_by_sae: an SAE's [n, n_features], column f the latent matched to feature f, in the units
+        of `truth` (activation times decoder norm); a column of NaN where there is no such latent.
+
+    Rows are sorted by which features are active, a parent before its children. A cell whose
+    feature is active and whose latent is silent is marked: in a parent's column, absorption.
+    """
+    _write(path, _toy_activations_figure(truth, acts_by_sae, tree))
+
+
+def toy_cosines(
+    path: str | Path, cosines_by_sae: Mapping[str, Any], tree: FeatureTree, which: str
+) -> None:
+    """Cosines of each SAE's latents to the true directions, as heatmaps.
+
+    cosines_by_sae: an SAE's [n_features, n_features], row f the latent matched to feature f, NaN
+        where there is none; column g the direction of feature g.
+    which: "decoder" or "encoder": whose directions the latents' are.
+    """
+    _write(path, _toy_cosines_figure(cosines_by_sae, tree, which))
+
+
+def training_curves(
+    path: str | Path,
+    steps: Any,
+    curves: Mapping[str, Mapping[str, Any]],
+    target_l0: float,
+    expected_l0: float | None = None,
+) -> None:
+    """L0, FVU and sparsity weight over steps: a thin line a seed, a thick one for their median.
+
+    steps: [n_points]. curves: an SAE's {"l0", "fvu", "sparsity_weight"}, each [n_seeds, n_points].
+    expected_l0: how many features are active in a sample, where that is known.
+    """
+    _write(path, _training_curves_figure(steps, curves, target_l0, expected_l0))
+
+
+def toy_seeds(
+    path: str | Path,
+    runs: Sequence[Mapping[str, Any]],
+    tree: FeatureTree,
+    threshold: float = 0.9,
+) -> None:
+    """What each seed recovered: the best cosine of every feature, and how many features are clean.
+
+    runs: the "runs" of the toy's results.json, each with "sae", "clean_features" and "best_cosine"
+        [n_features] (None where there is no latent).
+    threshold: the cosine above which `clean_features` counts a feature.
+    """
+    _write(path, _toy_seeds_figure(runs, tree, threshold))
+
+
+def fvu_by_prefix(path: str | Path, curves: Mapping[str, Mapping[str, Any]]) -> None:
+    """What the first latents explain: a thin line a seed, a thick one for their mean.
+
+    curves: an SAE's {"prefix": [n_prefixes], "fvu": [n_seeds, n_prefixes]}.
+    """
+    _write(path, _fvu_by_prefix_figure(curves))
+
+
+def density_histograms(path: str | Path, densities: Mapping[str, Any]) -> None:
+    """How often latents fire: the share of latents by log10 of frequency; the dead stand apart.
+
+    densities: an SAE's [n_seeds, n_latents], the share of tokens on which each latent fires. A thin
+    line a seed, a thick one for their mean.
+    """
+    _write(path, _density_histograms_figure(densities))
+
+
+# --- the figures
+
+
+@_style
+def _toy_activations_figure(
+    truth: Any, acts_by_sae: Mapping[str, Any], tree: FeatureTree
+) -> Figure:
+    layout = _layout(tree)
+    panels = {"truth": _array(truth)} | {sae: _array(a) for sae, a in _in_order(acts_by_sae)}
+    panels = {name: acts[:, layout.order] for name, acts in panels.items()}
+    n = len(panels["truth"])
+    largest = max(float(np.nanmax(acts, initial=0.0)) for acts in panels.values()) or 1.0
+    rows = _rows_to_show(panels, 0.01 * largest)
+    panels = {name: acts[rows] for name, acts in panels.items()}
+    active = panels["truth"] > 0
+    missing = {name: np.isnan(acts) for name, acts in panels.items()}
+
+    # The rows of which the first active feature is in the same group belong together.
+    first = np.where(active.any(axis=1), active.argmax(axis=1), len(layout.order))
+    borders = np.flatnonzero(np.diff(np.searchsorted(layout.starts, first, side="right"))) + 0.5
+
+    figure = _figure(4.3)
+    grid = figure.add_gridspec(
+        1, len(panels), left=0.05, right=0.905, top=0.855, bottom=0.135, wspace=0.06
+    )
+    image = None
+    for i, (name, acts) in enumerate(panels.items()):
+        ax = figure.add_subplot(grid[i])
+        image = ax.imshow(
+            acts, aspect="auto", interpolation="nearest", cmap=_ACTIVATION, vmin=0, vmax=largest
+        )
+        _overlay(ax, missing[name], ABSENT)
+        if name != "truth":
+            _overlay(ax, active & (acts <= 0), MISSED)
+        ax.set_title(_title(name), color=COLOURS[name])
+        for border in borders:
+            ax.axhline(border, color="#BBBBBB", linewidth=0.4)
+        _mark(ax, layout, "x")
+        ax.set_yticks([])
+    figure.axes[0].set_ylabel(_sample_count(len(rows), n))
+    key: list[Any] = [Patch(color=MISSED, label="feature active, its latent silent")]
+    if any(where.any() for where in missing.values()):
+        key.append(Patch(color=ABSENT, label="no latent for the feature"))
+    figure.legend(
+        handles=key, loc="upper right", bbox_to_anchor=(0.911, 1.0), ncols=2, borderaxespad=0.4,
+        handlelength=1.2,
+    )  # fmt: skip
+    _headline(figure, "Rows: samples. " + _feature_key(layout, "Columns"), 0.05)
+    _colour_bar(figure, image, figure.axes[0], "activation (units of the data)")
+    return figure
+
+
+@_style
+def _toy_cosines_figure(cosines_by_sae: Mapping[str, Any], tree: FeatureTree, which: str) -> Figure:
+    layout = _layout(tree)
+    figure = _figure(4.55)
+    grid = figure.add_gridspec(
+        1, len(cosines_by_sae), left=0.085, right=0.86, top=0.865, bottom=0.1, wspace=0.32
+    )
+    image = None
+    for i, (sae, cosines) in enumerate(_in_order(cosines_by_sae)):
+        ax = figure.add_subplot(grid[i])
+        values = _array(cosines)[np.ix_(layout.order, layout.order)]
+        image = ax.imshow(values, aspect="auto", cmap=_COSINE, vmin=-1, vmax=1)
+        _overlay(ax, np.isnan(values), ABSENT)
+        ax.set_title(_title(sae), color=COLOURS[sae])
+        _mark(ax, layout, "x")
+        _mark(ax, layout, "y")
+        if len(values) <= 26:  # else the numbers would touch
+            _beside_rows(ax, np.diag(values))
+    figure.axes[0].set_ylabel("latent, by the feature matched to it", labelpad=27)
+    _headline(
+        figure,
+        f"Cosine of {which} and true directions. {_feature_key(layout, 'Columns')}. "
+        "Beside a row: its diagonal.",
+        0.085,
+    )
+    _colour_bar(figure, image, figure.axes[0], "cosine")
+    return figure
+
+
+@_style
+def _training_curves_figure(
+    steps: Any,
+    curves: Mapping[str, Mapping[str, Any]],
+    target_l0: float,
+    expected_l0: float | None,
+) -> Figure:
+    x = _array(steps)
+    figure = _figure(2.9)
+    axes = figure.subplots(
+        1, 3, gridspec_kw={"left": 0.068, "right": 0.985, "top": 0.81, "bottom": 0.15,
+                           "wspace": 0.34},
+    )  # fmt: skip
+    titles = {"l0": "L0", "fvu": "FVU", "sparsity_weight": "Sparsity weight"}
+    units = {"l0": "active latents a sample", "fvu": "share of variance unexplained"}
+    for ax, key in zip(axes, titles, strict=True):
+        drawn = {sae: _seeds(of[key]) for sae, of in _in_order(curves)}
+        for sae, ys in drawn.items():
+            _seed_lines(ax, x, ys, _over_seeds(np.nanmedian, ys), COLOURS[sae])
+        ax.set_title(titles[key])
+        ax.set_ylabel(units.get(key, "weight of the sparsity loss"))
+        ax.set_xlabel("training step")
+        ax.grid(True)
+        ax.margins(x=0.02)
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+        ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
+        if key == "l0":
+            _frame_l0(ax, list(drawn.values()), target_l0)
+        else:
+            _log_axis(ax, *drawn.values())
+    lines = [_sae_line(sae, of["fvu"], "median of ") for sae, of in _in_order(curves)]
+    for name, level, style in (("target", target_l0, "--"), ("true", expected_l0, ":")):
+        if level is not None:
+            line = axes[0].axhline(level, color=INK, linewidth=1, linestyle=style, zorder=5)
+            line.set_label(f"{name} L0, {level:.4g}")
+            lines.append(line)
+    _legend(figure, lines, 0.05)
+    return figure
+
+
+@_style
+def _toy_seeds_figure(
+    runs: Sequence[Mapping[str, Any]], tree: FeatureTree, threshold: float
+) -> Figure:
+    layout = _layout(tree)
+    saes = [sae for sae in COLOURS if any(run["sae"] == sae for run in runs)]
+    figure = _figure(3.9)
+    grid = figure.add_gridspec(
+        1, 2, left=0.068, right=0.985, top=0.86, bottom=0.155, width_ratios=(3.1, 1), wspace=0.26
+    )
+    ax, counts = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
+
+    lowest = threshold - 0.1
+    width = 0.84 / max(len(saes), 1)
+    for i, sae in enumerate(saes):
+        best = np.array([run["best_cosine"] for run in runs if run["sae"] == sae], dtype=float)
+        best = best[:, layout.order]  # [n_seeds, n_features]
+        if np.isfinite(best).any():
+            lowest = min(lowest, float(np.nanmin(best)))
+        centre = np.arange(best.shape[1]) + (i - (len(saes) - 1) / 2) * width
+        # Evenly spaced, neighbouring seeds apart (the golden ratio's multiples), alike every time.
+        place = np.argsort(np.argsort(np.arange(len(best)) * 0.618034 % 1))
+        spread = ((place + 0.5) / len(best) - 0.5) * 0.8 * width
+        ax.scatter(
+            (centre + spread[:, None]).ravel(), best.ravel(), s=7, color=COLOURS[sae],
+            alpha=0.85 if len(best) <= 10 else 0.35, linewidths=0, zorder=3,
+        )  # fmt: skip
+        if len(best) > 1:
+            ax.hlines(
+                _over_seeds(np.nanmedian, best), centre - 0.48 * width, centre + 0.48 * width,
+                color="black", linewidth=1.1, zorder=4,
+            )  # fmt: skip
+    for level in sorted({threshold, 0.9, 0.95, 0.99}):
+        main = level == threshold
+        ax.axhline(level, color=INK if main else FAINT, linewidth=1 if main else 0.7,
+                   linestyle=(0, (4, 2)) if main else ":", zorder=2)  # fmt: skip
+        ax.annotate(f"{level:.4g}", (1, level), (3, 0), xycoords=("axes fraction", "data"),
+                    textcoords="offset points", va="center", fontsize=7.5,
+                    color=INK if main else "#666666")  # fmt: skip
+    ax.set_ylim(lowest - 0.03, 1.012)
+    ax.set_xlim(-0.6, len(layout.order) - 0.4)
+    ax.set_ylabel("best decoder cosine to the feature")
+    ax.set_title("Recovery of each true feature (dot: a seed, bar: median)")
+    _mark(ax, layout, "x")
+    ax.set_xlabel(_feature_key(layout, "columns"), labelpad=29)
+
+    _clean_counts(counts, runs, saes, tree.n_features, threshold)
+    _legend(figure, [_patch(sae, sum(run["sae"] == sae for run in runs)) for sae in saes], 0.06)
+    return figure
+
+
+@_style
+def _fvu_by_prefix_figure(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
+    figure = _figure(3.7)
+    ax = figure.subplots(gridspec_kw={"left": 0.07, "right": 0.87, "top": 0.9, "bottom": 0.13})
+    lines, ends = [], []
+    for sae, of in _in_order(curves):
+        x, ys = _array(of["prefix"]), _seeds(of["fvu"])
+        mean = _over_seeds(np.nanmean, ys)
+        _seed_lines(ax, x, ys, mean, COLOURS[sae], marker="o")
+        lines.append(_sae_line(sae, ys, "mean of "))
+        ends.append((x[-1], mean[-1], sae))
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _log_axis(ax, *(_seeds(of["fvu"]) for of in curves.values()))
+    _label_ends(ax, ends)
+    widths = np.concatenate([_array(of["prefix"]) for of in curves.values()])
+    ax.set_xlim(widths.min() / 1.1, widths.max() * 1.1)
+    ax.grid(True)
+    ax.set_xlabel("latents used: the first so many of the dictionary (log scale)")
+    ax.set_ylabel("FVU (share of variance unexplained, log scale)")
+    _legend(figure, lines, 0.06)
+    return figure
+
+
+@_style
+def _density_histograms_figure(densities: Mapping[str, Any]) -> Figure:
+    by_sae = {sae: _seeds(d) for sae, d in _in_order(densities)}
+    alive = np.concatenate([d[d > 0] for d in by_sae.values()] or [np.ones(0)])
+    low = np.floor(np.log10(alive.min())) if alive.size else -5.0
+    low = min(low, -1.0)
+    edges = np.linspace(low, 0, max(round(-low * 8), 16) + 1)
+    dead_at = low + 0.07 * low  # the dead stand a little left of the rarest
+    bar = 0.028 * -low
+
+    figure = _figure(3.3)
+    ax = figure.subplots(gridspec_kw={"left": 0.07, "right": 0.985, "top": 0.87, "bottom": 0.15})
+    lines = []
+    for i, (sae, d) in enumerate(by_sae.items()):
+        with np.errstate(divide="ignore"):
+            logs = np.log10(d)  # -inf where dead, which is in no bin
+        n = max(d.shape[1], 1)
+        shares = np.array([100 * np.histogram(row, edges)[0] / n for row in logs])
+        for row in shares if len(shares) > 1 else []:
+            ax.stairs(row, edges, color=COLOURS[sae], alpha=0.4, linewidth=0.7)
+        ax.stairs(shares.mean(axis=0), edges, color=COLOURS[sae], linewidth=2, zorder=3)
+        ax.stairs(shares.mean(axis=0), edges, color=COLOURS[sae], fill=True, alpha=0.13)
+        dead = 100 * float((d == 0).mean())
+        at = dead_at + (i - (len(by_sae) - 1) / 2) * bar * 1.05
+        ax.bar(at, dead, bar, color=COLOURS[sae], zorder=3)
+        lines.append(_sae_line(sae, d, "mean of ", f"; dead {dead:.3g}%"))
+    ax.axvline(low + 0.025 * low, color=FAINT, linewidth=0.7, linestyle=":")
+    ticks = np.arange(int(low), 1)
+    ticks = ticks[:: -(-len(ticks) // 9)]
+    ax.set_xticks([dead_at, *ticks], ["dead", *(f"$10^{{{t}}}$" if t else "1" for t in ticks)])
+    ax.set_xlim(dead_at + 0.05 * low, 0.0 - 0.01 * low)
+    ax.set_ylim(bottom=0)
+    ax.grid(True, axis="y")
+    ax.set_xlabel("firing frequency: share of tokens on which a latent fires (log scale)")
+    ax.set_ylabel("latents per bin (%)")
+    _legend(figure, lines, 0.06)
+    return figure
+
+
+# --- how a tree is laid out along an axis
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Features along an axis: each tree of a parent and what is below it, then the rare ones."""
+
+    order: list[int]  # position -> feature
+    starts: list[int]  # of each group, its first position
+    labels: list[str]  # of each group
+    marks: list[str]  # of each position: P, c, or nothing
+
+    def spans(self) -> list[tuple[int, int, str]]:
+        """(first position, last position, label) a group."""
+        ends = [*self.starts[1:], len(self.order)]
+        return [(a, b - 1, s) for a, b, s in zip(self.starts, ends, self.labels, strict=True)]
+
+
+def _layout(tree: FeatureTree) -> _Layout:
+    groups: dict[int, list[int]] = {}  # topmost feature, or -1 for the rare -> features
+    top: list[int] = []
+    for feature, above in enumerate(tree.parent):
+        top.append(feature if above is None else top[above])  # pre-order: above comes first
+        groups.setdefault(-1 if tree.kind[feature] == "rare" else top[feature], []).append(feature)
+    if -1 in groups:
+        groups[-1] = groups.pop(-1)  # to the end
+    order = [feature for members in groups.values() for feature in members]
+    sizes = [len(members) for members in groups.values()]
+    return _Layout(
+        order=order,
+        starts=[sum(sizes[:i]) for i in range(len(sizes))],
+        labels=["rare" if g < 0 else tree.ids[g].replace("_", " ") for g in groups],
+        marks=[{"parent": "P", "child": "c", "rare": ""}[tree.kind[f]] for f in order],
+    )
+
+
+def _mark(ax: Axes, layout: _Layout, axis: str) -> None:
+    """Marks the features along the `axis` "x" or "y": P and c, a bracket and a label a group,
+    and lines between groups."""
+    on_x = axis == "x"
+    ax.set_xticks([]) if on_x else ax.set_yticks([])
+    box = ax.get_position()
+    size = WIDTH * box.width if on_x else _height(ax) * box.height
+    pitch = 72 * size / len(layout.order)  # points a feature
+
+    def note(text: str, at: float, off: float, fontsize: float, **kwargs: Any) -> None:
+        ax.annotate(
+            text,
+            (at, 0) if on_x else (0, at),
+            (0, -off) if on_x else (-off, 0),
+            xycoords=("data", "axes fraction") if on_x else ("axes fraction", "data"),
+            textcoords="offset points",
+            ha="center" if on_x else "right",
+            va="top" if on_x else "center",
+            fontsize=fontsize,
+            **kwargs,
+        )
+
+    letters = any(layout.marks) and pitch >= 6
+    if letters:
+        for at, mark in enumerate(layout.marks):
+            note(mark, at, 2, 7, color=INK, weight="bold" if mark == "P" else "normal")
+    off = 12 if letters else 3
+    scale = ax.figure.dpi_scale_trans
+    if on_x:
+        place = ax.get_xaxis_transform() + ScaledTranslation(0, -off / 72, scale)
+    else:
+        place = ax.get_yaxis_transform() + ScaledTranslation(-off / 72, 0, scale)
+    for first, last, label in layout.spans():
+        along, across = (first - 0.35, last + 0.35), (0, 0)
+        ax.add_artist(
+            Line2D(
+                *((along, across) if on_x else (across, along)), color=FAINT, linewidth=1.2,
+                clip_on=False, transform=place, solid_capstyle="butt",
+            )
+        )  # fmt: skip
+        text, rotation = _fitted(label, pitch * (last - first + 1), upright=not on_x)
+        note(text, (first + last) / 2, off + 2, 7.5, rotation=rotation, linespacing=1.05)
+        if first:
+            (ax.axvline if on_x else ax.axhline)(first - 0.5, color="#A8A8A8", linewidth=0.6)
+
+
+def _fitted(label: str, room: float, upright: bool) -> tuple[str, float]:
+    """`label` and its rotation such that it fits in `room` points along the axis, or "".
+
+    On a horizontal axis it lies, or breaks at its spaces, or stands; on an upright one it stands,
+    or lies where there is no room for that.
+    """
+    short = label if len(label) <= 10 else label[:9] + "…"
+    along = 90 if upright else 0
+    for text in (label, label.replace(" ", "\n"), short):
+        lines = text.split("\n")
+        if 4.3 * max(map(len, lines)) <= room and len(lines) <= 2:
+            return text, along
+    return (short, 90 - along) if room >= 8 else ("", 0)
+
+
+def _feature_key(layout: _Layout, what: str) -> str:
+    return f"{what}: features" + (" (P parent, c child)" if any(layout.marks) else "")
+
+
+def _rows_to_show(panels: Mapping[str, np.ndarray], least: float) -> np.ndarray:
+    """Which rows of the panels [n, n_features] to show, in order. [n_shown]
+
+    They are sorted by the truth: those whose first feature is active come first, among them those
+    whose second is, and so on. Rows in which nothing is above `least` are left out, and of more
+    than MAX_ROWS as many are kept, evenly spaced.
+    """
+    rows = np.lexsort(tuple((panels["truth"] <= 0).T[::-1]))
+    seen = np.any([np.any(acts > least, axis=1) for acts in panels.values()], axis=0)
+    rows = rows[seen[rows]] if seen.any() else rows
+    if len(rows) > MAX_ROWS:
+        rows = rows[np.linspace(0, len(rows) - 1, MAX_ROWS).round().astype(int)]
+    return rows
+
+
+def _sample_count(shown: int, n: int) -> str:
+    left_out = "" if shown == n else " with anything active" if shown < MAX_ROWS else ""
+    return f"{shown} of {n} samples{left_out}" if shown < n else f"{n} samples"
+
+
+# --- parts of figures
+
+
+def _figure(height: float) -> Figure:
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _height(ax: Axes) -> float:
+    """The height of the figure of `ax` in inches."""
+    return ax.figure.bbox.height / DPI
+
+
+def _headline(figure: Figure, text: str, left: float) -> None:
+    """A line at the top of the figure that says how to read it."""
+    figure.text(left, 1 - 0.15 / figure.get_figheight(), text, va="center", color=INK)
+
+
+def _beside_rows(ax: Axes, values: np.ndarray) -> None:
+    """A number to the right of each row of a heatmap. values: [n_rows]"""
+    for row, value in enumerate(values):
+        ax.annotate(
+            "none" if np.isnan(value) else f"{value:.2f}", (1, row), (3, 0),
+            xycoords=("axes fraction", "data"), textcoords="offset points", va="center",
+            fontsize=7, color=INK,
+        )  # fmt: skip
+
+
+def _overlay(ax: Axes, where: np.ndarray, colour: str) -> None:
+    """Paints the cells of an image where `where` is true."""
+    if where.any():
+        cells = np.ma.masked_where(~where, np.zeros(where.shape))
+        ax.imshow(cells, aspect="auto", interpolation="nearest", cmap=ListedColormap([colour]))
+
+
+def _colour_bar(figure: Figure, image: Any, beside: Axes, label: str) -> None:
+    box = beside.get_position()
+    axes = figure.add_axes((0.922, box.y0, 0.015, box.height))
+    figure.colorbar(image, cax=axes, label=label)
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    axes.tick_params(length=2)
+    image.colorbar.outline.set_linewidth(0.5)
+
+
+def _seed_lines(
+    ax: Axes, x: np.ndarray, ys: np.ndarray, middle: np.ndarray, colour: str, marker: str = ""
+) -> None:
+    """ys [n_seeds, n_points] thin, `middle` [n_points] thick."""
+    if len(ys) > 1:
+        lines = [np.column_stack([x, y]) for y in ys]
+        alpha = float(np.clip(4 / len(ys), 0.12, 0.45))
+        ax.add_collection(LineCollection(lines, colors=colour, linewidths=0.7, alpha=alpha))
+    ax.plot(x, middle, color=colour, linewidth=1.8, marker=marker, markersize=4, zorder=4)
+
+
+def _sae_line(sae: str, values: Any, prefix: str, suffix: str = "") -> Line2D:
+    """The legend's entry of an SAE of `values` [n_seeds, ...]."""
+    n = len(_seeds(values))
+    what = f"{prefix if n > 1 else ''}{_count(n, 'seed')}"
+    return Line2D([], [], color=COLOURS[sae], linewidth=2, label=f"{NAMES[sae]}, {what}{suffix}")
+
+
+def _legend(figure: Figure, handles: Sequence[Any], left: float) -> None:
+    figure.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(left, 1.0), ncols=max(len(handles), 1),
+        borderaxespad=0.4, columnspacing=1.8, handlelength=1.8,
+    )  # fmt: skip
+
+
+def _log_axis(ax: Axes, *values: np.ndarray) -> None:
+    """A log y axis that spans what is positive in `values`; linear where nothing is."""
+    seen = np.concatenate([v[np.isfinite(v) & (v > 0)] for v in values] or [np.ones(0)])
+    if not seen.size:
+        ax.set_ylim(-0.05, 1.0)
+        return
+    top = seen.max()
+    bottom = max(seen.min(), top * 1e-8)
+    pad = (top / bottom) ** 0.06 * 1.1
+    ax.set_yscale("log")
+    ax.set_ylim(bottom / pad, top * pad)
+    if top / bottom < 30:
+        plain = FuncFormatter(lambda value, _: f"{value:.2g}")
+        ax.yaxis.set_major_formatter(plain)
+        ax.yaxis.set_minor_formatter(plain if top / bottom < 8 else "")
+
+
+def _frame_l0(ax: Axes, curves: Sequence[np.ndarray], target: float) -> None:
+    """Limits that hold the target and what comes after the first fifth, before which L0 may be
+    many times as high. curves: [n_seeds, n_points] each."""
+    settled = np.concatenate([ys[:, ys.shape[1] // 5 :].ravel() for ys in curves])
+    settled = settled[np.isfinite(settled)]
+    top = float(np.quantile(settled, 0.99)) if settled.size else 0.0
+    ax.set_ylim(0, max(1.3 * target, 1.15 * top))
+
+
+def _clean_counts(
+    ax: Axes, runs: Sequence[Mapping[str, Any]], saes: Sequence[str], n_features: int,
+    threshold: float,
+) -> None:  # fmt: skip
+    """How many seeds of each SAE reached how many clean features: a bar a number."""
+    clean = {
+        sae: Counter(int(run["clean_features"]) for run in runs if run["sae"] == sae)
+        for sae in saes
+    }
+    for number in sorted(set().union(*clean.values())):
+        there = [sae for sae in saes if number in clean[sae]]
+        height = 0.8 / len(there)
+        for i, sae in enumerate(there):
+            at = number + ((len(there) - 1) / 2 - i) * height
+            bar = ax.barh(at, clean[sae][number], min(height, 0.6), color=COLOURS[sae])
+            ax.bar_label(bar, padding=2, fontsize=7.5, color=COLOURS[sae])
+    lowest = min((min(of) for of in clean.values()), default=n_features)
+    most = max((max(of.values()) for of in clean.values()), default=1)
+    ax.set_ylim(lowest - 0.9, n_features + 0.7)
+    ax.set_xlim(0, 1.18 * most)
+    ax.yaxis.set_major_locator(MaxNLocator(12, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 2.5, 5, 10]))
+    ax.set_xlabel("seeds")
+    ax.set_ylabel(f"clean features of {n_features} (cosine > {threshold:.4g})")
+    ax.set_title("Clean features")
+
+
+def _label_ends(ax: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
+    """Each curve's last value beside its end, moved apart where two would overlap."""
+    height = 72 * ax.get_position().height * _height(ax)  # points
+    last = -np.inf
+    for x, y, sae in sorted((e for e in ends if np.isfinite(e[1])), key=lambda e: e[1]):
+        fraction = ax.transAxes.inverted().transform(ax.transData.transform((x, y)))[1]
+        at = max(fraction * height, last + 11)
+        ax.annotate(
+            f"{NAMES[sae]} {y:.3f}", (1, at / height), (2, 0), xycoords="axes fraction",
+            textcoords="offset points", va="center", fontsize=7.5, color=COLOURS[sae],
+        )  # fmt: skip
+        last = at
+
+
+def _in_order(by_sae: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The items of `by_sae`, sorted as `COLOURS` is. Raises `KeyError` for a name not in it."""
+    place = {sae: i for i, sae in enumerate(COLOURS)}
+    return sorted(by_sae.items(), key=lambda item: place[item[0]])
+
+
+def _patch(sae: str, n_seeds: int) -> Patch:
+    return Patch(color=COLOURS[sae], label=f"{NAMES[sae]}, {_count(n_seeds, 'seed')}")
+
+
+def _title(name: str) -> str:
+    label = NAMES[name] if name == "truth" else f"{NAMES[name]} SAE"
+    return label[0].upper() + label[1:]
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" + ("" if n == 1 else "s")
+
+
+def _thousands(value: float, _: int) -> str:
+    return f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:g}"
+
+
+# --- arrays and files
+
+
+def _array(values: Any) -> np.ndarray:
+    """Anything array-like as float64 NumPy."""
+    if isinstance(values, torch.Tensor):
+        return values.detach().cpu().double().numpy()
+    return np.asarray(values, dtype=float)
+
+
+def _seeds(values: Any) -> np.ndarray:
+    """[n_seeds, n] of that, or of one seed's [n]."""
+    return np.atleast_2d(_array(values))
+
+
+def _over_seeds(statistic: Any, ys: np.ndarray) -> np.ndarray:
+    """`statistic` over the first axis of `ys` [n_seeds, n], NaN where every seed is NaN. [n]"""
+    known = ~np.isnan(ys).all(axis=0)
+    out = np.full(ys.shape[1], np.nan)
+    if known.any():
+        out[known] = statistic(ys[:, known], axis=0)
+    return out
+
+
+def _write(path: str | Path, figure: Figure) -> None:
+    # Without the version of matplotlib in it: the same picture is the same file.
+    with matplotlib.style.context(_STYLE):
+        write_atomically(
+            Path(path),
+            lambda part: figure.savefig(part, format="png", dpi=DPI, metadata={"Software": None}),
+        )

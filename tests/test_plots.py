@@ -1,0 +1,408 @@
+"""Every figure: written whole and readable, in the right order, and by nobody else's settings."""
+
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+import plots
+from toy_model import FeatureTree
+
+PAPER = FeatureTree.from_json(Path(__file__).parent.parent / "tree.json")
+FLAT = FeatureTree.from_dict(
+    {
+        "active_prob": 1,
+        "is_read_out": False,
+        "children": [{"active_prob": 0.3}, {"active_prob": 0.1}],
+    }
+)
+# A rare feature first, a child with a child, names too long for the space: all that a tree may do.
+ODD = FeatureTree.from_dict(
+    {
+        "active_prob": 1,
+        "is_read_out": False,
+        "children": [
+            {"active_prob": 0.2, "id": "alone"},
+            {
+                "active_prob": 0.5,
+                "id": "a_name_that_is_much_too_long_for_three_columns",
+                "children": [{"active_prob": 0.5, "children": [{"active_prob": 0.5}]}],
+            },
+        ],
+    }
+)
+ONE = FeatureTree.from_dict({"active_prob": 0.5, "id": "only"})
+TREES = {"paper": PAPER, "flat": FLAT, "odd": ODD, "one": ONE}
+
+
+def truth_of(tree: FeatureTree, n: int = 60) -> np.ndarray:
+    return tree.sample(n, torch.Generator().manual_seed(0)).double().numpy()
+
+
+def absorbed(truth: np.ndarray, tree: FeatureTree) -> np.ndarray:
+    """What vanilla makes of `truth` [n, n_features]: a parent is silent where a child fires."""
+    acts = truth.copy()
+    for feature, above in enumerate(tree.parent):
+        if above is not None:
+            acts[truth[:, feature] > 0, above] = 0
+    return acts
+
+
+def runs_of(n_seeds: int, tree: FeatureTree = PAPER) -> list[dict[str, Any]]:
+    levels = {
+        "matryoshka": {"parent": 0.945, "child": 0.93, "rare": 1.0},
+        "vanilla": {"parent": 1.0, "child": 0.71, "rare": 1.0},
+    }
+    runs = []
+    for seed in range(n_seeds):
+        for sae, by_kind in levels.items():
+            best = [by_kind[kind] - 0.002 * (seed % 3) for kind in tree.kind]
+            clean = sum(cosine > 0.9 for cosine in best)
+            runs.append({"sae": sae, "seed": seed, "best_cosine": best, "clean_features": clean})
+    return runs
+
+
+def curves_of(n_seeds: int, n_points: int = 30, value: float | None = None) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    shape = (n_seeds, n_points)
+    decay = 0.01 + np.exp(-np.arange(n_points) / 5) * np.exp(0.1 * rng.normal(size=shape))
+    return {
+        sae: {
+            key: decay * rng.uniform(0.5, 2) if value is None else np.full(shape, value)
+            for key in ("l0", "fvu", "sparsity_weight")
+        }
+        for sae in ("matryoshka", "vanilla")
+    }
+
+
+def prefixes_of(n_seeds: int, fvu: float | None = None) -> dict[str, Any]:
+    prefix = 2 ** np.arange(8)
+    y = np.tile(1 / np.sqrt(prefix), (n_seeds, 1)) if fvu is None else np.full((n_seeds, 8), fvu)
+    return {sae: {"prefix": prefix, "fvu": y} for sae in ("matryoshka", "vanilla")}
+
+
+def nan_column(values: np.ndarray, column: int = 0) -> np.ndarray:
+    out = values.copy()
+    out[:, column] = np.nan
+    return out
+
+
+def both(values: Any) -> dict[str, Any]:
+    return {"matryoshka": values, "vanilla": values}
+
+
+def cases() -> dict[str, tuple[Any, ...]]:
+    """name -> (function, its arguments after the path)."""
+    rng = np.random.default_rng(0)
+    steps = np.arange(30) * 1000
+    out: dict[str, tuple[Any, ...]] = {}
+    for name, tree in TREES.items():
+        truth, n = truth_of(tree), tree.n_features
+        acts, cosines = truth, rng.uniform(-1, 1, (n, n))
+        if tree is not PAPER:  # a column, or a row, of NaN
+            acts, cosines = nan_column(acts), nan_column(cosines).T
+        out[f"activations, {name}"] = (plots.toy_activations, truth, both(acts), tree)
+        out[f"cosines, {name}"] = (plots.toy_cosines, both(cosines), tree, "decoder")
+        out[f"seeds, {name}"] = (plots.toy_seeds, runs_of(7, tree), tree)
+    nothing = np.zeros((60, 20))
+    dead = dict.fromkeys(("sae", "seed")) | {"sae": "vanilla", "clean_features": 0}
+    densities = 10 ** rng.uniform(-5, 0, (3, 64))
+    return out | {
+        "activations, one sample": (plots.toy_activations, nothing[:1], both(nothing[:1]), PAPER),
+        "activations, nothing": (plots.toy_activations, nothing, both(nothing), PAPER),
+        "activations, all NaN": (plots.toy_activations, nothing, both(nothing + np.nan), PAPER),
+        "cosines, one SAE": (plots.toy_cosines, {"vanilla": np.eye(20)}, PAPER, "decoder"),
+        "cosines, all NaN": (plots.toy_cosines, both(np.full((20, 20), np.nan)), PAPER, "decoder"),
+        "curves": (plots.training_curves, steps, curves_of(5), 1.2, 1.1),
+        "curves, one seed": (plots.training_curves, steps, curves_of(1), 1.2),
+        "curves, one point": (plots.training_curves, [0], curves_of(2, 1), 1.2),
+        "curves, constant": (plots.training_curves, steps, curves_of(3, value=1.0), 1.0),
+        "curves, zero": (plots.training_curves, steps, curves_of(3, value=0.0), 1.2),
+        "curves, NaN": (plots.training_curves, steps, curves_of(3, value=np.nan), 1.2),
+        "seeds, one": (plots.toy_seeds, runs_of(1), PAPER),
+        "seeds, a hundred": (plots.toy_seeds, runs_of(100), PAPER),
+        "seeds, one SAE": (plots.toy_seeds, runs_of(5)[::2], PAPER),
+        "seeds, no latents": (plots.toy_seeds, [dead | {"best_cosine": [None] * 20}], PAPER),
+        "prefixes": (plots.fvu_by_prefix, prefixes_of(3)),
+        "prefixes, one seed": (plots.fvu_by_prefix, prefixes_of(1)),
+        "prefixes, constant": (plots.fvu_by_prefix, prefixes_of(3, fvu=0.5)),
+        "prefixes, zero": (plots.fvu_by_prefix, prefixes_of(3, fvu=0.0)),
+        "prefixes, NaN": (plots.fvu_by_prefix, prefixes_of(3, fvu=np.nan)),
+        "densities": (plots.density_histograms, both(densities)),
+        "densities, one seed": (plots.density_histograms, both(densities[0])),
+        "densities, constant": (plots.density_histograms, both(np.full((2, 64), 0.01))),
+        "densities, always": (plots.density_histograms, both(np.ones((2, 64)))),
+        "densities, all dead": (plots.density_histograms, both(np.zeros((2, 64)))),
+        "densities, one dead SAE": (
+            plots.density_histograms,
+            {"matryoshka": densities, "vanilla": np.zeros((3, 64))},
+        ),
+        "densities, tensors": (plots.density_histograms, both(torch.tensor(densities).bfloat16())),
+    }
+
+
+CASES = cases()
+
+
+def png_size(data: bytes) -> tuple[int, int]:
+    """Width and height of a PNG, every chunk's checksum verified. Independent of matplotlib."""
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    at, kinds = 8, []
+    while at < len(data):
+        (length,) = struct.unpack(">I", data[at : at + 4])
+        body = data[at + 4 : at + 8 + length]
+        assert zlib.crc32(body) == struct.unpack(">I", data[at + 8 + length : at + 12 + length])[0]
+        kinds.append(body[:4])
+        at += 12 + length
+    assert (kinds[0], kinds[-1]) == (b"IHDR", b"IEND")
+    return struct.unpack(">II", data[16:24])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_figure_is_one_png_with_all_its_text_and_nothing_else_changes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function, *arguments = CASES[name]
+    before = dict(matplotlib.rcParams)
+    drawn: list[Figure] = []
+    write = plots._write
+    monkeypatch.setattr(
+        plots, "_write", lambda path, figure: (drawn.append(figure), write(path, figure))
+    )
+    function(tmp_path / "figure.png", *arguments)
+    assert dict(matplotlib.rcParams) == before
+    assert [file.name for file in tmp_path.iterdir()] == ["figure.png"]
+    data = (tmp_path / "figure.png").read_bytes()
+    assert png_size(data)[0] == 1660
+    assert len(data) < 300_000
+
+    [figure] = drawn
+    for text in set(figure.findobj(matplotlib.text.Text)) - out_of_view(figure):
+        if text.get_visible() and text.get_text().strip():
+            box = text.get_window_extent()
+            assert min(box.x0, box.y0) >= 0, text
+            assert box.x1 <= figure.bbox.x1, text
+            assert box.y1 <= figure.bbox.y1, text
+
+
+def out_of_view(figure: Figure) -> set[matplotlib.text.Text]:
+    """The labels of ticks beyond an axis's limits, which matplotlib makes and does not draw."""
+    labels = set()
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            for tick in [*axis.majorTicks, *axis.minorTicks]:
+                if not low <= tick.get_loc() <= high:
+                    labels |= {tick.label1, tick.label2}
+    return labels
+
+
+def test_nested_lists_and_tensors_draw_what_arrays_do(tmp_path: Path) -> None:
+    truth = truth_of(PAPER)
+    kinds = {"array": truth, "list": truth.tolist(), "tensor": torch.tensor(truth).float()}
+    for name, values in kinds.items():
+        plots.toy_activations(tmp_path / f"{name}.png", values, both(values), PAPER)
+    assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
+
+
+def test_the_users_settings_do_not_reach_the_picture(tmp_path: Path) -> None:
+    function, *arguments = CASES["curves"]
+    function(tmp_path / "a.png", *arguments)
+    changes: dict[str, Any] = {"font.size": 20, "lines.linewidth": 9, "savefig.bbox": "tight"}
+    with matplotlib.rc_context(changes | {"savefig.transparent": True}):
+        function(tmp_path / "b.png", *arguments)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_failure_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "figure.png"
+    path.write_bytes(b"old")
+
+    def fails(self: Figure, file: Path, **_: Any) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Figure, "savefig", fails)
+    with pytest.raises(OSError, match="disk full"):
+        plots.fvu_by_prefix(path, prefixes_of(2))
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["figure.png"]
+
+
+def test_pyplot_is_not_imported() -> None:
+    code = "import sys, plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode
+        == 0
+    )
+
+
+# --- what the figures say
+
+
+def images(ax: Axes) -> list[np.ma.MaskedArray]:
+    return [image.get_array() for image in ax.images]
+
+
+def texts(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.texts]
+
+
+def test_activations_are_sorted_by_the_tree_and_absorption_is_marked() -> None:
+    truth = truth_of(PAPER, 300)
+    by_sae = {"matryoshka": truth, "vanilla": absorbed(truth, PAPER)}
+    figure = plots._toy_activations_figure(truth, by_sae, PAPER)
+    shown, vanilla, matryoshka = figure.axes[:3]
+    titles = [ax.get_title(loc="left") for ax in figure.axes[:3]]
+    assert titles == ["Ground truth", "Vanilla SAE", "Matryoshka SAE"]
+
+    [drawn] = images(shown)
+    expected = sorted((r for r in truth.tolist() if any(r)), reverse=True)
+    assert drawn.tolist() == expected
+    acts, missed = images(vanilla)
+    assert to_hex(vanilla.images[1].cmap(0)) == plots.MISSED.lower()
+    assert (~np.ma.getmaskarray(missed) == ((np.array(expected) > 0) & (acts == 0))).all()
+    children_active = truth[:, [1, 2, 3, 5, 6, 7, 9, 10, 11]].sum()
+    assert (~np.ma.getmaskarray(missed)).sum() == children_active
+    assert len(images(matryoshka)) == 1  # nothing to mark
+    scales = {ax.images[0].get_clim() for ax in figure.axes[:3]}
+    assert scales == {(0, 1)}
+
+
+def test_a_missing_latent_is_grey_and_not_silent() -> None:
+    truth = truth_of(PAPER)
+    figure = plots._toy_activations_figure(truth, {"vanilla": nan_column(truth, 4)}, PAPER)
+    overlays = figure.axes[1].images[1:]
+    assert [to_hex(image.cmap(0)) for image in overlays] == [plots.ABSENT.lower()]
+    grey = ~np.ma.getmaskarray(overlays[0].get_array())
+    assert grey[:, 4].all()
+    assert grey.sum() == len(grey)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["feature active, its latent silent", "no latent for the feature"]
+
+
+def test_too_many_samples_are_thinned_and_counted() -> None:
+    truth = np.tile(truth_of(PAPER, 100), (20, 1))
+    figure = plots._toy_activations_figure(truth, {"vanilla": truth}, PAPER)
+    assert len(images(figure.axes[0])[0]) == plots.MAX_ROWS
+    assert figure.axes[0].get_ylabel() == "400 of 2000 samples"
+
+
+def test_features_are_grouped_by_their_topmost_parent_the_rare_last() -> None:
+    assert plots._layout(PAPER).spans() == [
+        (0, 3, "parent 0"), (4, 7, "parent 1"), (8, 11, "parent 2"), (12, 19, "rare")
+    ]  # fmt: skip
+    assert plots._layout(PAPER).marks == ["P", "c", "c", "c"] * 3 + [""] * 8
+    assert plots._layout(ODD).order == [1, 2, 3, 0]
+    assert plots._layout(ODD).marks == ["P", "P", "c", ""]
+    assert plots._layout(FLAT).spans() == [(0, 1, "rare")]
+    figure = plots._toy_cosines_figure({"vanilla": np.eye(20)}, PAPER, "decoder")
+    for label in ("parent 0", "parent 1", "parent 2", "rare"):
+        assert texts(figure.axes[0]).count(label) == 2  # below and beside
+
+
+def test_cosines_are_in_the_order_of_the_groups_and_centred_on_zero() -> None:
+    cosines = np.arange(16).reshape(4, 4) / 16 - 0.5
+    figure = plots._toy_cosines_figure({"vanilla": cosines}, ODD, "encoder")
+    ax = figure.axes[0]
+    order = [1, 2, 3, 0]
+    assert (images(ax)[0] == cosines[order][:, order]).all()
+    assert ax.images[0].get_clim() == (-1, 1)
+    assert min(ax.images[0].cmap(0.5)[:3]) > 0.99  # white
+    diagonal = [f"{cosines[i, i]:.2f}" for i in order]
+    assert [text for text in texts(ax) if "." in text] == diagonal
+    assert "Cosine of encoder and true" in figure.texts[0].get_text()
+
+
+def test_curves_show_each_seed_their_median_and_the_targets() -> None:
+    curves = curves_of(5)
+    figure = plots._training_curves_figure(np.arange(30), curves, 1.2338, 1.12)
+    for ax, key in zip(figure.axes, ("l0", "fvu", "sparsity_weight"), strict=True):
+        assert ax.get_yscale() == ("linear" if key == "l0" else "log")
+        assert ax.get_xlabel() == "training step"
+        assert ax.get_ylabel()
+        for sae, lines in zip(("vanilla", "matryoshka"), ax.collections, strict=True):
+            assert to_hex(lines.get_color()[0]) == plots.COLOURS[sae].lower()
+            drawn = np.array([segment[:, 1] for segment in lines.get_segments()])
+            np.testing.assert_array_equal(drawn, curves[sae][key])
+        for sae, line in zip(("vanilla", "matryoshka"), ax.lines, strict=False):
+            np.testing.assert_array_equal(line.get_ydata(), np.median(curves[sae][key], axis=0))
+    assert [line.get_ydata()[0] for line in figure.axes[0].lines[2:]] == [1.2338, 1.12]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == [
+        "vanilla, median of 5 seeds", "Matryoshka, median of 5 seeds",
+        "target L0, 1.234", "true L0, 1.12",
+    ]  # fmt: skip
+
+
+def test_l0_is_framed_by_what_it_settles_at() -> None:
+    curves = curves_of(3, 50)
+    for of in curves.values():
+        of["l0"] = np.full((3, 50), 28.0)
+        of["l0"][:, :10] = 3000
+    ax = plots._training_curves_figure(np.arange(50), curves, 30, None).axes[0]
+    assert ax.get_ylim() == pytest.approx((0, 39))
+
+
+def test_seeds_show_every_cosine_and_count_the_clean() -> None:
+    runs = runs_of(9)
+    runs[0]["clean_features"] = 16
+    figure = plots._toy_seeds_figure(runs, PAPER, 0.9)
+    ax, counts = figure.axes
+    dots = [c for c in ax.collections if len(c.get_offsets()) == 9 * 20]
+    for sae, drawn in zip(("vanilla", "matryoshka"), dots, strict=True):
+        best = np.array([run["best_cosine"] for run in runs if run["sae"] == sae])
+        x, y = np.asarray(drawn.get_offsets()).T
+        np.testing.assert_array_equal(y, best.ravel())
+        assert (np.rint(x) == np.tile(np.arange(20), 9)).all()  # each in its feature's column
+    bars = {
+        (to_hex(bar.get_facecolor()), round(bar.get_y() + bar.get_height() / 2), bar.get_width())
+        for bar in counts.patches
+    }
+    blue, red = (plots.COLOURS[sae].lower() for sae in ("matryoshka", "vanilla"))
+    assert bars == {(blue, 20, 8), (blue, 16, 1), (red, 11, 9)}
+    assert {"0.9", "0.95", "0.99"} <= set(texts(ax))
+
+
+def test_two_saes_with_the_same_count_share_its_place() -> None:
+    runs = [run | {"clean_features": 20} for run in runs_of(3)]
+    counts = plots._toy_seeds_figure(runs, PAPER, 0.9).axes[1]
+    spans = sorted((bar.get_y(), bar.get_y() + bar.get_height()) for bar in counts.patches)
+    assert len(spans) == 2
+    assert 19.5 <= spans[0][0] < spans[0][1] <= spans[1][0] + 1e-9 < spans[1][1] <= 20.5
+
+
+def test_prefix_figure_says_where_each_curve_ends() -> None:
+    curves = prefixes_of(3)
+    curves["vanilla"] = {"prefix": [1, 2, 128], "fvu": [[1.0, 0.9, 0.2], [1.0, 0.8, 0.1]]}
+    ax = plots._fvu_by_prefix_figure(curves).axes[0]
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert set(texts(ax)) == {"vanilla 0.150", "Matryoshka 0.088"}
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [1.0, 0.85, 0.15])
+
+
+def test_densities_account_for_every_latent() -> None:
+    densities = np.array([[0, 0, 0.5, 0.01], [0, 1e-7, 1.0, 1.0]])
+    figure = plots._density_histograms_figure({"matryoshka": densities})
+    ax = figure.axes[0]
+    [dead] = [p for p in ax.patches if isinstance(p, matplotlib.patches.Rectangle)]
+    assert dead.get_height() == pytest.approx(37.5)
+    stairs = [p for p in ax.patches if isinstance(p, matplotlib.patches.StepPatch)]
+    mean = max(stairs, key=lambda p: p.get_linewidth() * (not p.get_fill()))
+    assert mean.get_data().values.sum() + dead.get_height() == pytest.approx(100)
+    assert "dead 37.5%" in figure.legends[0].get_texts()[0].get_text()
+
+
+def test_an_unknown_sae_is_refused_by_name() -> None:
+    with pytest.raises(KeyError, match="topk"):
+        plots._toy_cosines_figure({"topk": np.eye(20)}, PAPER, "decoder")
