@@ -261,6 +261,8 @@ class TrainerConfig:
     lr_decay: float = 0.2  # share of the steps
     lr_end: float = 0.1  # the last learning rate, as a share of lr
     betas: tuple[float, float] = (0.5, 0.9375)
+    restart_every: int = 0  # steps between chances to restart the last latent; 0: never
+    restart_window: tuple[float, float] = (0.2, 0.8)  # share of the steps with such chances
     max_grad_norm: float = 1.0
     norm_decay: float = 0.99  # of the running mean of the inputs' norm
     order_decay: float = 0.95  # of the running mean square that orders the latents
@@ -273,6 +275,11 @@ class TrainerConfig:
     def weight_in_warmup(self, step: int) -> float:
         """The sparsity weight of step `step` of the warm-up, which counts from 0."""
         return self.sparsity_weight * min(1.0, (step + 1) / self.n_warmup_steps)
+
+    def restarts_at(self, step: int) -> bool:
+        """Whether step `step` is followed by a chance to restart; see `Trainer._restart_last`."""
+        begin, end = (share * self.n_steps for share in self.restart_window)
+        return self.restart_every > 0 and begin <= step <= end and step % self.restart_every == 0
 
     def learning_rate(self, step: int) -> float:
         """Warm-up, stable, decay: the learning rate of step `step`, which counts from 0."""
@@ -359,6 +366,8 @@ class Trainer:
         self._adam()
 
         state["mean_square"].lerp_(stats.mean_square, 1 - config.order_decay)
+        if config.restarts_at(self.n_steps_done):
+            self._restart_last(x)
         weight = state["sparsity_weight"].clone()
         self._control(stats.l0)
         self.n_steps_done += 1
@@ -368,6 +377,35 @@ class Trainer:
             "grad_norm": grad_norm[:, 0],
             "mean_square": stats.mean_square,
         }
+
+    def _restart_last(self, x: Tensor) -> None:
+        """Moves each SAE's last latent to where the residual is worth more than the latent is.
+
+        A latent that fires on none of a feature's samples gets no gradient from them, so a feature
+        that no latent has found stays lost, while the last latent may serve something smaller: in
+        the toy, the error that hedging makes where a parent is active without a child. A latent is
+        worth its running mean square of a_j ||d_j||. The residual r is worth, along the direction u
+        of its largest sample in the batch, mean relu(<u, r>)^2; where that is more, the latent
+        starts anew with encoder and decoder u, bias 0, and nothing in Adam's moments.
+        """
+        params, state = self._params_by_name, self._state
+        acts = torch.baddbmm(params.b_enc, x, params.W_enc.mT).relu_()
+        residual = x - params.b_dec - torch.bmm(acts, params.W_dec)  # [n_saes, batch, d_model]
+        size, worst = residual.norm(dim=2).max(dim=1)  # [n_saes]
+        u = residual.take_along_dim(worst[:, None, None], dim=1) / size[:, None, None]
+        worth = torch.bmm(residual, u.mT).relu_().square().mean(dim=1)  # [n_saes, 1]
+
+        last = self.order()[:, -1:]  # [n_saes, 1]
+        moves = worth > state["mean_square"].gather(1, last)
+        rows = last[..., None].expand_as(u)  # [n_saes, 1, d_model]
+        for name, row in (("params", u), ("adam_mean", 0 * u), ("adam_square", 0 * u)):
+            part = Params.of(state[name], self.d_model, self.n_latents)
+            for tensor in (part.W_enc, part.W_dec):
+                tensor.scatter_(1, rows, torch.where(moves[..., None], row, tensor.gather(1, rows)))
+            bias = part.b_enc[:, 0]
+            bias.scatter_(1, last, bias.gather(1, last) * ~moves)
+        worth = torch.where(moves, worth, state["mean_square"].gather(1, last))
+        state["mean_square"].scatter_(1, last, worth)
 
     def _control(self, l0: Tensor) -> None:
         """Sets the next step's sparsity weight from this step's batch L0: [n_saes].

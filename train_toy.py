@@ -51,6 +51,14 @@ class Config:
     d_model: int = setting(20, "dimensions that the features live in")
     target_l0: float = setting(1.2338, "active latents a sample that the sparsity weight aims at")
     lr: float = setting(0.03, "learning rate, of Adam")
+    prefixes: str = setting(
+        "sampled",
+        "prefixes drawn each step, or the loss's exact mean over them",
+        choices=["sampled", "expected"],
+    )
+    restart_every: int = setting(
+        0, "steps between chances to restart the last latent; 0: never, as in the paper"
+    )
     sparsity: str = setting("l1", "the sparsity loss", choices=["l1", "log"])
     sparsity_weight: float = setting(0.2, "where the adaptive sparsity weight starts")
     tree: str = setting("tree.json", "file of the feature tree")
@@ -73,7 +81,7 @@ def check(config: Config, tree: FeatureTree) -> Config:
         config, "seeds", "steps", "batch_size", "n_prefixes", "d_model", "target_l0", "lr"
     )
     script.require_positive(config, "n_eval", "sparsity_weight")
-    script.require_not_negative(config, "seed", "n_latents", "workers")
+    script.require_not_negative(config, "seed", "n_latents", "workers", "restart_every")
     n_latents = config.n_latents or tree.n_features
     if config.n_prefixes > n_latents:
         raise UserError(
@@ -181,6 +189,8 @@ def train_stack(
             n_steps=config.steps,
             target_l0=config.target_l0,
             lr=config.lr,
+            prefixes=config.prefixes,  # type: ignore[arg-type]
+            restart_every=config.restart_every,
             sparsity=config.sparsity,  # type: ignore[arg-type]
             sparsity_weight=config.sparsity_weight,
         ),

@@ -436,6 +436,33 @@ def test_steady_control_reaches_the_target_l0_from_any_start(start):
     assert (fired > 0).double().mean() > 0.97
 
 
+def test_a_lost_feature_is_restarted_and_a_found_one_is_left_alone():
+    """Two orthogonal features, two latents: one latent on each, or the second on nothing."""
+    x = torch.eye(2).repeat(8, 1) * 3
+    found = SAE(2, 2)
+    with torch.no_grad():
+        found.W_enc.copy_(torch.eye(2))
+        found.W_dec.copy_(torch.eye(2))
+    lost = SAE.from_tensors(found.state_dict())
+    with torch.no_grad():
+        lost.W_enc[:, 1] = -lost.W_enc[:, 1]  # never fires, so no gradient would move it
+    config = TrainerConfig(
+        n_steps=10, target_l0=1.0, lr=0.0, restart_every=1, restart_window=(0, 1)
+    )
+    trainer = Trainer(SAE.stack([found, lost]), config, [0, 0], [1, 1])
+    for moments in ("adam_mean", "adam_square"):
+        trainer._state[moments].fill_(1.0)
+    # lr 0, and Adam's moments of what is restarted are forgotten
+    trainer.step(x)
+    ours, other = trainer.sae.unstack()
+    assert evaluate.fvu(x, ours(x)) < 1e-6
+    assert evaluate.fvu(x, other(x)) < 1e-6
+    state = trainer.state_dict()
+    kept, moved = Params.of(state["adam_square"], 2, 2).W_dec
+    assert (kept > 0).all()
+    assert ((moved == 0).all(dim=1)).tolist() == [False, True]
+
+
 def test_gradients_are_clipped_by_sae():
     """Huge inputs to one SAE leave the other's step as it was."""
     quiet, loud = make_trainer(), make_trainer()
