@@ -9,9 +9,10 @@ exactly, so that a run that was killed and resumed ends with the weights of one 
 """
 
 import dataclasses
+import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from script import UserError, setting
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
+RESULTS = "results.json"
 N_RECORDS = 300  # lines of metrics.jsonl an SAE, at most
 DEAD_AFTER = 2_000_000  # activations without firing after which training calls a latent dead
 
@@ -71,6 +73,8 @@ def check(config: Config) -> None:
     )
     script.require_positive(config, "sparsity_weight", "checkpoint_every")
     script.require_not_negative(config, "seed")
+    if config.batch_size == 1:
+        raise UserError("--batch-size is 1: one activation has no variance to explain")
     if config.n_prefixes > config.n_latents:
         raise UserError(
             f"--n-prefixes {config.n_prefixes} is more than there are latents: "
@@ -101,6 +105,20 @@ def make_trainer(config: Config, d_model: int, device: torch.device) -> Trainer:
     )
 
 
+def cache_hash(cache: ActivationCache) -> str:
+    """A hash of the activations trained on: the same wherever the cache's folder lies."""
+    parts = [str(cache.n_tokens), *(shard.acts_sha256 for shard in cache.shards)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of all values of `tensors`, which are on the CPU; safetensors has no checksum."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].numpy().data)
+    return digest.hexdigest()
+
+
 class Run:
     """A training run and its folder: where it stands, and what of that is on disk."""
 
@@ -108,6 +126,7 @@ class Run:
 
     def __init__(self, config: Config, cache: ActivationCache, device: torch.device):
         self.config, self.out, self.names = config, Path(config.out), names_of(config)
+        self.cache_hash = cache_hash(cache)
         self.trainer = make_trainer(config, cache.d_model, device)
         # activations since each latent last fired: [n_saes, n_latents]
         self.silent = torch.zeros(len(self.names), config.n_latents, device=device)
@@ -115,6 +134,7 @@ class Run:
         self.l0_sum = torch.zeros(len(self.names), dtype=torch.float64, device=device)
         self.final_l0_sum = torch.zeros_like(self.l0_sum)
         self.seconds = self.waited = 0.0  # training, and waiting for data meanwhile
+        self.metrics_bytes = 0  # length of metrics.jsonl at the checkpoint
 
     def step(self, x: Tensor) -> dict[str, Tensor]:
         metrics = self.trainer.step(x)
@@ -154,27 +174,32 @@ class Run:
         """The checkpoint, whole or not at all; with it, how long metrics.jsonl is by now."""
         tensors = {f"trainer.{name}": t for name, t in self.trainer.state_dict().items()}
         tensors |= {name: getattr(self, name) for name in self.SUMS}
+        tensors = {name: t.contiguous().cpu() for name, t in tensors.items()}
         metadata = {
             "config": json.dumps(dataclasses.asdict(self.config)),
+            "cache_hash": self.cache_hash,
+            "tensors_hash": tensors_hash(tensors),
             "metrics_bytes": str((self.out / METRICS).stat().st_size),
             "seconds": str(self.seconds),
             "waited": str(self.waited),
         }
         script.write_atomically(
             self.out / CHECKPOINT,
-            lambda part: safetensors.torch.save_file(
-                {name: t.contiguous().cpu() for name, t in tensors.items()}, part, metadata
-            ),
+            lambda part: safetensors.torch.save_file(tensors, part, metadata),
         )
 
     def load(self) -> None:
-        """Goes on from the checkpoint. Raises `UserError` where it is of another run."""
+        """Goes on from the checkpoint. Raises `UserError` where it is damaged or of another run."""
         path = self.out / CHECKPOINT
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            saved = json.loads(metadata["config"])
+            if metadata["tensors_hash"] != tensors_hash(tensors):
+                raise ValueError("its checksum is not the recorded one")
+            saved, of_cache = json.loads(metadata["config"]), metadata["cache_hash"]
+            self.metrics_bytes = int(metadata["metrics_bytes"])
+            self.seconds, self.waited = float(metadata["seconds"]), float(metadata["waited"])
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is no checkpoint ({error}): delete it to start over") from None
         for name, asked in dataclasses.asdict(self.config).items():
@@ -183,18 +208,23 @@ class Run:
                     f"{path} is of a run with --{name.replace('_', '-')} {saved.get(name)}, "
                     f"not {asked}: ask for that, or choose another --out"
                 )
-        prefix = "trainer."
-        try:
-            self.trainer.load_state_dict(
-                {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        if of_cache != self.cache_hash:
+            raise UserError(
+                f"{path} is of a run on other activations than those of --cache "
+                f"{self.config.cache}: ask for those, or choose another --out"
             )
-        except ValueError as error:
-            raise UserError(f"{path} is not of this cache's width: {error}") from None
+        metrics = self.out / METRICS
+        if not metrics.exists() or metrics.stat().st_size < self.metrics_bytes:
+            raise UserError(
+                f"{metrics} is missing, or shorter than it was at the checkpoint: delete {path} to "
+                "start over"
+            )
+        prefix = "trainer."
+        self.trainer.load_state_dict(
+            {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        )
         for name in self.SUMS:
             getattr(self, name).copy_(tensors[name])
-        self.seconds, self.waited = float(metadata["seconds"]), float(metadata["waited"])
-        with (self.out / METRICS).open("a") as file:
-            file.truncate(int(metadata["metrics_bytes"]))  # drops what came after the checkpoint
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -207,12 +237,11 @@ def run(config: Config) -> dict[str, Any]:
     device = script.pick_device(config.device)
     out = Path(config.out)
     cache = ActivationCache(config.cache)
-    if (out / CHECKPOINT).exists() and not config.resume:
+    if not config.resume and ((out / CHECKPOINT).exists() or (out / RESULTS).exists()):
         raise UserError(
             f"{out} holds a run: add --resume to go on with it, or choose another --out"
         )
-    batches_there = cache.steps_per_pass(config.batch_size)
-    if batches_there == 0:
+    if cache.steps_per_pass(config.batch_size) == 0:
         raise UserError(
             f"{config.cache} holds {cache.n_tokens} activations: too few for --batch-size "
             f"{config.batch_size}"
@@ -221,17 +250,37 @@ def run(config: Config) -> dict[str, Any]:
     state = Run(config, cache, device)
     if (out / CHECKPOINT).exists():
         state.load()
-    else:
-        (out / METRICS).write_text("")
-    if state.trainer.n_steps_done == config.n_steps and (out / "results.json").exists():
-        return json.loads((out / "results.json").read_text())  # it was finished before
+    if state.trainer.n_steps_done == config.n_steps and (out / RESULTS).exists():
+        return json.loads((out / RESULTS).read_text())  # it was finished before
     cache.verify()
 
-    train(state, cache, device)
-    for name, sae in zip(state.names, state.trainer.sae.unstack(), strict=True):
-        script.write_atomically(out / f"{name}.safetensors", sae.to("cpu").save)
-    last = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
-    results = {
+    try:
+        clear_leftovers(config)
+        train(state, cache, device)
+        for name, sae in zip(state.names, state.trainer.sae.unstack(), strict=True):
+            script.write_atomically(out / f"{name}.safetensors", sae.to("cpu").save)
+        results = results_of(state, cache, device)
+        script.write_json(out / RESULTS, results)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"--out {out} cannot be written ({error}); the same command with --resume goes on from "
+            "the last checkpoint"
+        ) from error
+    return results
+
+
+def clear_leftovers(config: Config) -> None:
+    """Removes what a killed run left half written, which can be as large as a checkpoint."""
+    for name in (CHECKPOINT, RESULTS, *(f"{name}.safetensors" for name in names_of(config))):
+        for part in Path(config.out).glob(f".{name}.*"):
+            part.unlink()
+
+
+def results_of(state: Run, cache: ActivationCache, device: torch.device) -> dict[str, Any]:
+    """What results.json holds of a finished run."""
+    config = state.config
+    last = [json.loads(line) for line in (state.out / METRICS).read_text().splitlines()]
+    return {
         "config": dataclasses.asdict(config),
         "environment": script.environment(device),
         "cache": {"make": cache.make, "n_tokens": cache.n_tokens},
@@ -249,8 +298,6 @@ def run(config: Config) -> dict[str, Any]:
             for i, name in enumerate(state.names)
         ],
     }
-    script.write_json(out / "results.json", results)
-    return results
 
 
 def train(state: Run, cache: ActivationCache, device: torch.device) -> None:
@@ -258,11 +305,12 @@ def train(state: Run, cache: ActivationCache, device: torch.device) -> None:
     config, trainer = state.config, state.trainer
     batches = cache.batches(config.batch_size, config.seed, trainer.n_steps_done, device)
     every = max(1, config.n_steps // N_RECORDS)
-    last_good = "there were no earlier metrics"
     with (
         (state.out / METRICS).open("a") as file,
         tqdm(total=config.n_steps, initial=trainer.n_steps_done, unit=" steps") as bar,
     ):
+        file.truncate(state.metrics_bytes)  # drops what came after the checkpoint
+        last_good = (state.out / METRICS).read_text().splitlines()[-len(state.names) :]
         while (step := trainer.n_steps_done + 1) <= config.n_steps:
             started = time.perf_counter()
             x = next(batches)
@@ -274,21 +322,21 @@ def train(state: Run, cache: ActivationCache, device: torch.device) -> None:
             if step % every == 0 or step == config.n_steps:
                 records = state.record(x, metrics, (step - 1) % every + 1)
                 stop_if_diverged(records, last_good)
-                last_good = "; ".join(map(str, records))
-                file.writelines(json.dumps(record) + "\n" for record in records)
+                last_good = [json.dumps(record) for record in records]
+                file.writelines(line + "\n" for line in last_good)
                 bar.set_postfix_str(shown(records), refresh=False)
             if step % config.checkpoint_every == 0 or step == config.n_steps:
                 file.flush()
                 state.save()
 
 
-def stop_if_diverged(records: Sequence[dict], last_good: str) -> None:
-    """Raises `UserError` with the last good metrics where an SAE's FVU is no longer a number."""
+def stop_if_diverged(records: Sequence[dict], last_good: Sequence[str]) -> None:
+    """Raises `UserError` with the last good records where an SAE's FVU is no longer a number."""
     for record in records:
         if not np.isfinite(record["fvu"]):
             raise UserError(
                 f"step {record['step']}: the {record['sae']} SAE has an FVU of {record['fvu']}; "
-                f"last good: {last_good}. Try a lower --lr"
+                f"last good: {'; '.join(last_good) or 'none'}. Try a lower --lr"
             )
 
 

@@ -1,0 +1,820 @@
+"""The training script: what a run writes, that a kill costs nothing, what it refuses, its L0."""
+
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from tiny_factory import write_dataset, write_model
+
+import cache_activations
+import evaluate
+import train_tinystories
+from cache_activations import ActivationCache
+from sae import SAE, Trainer
+from script import UserError
+from train_tinystories import Config, run
+
+ROOT = Path(__file__).parents[1]
+D_MODEL, N_TOKENS = 12, 5_000
+WRITTEN = {"matryoshka.safetensors", "vanilla.safetensors", "metrics.jsonl"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As the processes that are killed: sums of floats depend on how many threads share them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def write_cache(
+    folder: Path, n_tokens: int, *, d_model: int = D_MODEL, n_features: int = 48, seed: int = 0
+) -> Path:
+    """A float32 cache, in 4 shards, of sums of sparse features: 3 of 48 in the mean."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(n_features, d_model, generator=generator)
+    n_rows = -(-n_tokens // 100)
+    per_shard = -(-n_rows // 4)
+    make = {
+        "format": 1,
+        "tokens": n_tokens,
+        "dtype": "float32",
+        "d_model": d_model,
+        "rows_per_shard": per_shard,
+    }
+    for first in range(0, n_rows, per_shard):
+        end = min(first + per_shard, n_rows)
+        i = np.arange(first * 100, min(end * 100, n_tokens))
+        active = torch.rand(len(i), n_features, generator=generator) < 3 / n_features
+        sizes = 0.5 + torch.rand(len(i), n_features, generator=generator)
+        tokens = np.stack([i % 9000, i // 100, i % 100], axis=1).astype("<i4")
+        acts = (active * sizes) @ directions
+        cache_activations.write_shard(folder, acts, tokens, (first, end), make)
+    cache_activations.finish(folder, n_rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cache(tmp_path_factory.mktemp("data") / "cache", N_TOKENS)
+
+
+def config_for(cache: Path, out: Path, **settings: Any) -> Config:
+    """A run of a moment: several passes, a last record and a last checkpoint out of step."""
+    small: dict[str, Any] = {
+        "cache": str(cache),
+        "out": str(out),
+        "n_latents": 20,
+        "n_prefixes": 3,
+        "target_l0": 3.0,
+        "lr": 3e-3,
+        "n_steps": 50,
+        "batch_size": 128,
+        "checkpoint_every": 15,
+        "device": "cpu",
+    }
+    return Config(**{**small, **settings})
+
+
+def argv_for(config: Config) -> list[str]:
+    flags = dataclasses.asdict(config)
+    resume = ["--resume"] if flags.pop("resume") else []
+    return [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()] + resume
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def learnt(folder: Path) -> dict[str, bytes]:
+    """What must be the same byte for byte: metrics and weights. The rest holds times.
+
+    Of a safetensors file that is all but its header, in which metadata stand in random order.
+    """
+    return {
+        name: data[8 + int.from_bytes(data[:8], "little") :] if "safetensors" in name else data
+        for name, data in contents(folder).items()
+        if name in WRITTEN
+    }
+
+
+def records_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def resumed(config: Config) -> Config:
+    return dataclasses.replace(config, resume=True)
+
+
+def refused(config: Config, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr with which the command line refuses `config`, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train_tinystories.main(argv_for(config))
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    return printed.err
+
+
+@pytest.fixture
+def no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object) -> None:
+        raise AssertionError("nothing is to be trained here")
+
+    monkeypatch.setattr(Trainer, "step", never)
+
+
+def fresh_processes() -> Any:
+    """Starts processes that share nothing with this one, without importing torch in each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["torch", "datasets", "pyarrow.compute", "safetensors.torch", "scipy.optimize", "pytest"]
+    )
+    return context
+
+
+# ------------------------------------------------------------------------------------ what is made
+
+
+@pytest.fixture(scope="module")
+def from_the_shell(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Config, subprocess.CompletedProcess[str]]:
+    """A run by its command, on a cache that `cache_activations` made of a generated model."""
+    folder = tmp_path_factory.mktemp("shell")
+    write_model(folder / "model.pt", d_model=16, d_mlp=24)
+    write_dataset(folder, 100, seq=32)
+    cache_activations.run(
+        cache_activations.Config(
+            model=str(folder / "model.pt"),
+            dataset=str(folder),
+            layer=1,
+            out=str(folder / "cache"),
+            device="cpu",
+        )
+    )
+    config = config_for(folder / "cache", folder / "out")
+    return config, shell(config)
+
+
+def shell(config: Config) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "train_tinystories.py"), *argv_for(config)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_a_run_end_to_end(
+    from_the_shell: tuple[Config, subprocess.CompletedProcess[str]],
+) -> None:
+    config, done = from_the_shell
+    assert done.returncode == 0, done.stderr
+    out = Path(config.out)
+    made = {*WRITTEN, "checkpoint.safetensors", "results.json"}
+    assert set(contents(out)) == made, "no more, no less, and nothing half written"
+
+    results = json.loads((out / "results.json").read_text())
+    assert results["config"] == dataclasses.asdict(config)
+    assert results["environment"]["torch"] == torch.__version__
+    assert results["cache"]["make"]["layer"] == 1
+    assert results["passes"] == round(50 * 128 / results["cache"]["n_tokens"], 3)
+    assert 0 <= results["waited_for_data"] <= results["seconds"]
+    assert results["seconds"] > 0
+    assert [(r["sae"], r["seed"]) for r in results["runs"]] == [("matryoshka", 0), ("vanilla", 0)]
+    for result in results["runs"]:
+        assert 0 < result["training_fvu"] < 1.5
+        assert result["final_l0"] > 0
+        assert result["dead_share"] == 0
+        sae = SAE.load(out / f"{result['sae']}.safetensors")
+        assert (sae.d_model, sae.n_latents) == (16, 20)
+
+    records = records_of(out)
+    assert [(r["step"], r["sae"]) for r in records] == [
+        (step, name) for step in range(1, 51) for name in ("matryoshka", "vanilla")
+    ]
+    fields = {"step", "sae", "fvu", "l0", "dead_share", "sparsity_weight"}
+    assert all(set(record) == fields for record in records)
+    steps, curves = train_tinystories.curves_of(out)
+    assert steps.tolist() == list(range(1, 51))
+    assert curves["vanilla"]["fvu"].shape == (1, 50)
+
+    lines = done.stdout.splitlines()
+    assert "batch FVU" in lines[0]
+    for line, result in zip(lines[2:4], results["runs"], strict=True):
+        assert line.split()[1] == result["sae"]
+        assert f"{result['training_fvu']:.4f}" in line
+        assert f"{result['final_l0']:.2f}" in line
+    assert "waiting for data" in lines[-1]
+    for figure in ("matryoshka FVU", "vanilla FVU", "L0", "dead", "weight"):
+        assert figure in done.stderr.splitlines()[-1].split("\r")[-1]
+
+
+def test_the_same_command_again_is_refused_and_nothing_touched(
+    from_the_shell: tuple[Config, subprocess.CompletedProcess[str]],
+) -> None:
+    config, _ = from_the_shell
+    before = contents(Path(config.out))
+    again = shell(config)
+    assert again.returncode == 2
+    assert not again.stdout
+    assert len(again.stderr.splitlines()) == 1
+    assert "holds a run: add --resume" in again.stderr
+    assert contents(Path(config.out)) == before
+
+
+def test_results_alone_are_a_run_too(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A finished run whose checkpoint was deleted, to save room, is not written over."""
+    config = config_for(cache, tmp_path / "out", n_steps=2)
+    run(config)
+    (tmp_path / "out" / "checkpoint.safetensors").unlink()
+    before = contents(tmp_path / "out")
+    assert "holds a run" in refused(config, capsys)
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("n_steps", [1, 41])
+def test_the_figures_are_what_they_say(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_steps: int
+) -> None:
+    """FVU, L0 and dead share, recomputed from the batches and from what each step reported."""
+    monkeypatch.setattr(train_tinystories, "N_RECORDS", 10)  # every 4 steps, and the last
+    monkeypatch.setattr(train_tinystories, "DEAD_AFTER", 5)  # 2.5 batches: after three
+    steps: list[dict[str, torch.Tensor]] = []
+    real = Trainer.step
+
+    def spy(self: Trainer, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        steps.append(real(self, x))
+        return steps[-1]
+
+    monkeypatch.setattr(Trainer, "step", spy)
+    config = config_for(cache, tmp_path, n_steps=n_steps, n_latents=60, batch_size=2)
+    results = run(config)
+    records = records_of(tmp_path)
+    expected_steps = [1] if n_steps == 1 else [*range(4, 41, 4), 41]
+    assert [r["step"] for r in records[::2]] == expected_steps
+    for i, name in enumerate(("matryoshka", "vanilla")):
+        previous = 0
+        for record in records[i::2]:
+            assert record["sae"] == name
+            step = record["step"]
+            l0 = [metrics["l0"][i].item() for metrics in steps[previous:step]]
+            assert record["l0"] == pytest.approx(np.mean(l0), rel=1e-6)
+            silent = [metrics["mean_square"][i] == 0 for metrics in steps[max(0, step - 3) : step]]
+            dead = torch.stack(silent).all(0).double().mean().item() if step >= 3 else 0.0
+            assert record["dead_share"] == pytest.approx(dead)
+            weight = steps[step - 1]["sparsity_weight"][i].item()
+            assert record["sparsity_weight"] == pytest.approx(weight)
+            previous = step
+        result = results["runs"][i]
+        final = [metrics["l0"][i].item() for metrics in steps[-2:]]  # 5% of 41
+        assert result["final_l0"] == pytest.approx(np.mean(final))
+        batches = ActivationCache(cache).batches(2, seed=0, start_step=n_steps - 1)
+        x, sae = next(batches), SAE.load(tmp_path / f"{name}.safetensors")
+        assert result["training_fvu"] == pytest.approx(evaluate.fvu(x, sae(x)).item(), rel=1e-5)
+        assert result["training_fvu"] == records[i::2][-1]["fvu"]
+    if n_steps > 1:
+        assert any(0 < record["dead_share"] < 1 for record in records)
+
+
+@pytest.mark.parametrize("n_latents", [20, 300])  # either way of writing the gradient
+def test_one_sae_alone_is_the_one_of_both(cache: Path, tmp_path: Path, n_latents: int) -> None:
+    both = run(config_for(cache, tmp_path / "both", n_latents=n_latents))
+    for i, name in enumerate(("matryoshka", "vanilla")):
+        alone = run(config_for(cache, tmp_path / name, n_latents=n_latents, sae=name))
+        assert [r["sae"] for r in alone["runs"]] == [name]
+        for figure in ("final_l0", "training_fvu", "dead_share"):
+            expected = pytest.approx(both["runs"][i][figure], rel=1e-3)
+            assert alone["runs"][0][figure] == expected
+        found, expected = (
+            safetensors.torch.load_file(tmp_path / folder / f"{name}.safetensors")
+            for folder in (name, "both")
+        )
+        for key in expected:
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_latents", [20, 300])
+def test_the_same_seed_gives_the_same_bytes(cache: Path, tmp_path: Path, n_latents: int) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run(config_for(cache, tmp_path / name, n_latents=n_latents, seed=seed))
+    assert set(learnt(tmp_path / "a")) == WRITTEN
+    assert learnt(tmp_path / "a") == learnt(tmp_path / "b")
+    assert not set(learnt(tmp_path / "a").values()) & set(learnt(tmp_path / "c").values())
+
+
+# --------------------------------------------------------------------------------- kills and faults
+
+# Crosses a block of prefixes (256 steps) and many passes of the cache; a record every 2 steps.
+KILLED = {"n_steps": 621, "checkpoint_every": 100}  # 7 checkpoints: 6 and the last step's
+
+
+def run_and_die(config: Config, moment: str, nth: int) -> None:
+    """In a process of its own: the command, killed when it comes to `moment` for the nth time."""
+    torch.set_num_threads(1)
+    sys.stderr = io.StringIO()
+    count = itertools.count(1)
+
+    def reached(here: str) -> None:
+        if here == moment and next(count) == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(function: Callable, before: str, after: str) -> Callable:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            reached(before)
+            result = function(*args, **kwargs)
+            reached(after)
+            return result
+
+        return wrapped
+
+    def save_in_two(tensors: dict, path: Path, metadata: dict | None = None) -> None:
+        data = safetensors.torch.save(tensors, metadata)
+        with open(path, "wb") as file:
+            file.write(data[: len(data) // 2])
+            file.flush()
+            reached("half written")
+            file.write(data[len(data) // 2 :])
+
+    Trainer.step = around(Trainer.step, "", "step")  # type: ignore[method-assign]
+    os.fsync = around(os.fsync, "syncing", "synced")
+    os.replace = around(os.replace, "renaming", "renamed")
+    safetensors.torch.save_file = save_in_two
+    train_tinystories.main(argv_for(config))
+    os._exit(0)
+
+
+def kill(config: Config, moment: str, nth: int) -> None:
+    process = fresh_processes().Process(target=run_and_die, args=(config, moment, nth))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL, f"not killed: {process.exitcode}"
+
+
+def tear_the_last_line(out: Path) -> None:
+    """What a kill amid a write leaves: the metrics' buffer goes to disk in blocks, not in lines."""
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "sae": "vani')
+
+
+@pytest.fixture(scope="module")
+def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], list]:
+    """The uninterrupted run: its bytes, and its figures."""
+    out = tmp_path_factory.mktemp("whole")
+    results = run(config_for(cache, out, **KILLED))
+    return learnt(out), results["runs"]
+
+
+# Files are renamed thus: checkpoints 1 to 7, matryoshka 8, vanilla 9, results.json 10.
+MOMENTS = [
+    ("step", 1),
+    ("step", 100),
+    ("step", 101),
+    ("step", 257),
+    ("step", 621),
+    ("half written", 1),
+    ("half written", 4),
+    ("syncing", 2),
+    ("renaming", 1),
+    ("renamed", 1),
+    ("renamed", 7),
+    ("half written", 8),
+    ("renamed", 8),
+    ("synced", 9),
+    ("renaming", 10),
+    ("renamed", 10),
+]
+
+
+@pytest.mark.parametrize(("moment", "nth"), MOMENTS)
+def test_killed_at_any_moment_ends_with_the_same_bytes(
+    cache: Path,
+    tmp_path: Path,
+    whole: tuple[dict[str, bytes], list],
+    moment: str,
+    nth: int,
+) -> None:
+    config = config_for(cache, tmp_path, **KILLED)
+    kill(config, moment, nth)
+    if not (tmp_path / "results.json").exists():
+        tear_the_last_line(tmp_path)
+    results = run(resumed(config))
+    assert learnt(tmp_path) == whole[0]
+    assert results["runs"] == whole[1]
+    left = set(contents(tmp_path)) - WRITTEN - {"checkpoint.safetensors", "results.json"}
+    assert not left, "what a killed run left half written is cleared away"
+
+
+def test_killed_again_and_again_ends_with_the_same_bytes(
+    cache: Path, tmp_path: Path, whole: tuple[dict[str, bytes], list]
+) -> None:
+    config = resumed(config_for(cache, tmp_path, **KILLED))
+    for moment, nth in [
+        ("step", 99),  # before there is a checkpoint
+        ("renamed", 1),
+        ("step", 1),
+        ("half written", 2),  # the checkpoint of step 200 stays
+        ("renaming", 2),
+        ("step", 150),
+        ("synced", 1),
+        ("step", 121),
+    ]:
+        kill(config, moment, nth)
+        tear_the_last_line(tmp_path)
+    results = run(config)
+    assert learnt(tmp_path) == whole[0]
+    assert results["runs"] == whole[1]
+
+
+def test_a_resume_is_exact_in_a_large_dictionary(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above 256 latents the gradient is written another way, chosen by how many are active."""
+    settings = {"n_latents": 300, "sparsity_weight": 20.0}
+    run(config_for(cache, tmp_path / "whole", **settings))
+    config = config_for(cache, tmp_path / "parts", **settings)
+    for after in (20, 14):
+        real, left = Trainer.step, itertools.count(after, -1)
+
+        def stop(self: Trainer, x: torch.Tensor, real: Any = real, left: Any = left) -> Any:
+            if next(left) == 0:
+                raise KeyboardInterrupt
+            return real(self, x)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Trainer, "step", stop)
+            with pytest.raises(KeyboardInterrupt):
+                run(resumed(config))
+    run(resumed(config))
+    assert learnt(tmp_path / "parts") == learnt(tmp_path / "whole")
+
+
+def test_a_finished_run_is_returned_without_training(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_for(cache, tmp_path)
+    results = run(config)
+    before = contents(tmp_path)
+
+    def never(*args: object) -> None:
+        raise AssertionError("a finished run needs no step, and no look at every byte of the cache")
+
+    monkeypatch.setattr(Trainer, "step", never)
+    monkeypatch.setattr(ActivationCache, "verify", never)
+    assert run(resumed(config)) == results
+    train_tinystories.main(argv_for(resumed(config)))
+    assert "vanilla" in capsys.readouterr().out
+    assert contents(tmp_path) == before
+
+
+def write_until(config: Config, n_bytes: int, said: Path) -> None:
+    """In a process of its own: the command, where no file can be longer than `n_bytes`."""
+    torch.set_num_threads(1)
+    sys.stderr = said.open("w")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+    train_tinystories.main(argv_for(config))
+
+
+@pytest.mark.parametrize("n_bytes", [5_000, 30_000])  # below a checkpoint's length, and above it
+def test_a_full_disk_keeps_what_was_finished(
+    cache: Path, tmp_path: Path, whole: tuple[dict[str, bytes], list], n_bytes: int
+) -> None:
+    config = config_for(cache, tmp_path / "out", **KILLED)
+    process = fresh_processes().Process(
+        target=write_until, args=(config, n_bytes, tmp_path / "stderr")
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == 2
+    said = (tmp_path / "stderr").read_text().splitlines()
+    assert said[-1].startswith("error: ")
+    assert str(tmp_path / "out") in said[-1]
+    assert "--resume" in said[-1]
+    assert not any("Traceback" in line for line in said)
+    assert (tmp_path / "out" / "checkpoint.safetensors").exists() == (n_bytes == 30_000)
+    run(resumed(config))
+    assert learnt(tmp_path / "out") == whole[0]
+
+
+def test_divergence_stops_with_the_last_good_metrics(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"step \d+: the matryoshka SAE has an FVU of") as stopped:
+        run(config_for(cache, tmp_path, lr=1e30))
+    message, records = str(stopped.value), records_of(tmp_path)
+    step = int(message.split()[1].rstrip(":"))
+    assert records
+    assert records[-1]["step"] == step - 1
+    assert all(np.isfinite(record["fvu"]) for record in records)
+    for record in records[-2:]:
+        assert json.dumps(record) in message
+    assert "--lr" in message
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_divergence_after_a_resume_names_the_metrics_of_before(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(cache, tmp_path)
+    nan = torch.tensor([torch.nan, torch.nan], dtype=torch.float64)
+    real_fvu, real_step = evaluate.fvu, Trainer.step
+
+    def stop_at_17(self: Trainer, x: torch.Tensor) -> Any:
+        if self.n_steps_done == 16:
+            raise KeyboardInterrupt
+        return real_step(self, x)
+
+    monkeypatch.setattr(Trainer, "step", stop_at_17)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    monkeypatch.setattr(Trainer, "step", real_step)
+    good = [record for record in records_of(tmp_path) if record["step"] == 15]
+    monkeypatch.setattr(evaluate, "fvu", lambda x, x_hat: real_fvu(x, x_hat) * nan)
+    with pytest.raises(UserError, match="step 16: the matryoshka SAE has an FVU of nan") as stopped:
+        run(resumed(config))
+    assert len(good) == 2
+    assert all(json.dumps(record) in str(stopped.value) for record in good)
+
+
+# -------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"target_l0": 21.0}, "--target-l0 21.0 is more than there are latents: at most 20"),
+        ({"target_l0": 0.0}, "--target-l0 is 0.0"),
+        ({"target_l0": float("nan")}, "--target-l0 is nan"),
+        ({"n_prefixes": 21}, "--n-prefixes 21 is more than there are latents: at most 20"),
+        ({"n_prefixes": 0}, "--n-prefixes is 0"),
+        ({"n_latents": 0}, "--n-latents is 0"),
+        ({"n_steps": 0}, "--n-steps is 0"),
+        ({"n_steps": -5}, "--n-steps is -5"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"batch_size": 1}, "--batch-size is 1"),
+        ({"batch_size": N_TOKENS + 1}, f"holds {N_TOKENS} activations: too few for --batch-size"),
+        ({"lr": 0.0}, "--lr is 0.0"),
+        ({"lr": -1e-3}, "--lr is -0.001"),
+        ({"lr": float("nan")}, "--lr is nan"),
+        ({"sparsity_weight": 0.0}, "--sparsity-weight is 0.0"),
+        ({"checkpoint_every": 0}, "--checkpoint-every is 0"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"cache": "nowhere"}, "nowhere holds no finished cache"),
+        ({"device": "cuda:99"}, "--device cuda:99 is not there"),
+        ({"device": "toaster"}, "--device toaster is not there"),
+        ({"out": "/dev/null/x"}, "--out /dev/null/x cannot be written"),
+        ({"out": __file__}, "test_train_tinystories.py cannot be written"),
+    ],
+)
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.usefixtures("no_steps")
+def test_bad_input_is_one_line_and_touches_nothing(
+    cache: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    settings: dict[str, Any],
+    named: str,
+    resume: bool,
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text("precious")
+    config = config_for(cache, tmp_path, resume=resume)
+    assert named in refused(dataclasses.replace(config, **settings), capsys)
+    assert contents(tmp_path) == {"metrics.jsonl": b"precious"}
+
+
+@pytest.mark.parametrize(
+    "flags", [["--sae", "topk"], ["--sparsity", "l2"], ["--n-steps", "many"], ["--topk", "3"]]
+)
+def test_unknown_flags_exit_with_2(flags: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train_tinystories.main(flags)
+    assert stopped.value.code == 2
+
+
+@pytest.fixture(scope="module")
+def unfinished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder, killed after its second checkpoint."""
+    out = tmp_path_factory.mktemp("unfinished") / "out"
+    kill(config_for(cache, out), "step", 40)
+    return out
+
+
+@pytest.fixture
+def stopped_run(unfinished: Path, tmp_path: Path) -> Path:
+    """A copy of it to do harm to."""
+    shutil.copytree(unfinished, tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"sae": "vanilla"}, "--sae both, not vanilla"),
+        ({"n_latents": 21}, "--n-latents 20, not 21"),
+        ({"n_prefixes": 4}, "--n-prefixes 3, not 4"),
+        ({"target_l0": 4.0}, "--target-l0 3.0, not 4.0"),
+        ({"lr": 1e-3}, "--lr 0.003, not 0.001"),
+        ({"n_steps": 60}, "--n-steps 50, not 60"),
+        ({"batch_size": 64}, "--batch-size 128, not 64"),
+        ({"sparsity": "log"}, "--sparsity l1, not log"),
+        ({"sparsity_weight": 1.0}, "--sparsity-weight 1.2, not 1.0"),
+        ({"seed": 1}, "--seed 0, not 1"),
+    ],
+)
+@pytest.mark.usefixtures("no_steps")
+def test_a_checkpoint_of_other_settings_is_refused(
+    cache: Path,
+    stopped_run: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any],
+    named: str,
+) -> None:
+    before = contents(stopped_run)
+    config = resumed(config_for(cache, stopped_run, **change))
+    assert named in refused(config, capsys)
+    assert contents(stopped_run) == before
+
+
+@pytest.mark.parametrize(
+    "other", [{"seed": 1}, {"n_tokens": N_TOKENS - 1}, {"d_model": D_MODEL + 1}]
+)
+def test_a_checkpoint_on_another_cache_is_refused(
+    tmp_path: Path, stopped_run: Path, capsys: pytest.CaptureFixture[str], other: dict[str, int]
+) -> None:
+    another = write_cache(tmp_path / "another", **{"n_tokens": N_TOKENS, **other})
+    before = contents(stopped_run)
+    assert "--cache" in refused(resumed(config_for(another, stopped_run)), capsys)
+    assert contents(stopped_run) == before
+
+
+def test_where_the_cache_lies_and_how_often_to_save_may_change(
+    cache: Path, tmp_path: Path, stopped_run: Path
+) -> None:
+    shutil.copytree(cache, tmp_path / "moved")
+    run(config_for(cache, tmp_path / "whole"))
+    run(resumed(config_for(tmp_path / "moved", stopped_run, checkpoint_every=4)))
+    assert learnt(stopped_run) == learnt(tmp_path / "whole")
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def without(what: str) -> Callable[[Path], None]:
+    """Rewrites a checkpoint without one of its tensors or lines of metadata."""
+
+    def rewrite(path: Path) -> None:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = {k: v for k, v in file.metadata().items() if k != what}
+            names = [name for name in file.keys() if name != what]  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in names}
+        assert len(tensors) + len(metadata) > 5
+        safetensors.torch.save_file(tensors, path, metadata)
+
+    return rewrite
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [flip, cut, empty, *map(without, ["silent", "trainer.params", "metrics_bytes", "config"])],
+)
+@pytest.mark.usefixtures("no_steps")
+def test_a_damaged_checkpoint_is_refused(
+    cache: Path,
+    stopped_run: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+) -> None:
+    damage(stopped_run / "checkpoint.safetensors")
+    before = contents(stopped_run)
+    said = refused(resumed(config_for(cache, stopped_run)), capsys)
+    assert "checkpoint.safetensors" in said
+    assert "delete it to start over" in said
+    assert contents(stopped_run) == before
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, empty])
+@pytest.mark.usefixtures("no_steps")
+def test_metrics_shorter_than_at_the_checkpoint_are_refused(
+    cache: Path,
+    stopped_run: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+) -> None:
+    damage(stopped_run / "metrics.jsonl")
+    before = contents(stopped_run)
+    assert "metrics.jsonl" in refused(resumed(config_for(cache, stopped_run)), capsys)
+    assert contents(stopped_run) == before
+
+
+@pytest.mark.parametrize("kind", ["acts", "tokens"])
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.usefixtures("no_steps")
+def test_a_damaged_cache_is_named_before_training(
+    cache: Path,
+    tmp_path: Path,
+    stopped_run: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+    kind: str,
+    resume: bool,
+) -> None:
+    shutil.copytree(cache, tmp_path / "damaged")
+    damage(tmp_path / "damaged" / f"00002.{kind}")
+    if not resume:
+        (stopped_run / "checkpoint.safetensors").unlink()  # as if killed before the first
+    before = contents(stopped_run)
+    config = config_for(tmp_path / "damaged", stopped_run, resume=resume)
+    assert "shard 00002 is damaged" in refused(config, capsys)
+    assert contents(stopped_run) == before
+
+
+# -------------------------------------------------------------------------------- L0, and resources
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("larger") / "cache"
+    return write_cache(folder, 100_000, d_model=24, n_features=96)
+
+
+@pytest.mark.parametrize("start", [0.02, 20.0])
+def test_l0_ends_at_its_target(larger: Path, tmp_path: Path, start: float) -> None:
+    config = config_for(
+        larger,
+        tmp_path,
+        n_latents=128,
+        n_prefixes=5,
+        target_l0=6.0,
+        n_steps=2_000,
+        batch_size=256,
+        checkpoint_every=1_000,
+        sparsity_weight=start,
+    )
+    results = run(config)
+    for result in results["runs"]:
+        assert result["final_l0"] == pytest.approx(6.0, rel=0.01)
+        assert 0 < result["training_fvu"] < 0.7
+    assert results["waited_for_data"] < results["seconds"]
+
+
+def train_and_measure(config: Config, result: Any) -> None:
+    """In a process of its own: sends by how many bytes the larger run made its memory grow."""
+    torch.set_num_threads(1)
+    sys.stderr = io.StringIO()
+    # The default would hold a cache of up to 1 GiB: the test's would have to be larger than that.
+    streamed = functools.partialmethod(ActivationCache.batches, max_resident=0)
+    ActivationCache.batches = streamed  # type: ignore[method-assign, assignment]
+    first = dataclasses.replace(config, n_steps=20, out=config.out + "-first")
+    run(first)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run(config)
+    result.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def test_memory_does_not_grow_with_the_cache(tmp_path: Path) -> None:
+    n_tokens, d_model = 1_600_000, 32
+    folder = write_cache(tmp_path / "cache", n_tokens, d_model=d_model, n_features=8)
+    config = config_for(
+        folder, tmp_path / "out", n_steps=n_tokens // 8_192, batch_size=8_192, checkpoint_every=100
+    )
+    context = fresh_processes()
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=train_and_measure, args=(config, send))
+    process.start()
+    assert receive.poll(60)
+    grown = receive.recv()
+    process.join()
+    shutil.rmtree(folder)
+    # 205 MB of activations; two buffers of them are 2 x 17 MB, a third may be being freed.
+    assert grown < 60e6
