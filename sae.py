@@ -132,7 +132,7 @@ class SAE(nn.Module):
         safetensors.torch.save_file(
             {name: tensor.contiguous() for name, tensor in self.state_dict().items()},
             path,
-            metadata={"format": "pt", "sae": json.dumps(config)},
+            metadata={"sae": json.dumps(config)},  # one key: their order in the file is not fixed
         )
 
     @classmethod

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import evaluate
+import refit
 import script
 from sae import SAE, Trainer, TrainerConfig, seeded_generator
 from script import UserError, setting
@@ -30,7 +31,7 @@ from toy_model import FeatureTree, true_directions
 KINDS = ("parent", "child", "rare")  # of features
 SAES = ("matryoshka", "vanilla")  # the order in which a stack holds them
 # Streams of a seed's random numbers, apart from those of sae.py.
-STREAM_DIRECTIONS, STREAM_SAMPLES, STREAM_HELD_OUT = 10, 11, 12
+STREAM_DIRECTIONS, STREAM_SAMPLES, STREAM_HELD_OUT, STREAM_REFIT = 10, 11, 12, 13
 SEEDS_A_STACK = 10  # on a CPU: a stack whose activations stay in a core's cache is fastest a seed
 STEPS_A_DRAW = 50  # batches drawn at once
 N_RECORDS = 200  # points of the training curves
@@ -62,6 +63,7 @@ class Config:
     sparsity: str = setting("l1", "the sparsity loss", choices=["l1", "log"])
     sparsity_weight: float = setting(0.2, "where the adaptive sparsity weight starts")
     tree: str = setting("tree.json", "file of the feature tree")
+    refit: bool = setting(False, "score each SAE with its decoder refitted, too; see refit.py")
     threshold: float = setting(0.9, "cosine over which a feature is clean")
     n_eval: int = setting(50_000, "held-out samples that an SAE is scored on")
     out: str = setting("runs/toy", "folder for results.json, the SAEs and the figures")
@@ -171,6 +173,11 @@ class StackResult(NamedTuple):
     saes: list[dict[str, Tensor]]  # their state dicts, in the same order
     curves: dict[str, np.ndarray]  # [n_records, n_saes] each
 
+    def sae(self, name: str) -> SAE:
+        """The SAE of that name of the first seed."""
+        which = [run["sae"] for run in self.runs].index(name)
+        return SAE.from_tensors(self.saes[which])
+
 
 def train_stack(
     config: Config,
@@ -212,13 +219,18 @@ def train_stack(
             progress.report(since, record)
 
     saes = [sae.to("cpu") for sae in trainer.sae.unstack()]
-    names = [name for name in SAES for _ in seeds]
-    runs = [
-        score(config, tree, sae, name, seed)
-        for sae, name, seed in zip(saes, names, both, strict=True)
-    ]
+    named = list(zip((name for name in SAES for _ in seeds), both, saes, strict=True))
+    if config.refit:
+        named += [(f"{name}, refit", s, refitted(config, tree, sae, s)) for name, s, sae in named]
+    runs = [score(config, tree, sae, name, seed) for name, seed, sae in named]
     curves = {name: np.stack([record[name] for record in records]) for name in records[0]}
-    return StackResult(runs, [sae.state_dict() for sae in saes], curves)
+    return StackResult(runs, [sae.state_dict() for _, _, sae in named], curves)
+
+
+def refitted(config: Config, tree: FeatureTree, sae: SAE, seed: int) -> SAE:
+    """`sae` with the decoder that fits samples of `seed` best, neither trained nor scored on."""
+    features = tree.sample(config.n_eval, seeded_generator(seed, STREAM_REFIT))
+    return refit.refit_decoder(sae, [features @ directions_of(tree, config, seed)])
 
 
 @torch.no_grad()
@@ -303,7 +315,7 @@ def run(config: Config, trainer_class: type[Trainer] = Trainer) -> dict[str, Any
     except KeyboardInterrupt:
         if finished:
             write(config, tree, finished, time.perf_counter() - started)
-        n_done = sum(len(result.runs) for result in finished) // len(SAES)
+        n_done = sum(run["sae"] == SAES[0] for result in finished for run in result.runs)
         raise script.Interrupted(
             f"{n_done} of {config.seeds} seeds are finished, in {out}"
         ) from None
@@ -376,7 +388,7 @@ def write(
         for entry, state in zip(result.runs, result.saes, strict=True):
             sae = SAE.from_tensors(state)
             script.write_atomically(
-                out / f"{entry['sae']}_seed{entry['seed']}.safetensors", sae.save
+                out / f"{entry['sae'].replace(', ', '_')}_seed{entry['seed']}.safetensors", sae.save
             )
 
     draw(config, tree, finished, plots)
@@ -393,13 +405,13 @@ def write(
 def draw(config: Config, tree: FeatureTree, finished: Sequence[StackResult], plots: Any) -> None:
     """The figures: the first seed's activations and cosines, and every seed's training curves."""
     out, first = Path(config.out), finished[0]
-    seed, n_seeds = first.runs[0]["seed"], len(first.runs) // len(SAES)
+    seed = first.runs[0]["seed"]
     features, x = held_out(tree, config, seed, N_REFERENCE)
     features, x = features[:N_DRAWN], x[:N_DRAWN]
     directions = directions_of(tree, config, seed)
     acts, decoder, encoder = {}, {}, {}
-    for k, name in enumerate(SAES):
-        sae = SAE.from_tensors(first.saes[k * n_seeds])
+    for name in SAES:
+        sae = first.sae(name)
         cosines = evaluate.decoder_cosines(sae.W_dec.detach(), directions)
         matched = torch.as_tensor(evaluate.match_latents(cosines))
         with torch.no_grad():
@@ -426,8 +438,8 @@ def draw(config: Config, tree: FeatureTree, finished: Sequence[StackResult], plo
         out / "curves.png", first.curves["step"], curves, config.target_l0, tree.expected_l0
     )
     if config.seeds > 1:
-        runs = [run for result in finished for run in result.runs]
-        plots.toy_seeds(out / "seeds.png", runs, tree)
+        runs = [run for result in finished for run in result.runs if run["sae"] in SAES]
+        plots.toy_seeds(out / "seeds.png", runs, tree, config.threshold)
 
 
 def in_feature_order(rows: Tensor, matched: Tensor) -> Tensor:
@@ -439,7 +451,7 @@ def summary(results: dict[str, Any]) -> str:
     """The table of the write-up, as mean and spread over seeds, and what each kind of SAE lost."""
     rows, lost_rows = [], []
     threshold = results["config"]["threshold"]
-    for name in SAES:
+    for name in dict.fromkeys(run["sae"] for run in results["runs"]):
         runs = [run for run in results["runs"] if run["sae"] == name]
         n = runs[0]["n_features"]
 
@@ -464,7 +476,7 @@ def summary(results: dict[str, Any]) -> str:
                 f"{np.mean(absorbed):.3f}" if absorbed else "-",
             ]
         )
-    n_seeds = len(results["runs"]) // len(SAES)
+    n_seeds = len({run["seed"] for run in results["runs"]})
     seeds = f"{n_seeds} seeds" if n_seeds > 1 else f"seed {results['runs'][0]['seed']}"
     return "\n\n".join(
         [
