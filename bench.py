@@ -1,10 +1,24 @@
 """How fast, against what: times are medians of repeats, and what matters are ratios in one run.
 
-Machines are noisy: each row's variants take turns, so that a slow moment hits all of them. Writes
-a JSON file with every median, its spread, and where it was measured.
+    python bench.py                    all of it; under five minutes on two CPU cores
+    python bench.py --part step        a training step at full size, against dense arithmetic
+    python bench.py --part toy-whole   train_toy.py itself, for one seed and for ten
+
+Machines are noisy: the variants of a table take turns, so that a slow moment hits all of them. The
+yardstick at full size is the five dense matrix products that a step cannot do without if it works
+densely: encode, decode, and three in the backward pass.
+
+The SAE "at L0 30" is not trained here, which would take too long: its dictionary is that of the
+synthetic data it is measured on, 3,072 directions that are active with frequencies falling from
+common to rare, and its biases are set so that it fires 30 latents an input. Writes a JSON file with
+every median, its quartiles, and where it was measured.
 """
 
 import dataclasses
+import itertools
+import math
+import resource
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,23 +29,30 @@ import torch
 
 import script
 import train_toy
-from sae import SAE, Trainer, TrainerConfig, seeded_generator
+from gradients import Params, write_gradient
+from sae import SAE, Trainer, TrainerConfig, reach, sample_prefixes, seeded_generator
 from script import setting
+
+Times = dict[str, dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What is measured, and where the figures go."""
 
-    part: str = setting("all", "what to measure", choices=["all", "toy", "toy-whole"])
+    part: str = setting(
+        "all", "what to measure", choices=["all", "toy", "toy-whole", "step", "growth"]
+    )
     repeats: int = setting(7, "how often each variant is timed; the median counts")
-    out: str = setting("results/bench", "folder for the JSON file")
-    device: str = setting("auto", "torch device; auto: the GPU where there is one")
+    out: str = setting("runs/bench", "folder for the JSON file")
+    device: str = setting(
+        "auto", "torch device of the full-size step; auto: the GPU if there is one"
+    )
 
 
 def alternate(
     variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
-) -> dict[str, dict[str, float]]:
+) -> Times:
     """Milliseconds a call of each variant: its median, and its quartiles. They take turns."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(repeats + 1):  # the first round warms up
@@ -42,12 +63,12 @@ def alternate(
             _wait_for(device)
             if repeat:
                 times[name].append(1e3 * (time.perf_counter() - start))
-    return {
-        name: dict(
-            zip(("q1", "median", "q3"), np.quantile(t, [0.25, 0.5, 0.75]).tolist(), strict=True)
-        )
-        for name, t in times.items()
-    }
+    return {name: _quartiles(values) for name, values in times.items()}
+
+
+def _quartiles(values: Sequence[float]) -> dict[str, float]:
+    q1, median, q3 = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+    return {"median": median, "q1": q1, "q3": q3}
 
 
 def _wait_for(device: torch.device) -> None:
@@ -61,7 +82,7 @@ TOY_STEPS = 100  # timed at once
 TOY_SAMPLES = 200_000  # at once: what training draws; a call for more is bound by its allocation
 
 
-def bench_toy(repeats: int) -> dict[str, dict[str, float]]:
+def bench_toy(repeats: int) -> Times:
     """The tree, and a step of both SAEs alone and of both for several seeds at once, on the CPU.
 
     Step times are for one step of the whole stack; a stack is stepped on one thread, as
@@ -70,21 +91,20 @@ def bench_toy(repeats: int) -> dict[str, dict[str, float]]:
     tree = train_toy.load_tree("tree.json")
     generator = seeded_generator(0)
     cpu = torch.device("cpu")
-    times = alternate(
-        {"tree, 200,000 samples": lambda: tree.sample(TOY_SAMPLES, generator)}, repeats, cpu
-    )
     with script.threads(1):
         variants = {
-            "step, vanilla": toy_steps([1]),
-            "step, matryoshka": toy_steps([10]),
-            "step, the pair": toy_steps([10, 1]),
-            "step, 10 pairs": toy_steps([10, 1] * 10),
-            "step, 100 pairs": toy_steps([10, 1] * 100),
+            "a step of the pair": toy_steps([10, 1]),
+            "of vanilla": toy_steps([1]),
+            "of matryoshka": toy_steps([10]),
+            "of 10 pairs": toy_steps([10, 1] * 10),
+            "of 100 pairs": toy_steps([10, 1] * 100),
         }
-        measured = alternate(variants, repeats, cpu)
-    for name, quartiles in measured.items():
-        times[name] = {q: ms / TOY_STEPS for q, ms in quartiles.items()}
-    return times
+        times = alternate(variants, repeats, cpu)
+    for quartiles in times.values():
+        for name in quartiles:
+            quartiles[name] /= TOY_STEPS
+    samples = alternate({"": lambda: tree.sample(TOY_SAMPLES, generator)}, 5 * repeats, cpu)[""]
+    return times | {"a million samples of the tree": {q: 5 * ms for q, ms in samples.items()}}
 
 
 def toy_steps(n_prefixes: Sequence[int]) -> Callable[[], None]:
@@ -102,32 +122,146 @@ def toy_steps(n_prefixes: Sequence[int]) -> Callable[[], None]:
     return steps
 
 
-def toy_whole(folder: Path) -> dict[str, dict[str, float]]:
-    """`train_toy.py` from start to figures, once each: one seed, and ten."""
+def bench_toy_whole() -> Times:
+    """`train_toy.py` from its settings to its figures, once each: one seed, and ten.
+
+    Add about 3 s for Python to start and import torch.
+    """
     times = {}
     for seeds in (1, 10):
-        start = time.perf_counter()
-        train_toy.run(train_toy.Config(seeds=seeds, out=str(folder / f"toy_{seeds}")))
-        ms = 1e3 * (time.perf_counter() - start)
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            train_toy.run(train_toy.Config(seeds=seeds, out=folder))
+            ms = 1e3 * (time.perf_counter() - start)
         times[f"train_toy.py, {seeds} seed{'s' * (seeds > 1)}"] = {"median": ms}
     return times
 
 
-def show(times: dict[str, dict[str, float]]) -> str:
+# ------------------------------------------------------------------------------------- full size
+
+D_MODEL, N_LATENTS, BATCH, L0 = 768, 3072, 1024, 30
+
+
+class Case:
+    """An SAE at full size, its data, and its steps with any number of prefixes."""
+
+    def __init__(self, device: torch.device, n_latents: int = N_LATENTS, l0: float = L0):
+        """`l0` latents fire on an input; `math.inf`: a fresh SAE, half of whose latents do."""
+        self.device, self.n_latents = device, n_latents
+        generator = seeded_generator(0)
+        sae = SAE(D_MODEL, n_latents)
+        dictionary = torch.nn.functional.normalize(
+            torch.randn(n_latents, D_MODEL, generator=generator), dim=1
+        )
+        x = torch.randn(BATCH, D_MODEL, generator=generator)
+        if l0 < math.inf:
+            # frequencies fall as a power of the place, none above 1/2, and sum to l0
+            frequency = (torch.arange(n_latents) + 10.0) ** -0.8
+            for _ in range(50):
+                frequency = (frequency * (l0 / frequency.sum())).clamp(max=0.5)
+            active = torch.rand(BATCH, n_latents, generator=generator) < frequency
+            strength = active * (0.5 + torch.rand(BATCH, n_latents, generator=generator))
+            x = strength @ dictionary + 0.02 * x
+            with torch.no_grad():
+                preacts = x @ dictionary.T
+                kept = (frequency * BATCH).round().clamp(1, BATCH // 2).long()
+                ranked = preacts.sort(dim=0, descending=True).values
+                sae.b_enc.copy_(-ranked.gather(0, kept[None])[0])
+                sae.W_enc.copy_(dictionary.T)
+                sae.W_dec.copy_(dictionary)
+        sae.mean_norm.fill_(math.sqrt(D_MODEL))  # inputs are taken as they are
+        self.x, self.sae = x.to(device), SAE.stack([sae]).to(device)
+
+    def step(self, n_prefixes: int, prefixes: str = "sampled") -> Callable[[], object]:
+        """A call that takes one step, with a learning rate too small to change anything."""
+        config = TrainerConfig(
+            n_steps=10**6,
+            target_l0=L0,
+            lr=1e-12,
+            prefixes=prefixes,  # type: ignore[arg-type]
+        )
+        trainer = Trainer(self.sae, config, [0], [n_prefixes])
+        trainer._scaled = lambda x: x  # type: ignore[method-assign]
+        return lambda: trainer.step(self.x)
+
+    def five_products(self) -> Callable[[], object]:
+        """The dense step's matrix products alone, on dense operands."""
+        W_enc, W_dec, x = self.sae.W_enc[0].detach(), self.sae.W_dec[0].detach(), self.x
+        acts = torch.rand(BATCH, self.n_latents, device=self.device)
+        g_x, g_acts = torch.randn_like(x), torch.rand_like(acts)
+
+        def call() -> None:
+            x @ W_enc
+            acts @ W_dec
+            g_x @ W_dec.T
+            acts.T @ g_x
+            g_acts.T @ x
+
+        return call
+
+    def gradient(self, n_prefixes: int) -> Callable[[], object]:
+        """The gradient alone, without scaling, clipping, Adam and the order."""
+        parts = [self.sae.W_enc.mT, self.sae.b_enc, self.sae.W_dec, self.sae.b_dec]
+        flat = torch.cat([part.detach().flatten(1) for part in parts], dim=1)
+        params = Params.of(flat, D_MODEL, self.n_latents)
+        grads = Params.of(torch.zeros_like(flat), D_MODEL, self.n_latents)
+        drawn = sample_prefixes(self.n_latents, n_prefixes, seeded_generator(0))
+        reached = reach(drawn, self.n_latents)[None].to(self.device)
+        x = self.x[None]
+        return torch.inference_mode()(lambda: write_gradient(grads, params, x, reached, reached))
+
+
+def bench_step(repeats: int, device: torch.device) -> Times:
+    """A step at full size: trained and fresh, by prefixes, and its parts."""
+    trained, fresh = Case(device), Case(device, l0=math.inf)
+    W_enc, x = trained.sae.W_enc[0].detach(), trained.x
+    order = torch.rand(1, N_LATENTS, device=device)
+    variants = {
+        "five dense products": trained.five_products(),
+        "vanilla": trained.step(1),
+        "matryoshka, 10 prefixes": trained.step(10),
+        "2 prefixes": trained.step(2),
+        "100 prefixes": trained.step(100),
+        "expected prefixes": trained.step(10, "expected"),
+        "vanilla, fresh": fresh.step(1),
+        "matryoshka, 10 prefixes, fresh": fresh.step(10),
+        "of these: the encoder's product": lambda: x @ W_enc,
+        "of these: the gradient, 10 prefixes": trained.gradient(10),
+        "of these: the order": lambda: order.sort(dim=1, descending=True, stable=True),
+    }
+    return alternate(variants, repeats, device)
+
+
+def bench_growth(repeats: int, device: torch.device) -> Times:
+    """Matryoshka steps and dense products, by size at L0 30, and by L0 at full size."""
+    variants: dict[str, Callable[[], object]] = {}
+    times: Times = {}
+    for n_latents in (3072, 6144, 12288, 24576, 49152):
+        case = Case(device, n_latents)
+        variants = {
+            f"{n_latents} latents": case.step(10),
+            f"{n_latents} latents, five products": case.five_products(),
+        }
+        times |= alternate(variants, max(2, repeats // 3), device)
+    variants = {f"L0 {l0}": Case(device, l0=l0).step(10) for l0 in (10, 30, 100, 300)}
+    return times | alternate(variants, repeats, device)
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory that this process has held."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on the GPU"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
+
+
+def show(times: Times) -> str:
     """Milliseconds, with the spread and the ratio to the table's first row."""
     first = next(iter(times.values()))["median"]
-    return script.table(
-        ["", "ms", "quartiles", "ratio"],
-        [
-            [
-                name,
-                f"{t['median']:.3f}",
-                f"{t['q1']:.3f} to {t['q3']:.3f}" if "q1" in t else "once",
-                f"{t['median'] / first:.2f}",
-            ]
-            for name, t in times.items()
-        ],
-    )
+    rows = []
+    for name, t in times.items():
+        spread = f"{t['q1']:.2f} to {t['q3']:.2f}" if "q1" in t else "once"
+        rows.append([name, f"{t['median']:.2f}", spread, f"{t['median'] / first:.2f}"])
+    return script.table(["", "ms", "quartiles", "ratio"], rows)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -136,11 +270,16 @@ def run(config: Config) -> dict[str, Any]:
     device = script.pick_device(config.device)
     out = Path(config.out)
     script.make_folder(out)
-    results: dict[str, Any] = {"environment": script.environment(device)}
-    if config.part in ("all", "toy"):
-        results["toy"] = bench_toy(config.repeats)
-    if config.part in ("all", "toy-whole"):
-        results["toy_whole"] = toy_whole(Path("runs/bench"))
+    parts: dict[str, Callable[[], Times]] = {
+        "toy": lambda: bench_toy(config.repeats),
+        "toy-whole": bench_toy_whole,
+        "step": lambda: bench_step(config.repeats, device),
+        "growth": lambda: bench_growth(config.repeats, device),
+    }
+    asked = list(parts) if config.part == "all" else [config.part]
+    results: dict[str, Any] = {name: parts[name]() for name in asked}
+    results["environment"] = script.environment(device)
+    results["peak_memory"] = peak_memory(device)
     script.write_json(out / f"{config.part}.json", results)
     return results
 
@@ -148,9 +287,9 @@ def run(config: Config) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     with script.main_guard():
         results = run(script.parse(Config, __doc__, argv))
-        for name, times in results.items():
-            if name != "environment":
-                print(f"\n{name}\n{show(times)}")
+        for name in itertools.takewhile(lambda name: name != "environment", results):
+            print(f"\n{name}\n{show(results[name])}")
+        print(f"\n{results['environment']['device']}; peak memory {results['peak_memory']}")
 
 
 if __name__ == "__main__":
