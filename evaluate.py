@@ -1,13 +1,33 @@
-"""Every metric, as a pure function.
+"""Every metric, as a pure function, and a command that scores the SAEs of a TinyStories run.
 
-Leading dimensions `...` are independent SAEs, scored together. Statistics are summed in float64.
+    python cache_activations.py --split validation --out cache/validation
+    python evaluate.py --run runs/tinystories --cache cache/validation
+
+The pure functions come first; leading dimensions `...` are independent SAEs, scored together.
+Below them is the language-model half: what streams over a cache of tokens not trained on, and what
+splices reconstructions into the model. Statistics are summed in float64.
 """
 
-from collections.abc import Sequence
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from tqdm import tqdm
+
+import cache_activations
+import plots
+import script
+from cache_activations import PAD, ActivationCache
+from sae import SAE, seeded_generator
+from script import UserError, setting
+from tiny_model import TinyModel
 
 
 def fvu(x: Tensor, x_hat: Tensor) -> Tensor:
@@ -143,3 +163,684 @@ def absorption_rate(
         rate = (active & silent).sum(-1).double() / active.sum(-1)  # 0 / 0 is nan
         rates[..., child] = torch.where(latent >= 0, rate, torch.nan)
     return rates
+
+
+# ------------------------------------------------------------- a saved SAE on held-out activations
+
+NAMES = ("matryoshka", "vanilla")  # NAME.safetensors in a run's folder
+STREAM_HALVES = 30  # of random numbers: which rows choose absorption's latents
+BATCH = 4096  # activations scored at once
+ROWS_AT_ONCE = 16  # rows of a language-model pass: 16 x 128 x 10,000 log-probabilities are 82 MB
+MIN_FIRES = 5  # of a latent whose precision is to be believed
+QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+
+
+def prefix_lengths(n_latents: int) -> list[int]:
+    """1, 2, 4, ... below n_latents, and n_latents."""
+    return [2**k for k in range((n_latents - 1).bit_length())] + [n_latents]
+
+
+def prefix_errors(sae: SAE, x: Tensor, acts: Tensor, prefixes: Sequence[int]) -> Tensor:
+    """What is left when only the first m latents reconstruct: sum_i ||x_i - x_hat_i(m)||^2.
+
+    x: [n, d_model]; acts: [n, n_latents], of the latents as saved: in order. prefixes: rising.
+    Each latent is decoded once: what a prefix adds is taken off what the one before it left.
+    Returns float64 [n_prefixes], in the squared units of x.
+    """
+    left = x - sae.decode(acts, 0)  # [n, d_model]
+    errors, done = [], 0
+    for prefix in prefixes:
+        left = left - acts[:, done:prefix] @ sae.W_dec[done:prefix] / sae.scale
+        errors.append(_sum_of_squares(left))
+        done = prefix
+    return torch.stack(errors)
+
+
+def highest_cosines(W_dec: Tensor, chunk: int = 1024) -> Tensor:
+    """How alike decoder directions are: each latent's highest cosine to another latent.
+
+        max over k != j of  W_dec_j . W_dec_k / (||W_dec_j|| ||W_dec_k||)
+
+    W_dec: [n_latents, d_model], n_latents at least 2. Returns float64 [n_latents].
+    """
+    unit = _unit_rows(W_dec)
+    best = []
+    for start in range(0, len(unit), chunk):
+        cosines = unit[start : start + chunk] @ unit.T  # [chunk, n_latents]
+        cosines.diagonal(start).fill_(-torch.inf)  # not with itself
+        best.append(cosines.amax(1))
+    return torch.cat(best)
+
+
+class Statistics:
+    """Sums over activations: of the data, and of one SAE on it.
+
+    `members`: bool [n_concepts, d_vocab], which token ids belong to a concept. `first_half`: bool
+    [n_rows], the rows on which absorption's latents are chosen.
+    """
+
+    def __init__(self, sae: SAE, members: Tensor, first_half: Tensor):
+        device = sae.W_dec.device
+        self.sae, self.prefixes = sae, prefix_lengths(sae.n_latents)
+        self.members, self.first_half = members.to(device), first_half.to(device)
+        self.n = 0  # activations
+        self.x_sum = torch.zeros(sae.d_model, dtype=torch.float64, device=device)
+        self.x_squares = torch.zeros((), dtype=torch.float64, device=device)
+        self.errors = torch.zeros(len(self.prefixes), dtype=torch.float64, device=device)
+        self.fired = torch.zeros(sae.n_latents, dtype=torch.int64, device=device)
+        # on the first half of the rows:
+        self.half_fired = torch.zeros_like(self.fired)
+        self.half_hits = torch.zeros(
+            len(members), sae.n_latents, dtype=torch.float64, device=device
+        )  # on a concept's tokens
+        self.half_members = torch.zeros(len(members), dtype=torch.int64, device=device)
+
+    @torch.inference_mode()
+    def add(self, batch: cache_activations.Batch) -> None:
+        x = batch.acts  # [n, d_model]
+        acts = self.sae.encode(x)  # [n, n_latents]
+        self.n += len(x)
+        self.x_sum += x.sum(0, dtype=torch.float64)
+        self.x_squares += _sum_of_squares(x)
+        self.errors += prefix_errors(self.sae, x, acts, self.prefixes)
+        fires = acts > 0
+        self.fired += fires.sum(0)
+        chosen = self.first_half[batch.rows]
+        fires, is_member = fires[chosen], self.members[:, batch.tok_ids[chosen]]
+        self.half_fired += fires.sum(0)
+        self.half_hits += is_member.float() @ fires.float()  # counts below 2^24: exact
+        self.half_members += is_member.sum(1)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean activation: float64 [d_model]."""
+        return self.x_sum / self.n
+
+    @property
+    def variance(self) -> float:
+        """sum_i ||x_i - mean||^2."""
+        return float(self.x_squares - self.x_sum.square().sum() / self.n)
+
+    def summary(self) -> dict[str, Any]:
+        """FVU, L0, dead share, FVU by prefix, and on how many tokens each latent fired."""
+        fvus = (self.errors / self.variance).tolist()
+        return {
+            "fvu": fvus[-1],
+            "l0": int(self.fired.sum()) / self.n,
+            "dead_share": float((self.fired == 0).double().mean()),
+            "fvu_by_prefix": {"prefix": self.prefixes, "fvu": fvus},
+            "fired": self.fired.tolist(),
+        }
+
+
+# ------------------------------------------------------------------------------------- absorption
+
+
+class Detectors(NamedTuple):
+    """What is chosen on the first half of the data, a concept each."""
+
+    latent: Tensor  # int64 [n_concepts]: the detector
+    precision: Tensor  # float64 [n_concepts], of the detector, nan if it never fired
+    recall: Tensor  # float64 [n_concepts], of the detector, nan if there were no tokens
+    specific: Tensor  # bool [n_concepts, n_latents]: latents that may fire in its stead
+
+
+def choose_detectors(
+    fired: Tensor,
+    hits: Tensor,
+    n_members: Tensor,
+    min_precision: float,
+    min_fires: int = MIN_FIRES,
+) -> Detectors:
+    """A detector for each concept, and the latents more specific than it, from counts on tokens.
+
+    With n_C the tokens in concept C, n_j the tokens on which latent j fires and h_Cj those of
+    them in C, j as a classifier "fires iff the token is in C" has
+
+        precision_Cj = h_Cj / n_j,   recall_Cj = h_Cj / n_C,   F1_Cj = 2 h_Cj / (n_j + n_C)
+
+    The detector D(C) is the latent of the highest F1, the first of them on a tie. Latent j is
+    *more specific* where precision_Cj >= min_precision, n_j >= min_fires, and
+    recall_Cj < recall_CD: when it fires the token is in the concept, but it covers less of it.
+
+    fired: [n_latents], n_j; hits: [n_concepts, n_latents], h_Cj; n_members: [n_concepts], n_C.
+    """
+    fired, hits, n_members = fired.double(), hits.double(), n_members.double()
+    precision = hits / fired  # nan where a latent never fired
+    f1 = 2 * hits / (fired + n_members[:, None]).clamp(min=1)
+    latent = f1.max(1, keepdim=True).indices  # [n_concepts, 1]
+    specific = (precision >= min_precision) & (fired >= min_fires) & (hits < hits.gather(1, latent))
+    return Detectors(
+        latent[:, 0],
+        precision.gather(1, latent)[:, 0],
+        (hits.gather(1, latent) / n_members[:, None])[:, 0],
+        specific,
+    )
+
+
+def count_absorbed(
+    fires: Tensor, is_member: Tensor, detectors: Detectors
+) -> tuple[Tensor, Tensor, Tensor]:
+    """On the other half: how many of a concept's tokens its detector misses, and of those how
+    many are absorbed.
+
+    Token i of concept C is *missed* where the detector is silent, and *absorbed* where besides a
+    more specific latent fires:
+
+        miss_C       = #{i in C : a_iD = 0} / n_C
+        absorption_C = #{i in C : a_iD = 0 and a_ij > 0 for some j specific to C} / n_C
+
+    A high rate says that the concept is scattered over latents for its parts; whether a general
+    latent has holes in it, or there is none and the "detector" is only the largest part, shows in
+    the detector's recall, and in the miss rate. That a latent fires at all on those tokens is not
+    counted: one that fires on everything has a low precision.
+
+    fires: bool [n, n_latents]; is_member: bool [n_concepts, n].
+    Returns int64 [n_concepts] each: tokens, missed, absorbed. They add up over batches.
+    """
+    silent = ~fires[:, detectors.latent].T  # [n_concepts, n]
+    missed = is_member & silent
+    instead = detectors.specific.float() @ fires.float().T > 0  # [n_concepts, n]
+    return is_member.sum(1), missed.sum(1), (missed & instead).sum(1)
+
+
+def halves(n_rows: int, seed: int) -> Tensor:
+    """Which rows are the first half: bool [n_rows], drawn by `seed`, n_rows // 2 of them."""
+    first = torch.zeros(n_rows, dtype=torch.bool)
+    first[
+        torch.randperm(n_rows, generator=seeded_generator(seed, STREAM_HALVES))[: n_rows // 2]
+    ] = 1
+    return first
+
+
+@torch.inference_mode()
+def absorption(
+    statistics: Sequence[Statistics],
+    cache: ActivationCache,
+    names: Sequence[str],
+    min_precision: float,
+) -> list[list[dict[str, Any]]]:
+    """An SAE's list of what `count_absorbed` finds on the second half of the rows, a concept each.
+
+    Detectors are chosen by the `statistics` of the first half. A concept that has no tokens in
+    one of the halves has None for what cannot be said.
+    """
+    device = statistics[0].members.device
+    chosen = [
+        choose_detectors(s.half_fired, s.half_hits, s.half_members, min_precision)
+        for s in statistics
+    ]
+    counts = [torch.zeros(3, len(names), dtype=torch.int64, device=device) for _ in statistics]
+    for batch in cache.sequential(BATCH, device):
+        other = ~statistics[0].first_half[batch.rows]
+        is_member = statistics[0].members[:, batch.tok_ids[other]]
+        for s, detectors, count in zip(statistics, chosen, counts, strict=True):
+            fires = s.sae.encode(batch.acts[other]) > 0
+            count += torch.stack(count_absorbed(fires, is_member, detectors))
+    return [
+        [
+            concept_result(name, i, d, int(s.half_members[i]), count[:, i].tolist())
+            for i, name in enumerate(names)
+        ]
+        for s, d, count in zip(statistics, chosen, counts, strict=True)
+    ]
+
+
+def concept_result(
+    name: str, i: int, detectors: Detectors, n_chosen_on: int, counts: Sequence[int]
+) -> dict[str, Any]:
+    """Concept i in words: `counts` are those of `count_absorbed`."""
+    n, missed, absorbed = counts
+    fired = bool(detectors.precision[i] > 0)  # there is a detector
+    known = n > 0 and fired
+    return {
+        "concept": name,
+        "tokens_chosen_on": n_chosen_on,
+        "tokens": n,
+        "detector": int(detectors.latent[i]) if fired else None,
+        "precision": float(detectors.precision[i]) if fired else None,
+        "recall": float(detectors.recall[i]) if fired else None,
+        "specific_latents": int(detectors.specific[i].sum()),
+        "miss_rate": missed / n if known else None,
+        "absorption": absorbed / n if known else None,
+    }
+
+
+# --------------------------------------------------------------------------------------- concepts
+
+
+def load_concepts(path: Path) -> dict[str, list[int]]:
+    """Each concept's token ids. Raises `UserError` where the file is not as concepts.json is."""
+    try:
+        concepts = json.loads(path.read_text())["concepts"]
+        ids = {name: list(concept["ids"]) for name, concept in concepts.items()}
+    except OSError as error:
+        raise UserError(f"--concepts {path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f'--concepts {path}: expected {{"concepts": {{NAME: {{"ids": [...]}}}}}} '
+            f"({type(error).__name__}: {error})"
+        ) from None
+    for name, of in ids.items():
+        if not of or not all(type(i) is int for i in of):
+            raise UserError(f"--concepts {path}: {name!r} needs a list of token ids, found {of}")
+    if not ids:
+        raise UserError(f"--concepts {path} holds no concepts")
+    return ids
+
+
+def membership(concepts: Mapping[str, Sequence[int]], d_vocab: int) -> Tensor:
+    """Which token ids are in which concept: bool [n_concepts, d_vocab]. Raises `UserError`."""
+    members = torch.zeros(len(concepts), d_vocab, dtype=torch.bool)
+    for row, (name, ids) in zip(members, concepts.items(), strict=True):
+        for i in ids:
+            if not 0 <= i < d_vocab:
+                raise UserError(
+                    f"concept {name!r}: token id {i} is out of the vocabulary, 0 to {d_vocab - 1}"
+                )
+        row[list(ids)] = True
+    return members
+
+
+def write_concept_ids(path: Path, gpt2_vocabulary: Path, tiny_to_gpt2: Sequence[int]) -> None:
+    """Fills in the "ids" of the "words" in concepts.json, so that scoring needs no tokenizer.
+
+    gpt2_vocabulary: GPT-2's encoder.json (vocab.json on the hub), a dict of token text to id, in
+    which a leading space is "\u0120". tiny_to_gpt2: GPT-2's id of each of TinyModel's,
+    `ts_tok_ids_to_neo.pt` of the PyPI package tinymodel. A word's tokens are those whose text is
+    " word", " Word" or "Word": "word" would be the ends of other words, too. Raises `UserError` for
+    a word that has none.
+    """
+    text_of = {
+        i: t.replace("\u0120", " ") for t, i in json.loads(gpt2_vocabulary.read_text()).items()
+    }
+    ids_of = {text_of[g]: i for i, g in enumerate(map(int, tiny_to_gpt2)) if g in text_of}
+    content = json.loads(path.read_text())
+    for name, concept in content["concepts"].items():
+        ids = set()
+        for word in concept["words"]:
+            capital = word[:1].upper() + word[1:]
+            forms = f" {word}", f" {capital}", capital
+            found = {ids_of[form] for form in forms if form in ids_of}
+            if not found:
+                raise UserError(f"{path}: {name}: {word!r} is not one token of TinyModel's")
+            ids |= found
+        concept["ids"] = sorted(ids)
+    path.write_text(concepts_text(content))
+
+
+def concepts_text(content: Mapping[str, Any]) -> str:
+    """concepts.json with a concept's words on one line and its ids on another."""
+    concepts = ",\n".join(
+        f'  {json.dumps(name)}: {{\n   "words": {json.dumps(c["words"])},\n'
+        f'   "ids": {json.dumps(c["ids"])}\n  }}'
+        for name, c in content["concepts"].items()
+    )
+    return f'{{\n "note": {json.dumps(content["note"])},\n "concepts": {{\n{concepts}\n }}\n}}\n'
+
+
+# ---------------------------------------------------------------------------- the model's own loss
+
+
+def next_token_loss(log_probs: Tensor, tok_ids: Tensor) -> tuple[Tensor, int]:
+    """The summed loss of predicting each next token, in nats, and how many were predicted.
+
+    log_probs: [n, seq, d_vocab]; tok_ids: [n, seq]. What stands at position t predicts the token
+    at t + 1. Targets that are [PAD] do not count; a row's first token is predicted by [BEGIN], and
+    counts, as does [END].
+    """
+    targets = tok_ids[:, 1:]
+    counted = targets != PAD
+    losses = -log_probs[:, :-1].gather(2, targets[..., None])[..., 0]
+    return losses[counted].sum(dtype=torch.float64), int(counted.sum())
+
+
+@torch.inference_mode()
+def splice_losses(
+    model: TinyModel,
+    saes: Sequence[SAE],
+    mean: Tensor,
+    rows: Iterator[Tensor],
+    layer: int,
+    keep_begin: bool = False,
+) -> dict[str, Any]:
+    """The model's loss as it is, with each SAE's reconstruction in place of the residual stream
+    at `layer`, and with `mean`, [d_model], in its place.
+
+    Replaced are the positions that a cache of `keep_begin` holds: all but [PAD] and, by default,
+    [BEGIN], where every row has the same activation. The loss is the mean over all targets that
+    are not [PAD], those predicted from positions left alone included: these cost the same in each
+    case, and do not change the share recovered
+
+        (CE_mean - CE_sae) / (CE_mean - CE_clean)
+
+    which is 1 where nothing is lost, 0 where the SAE does no better than the mean. rows: batches
+    of [n, seq] token ids. Returns "clean", "mean" and "saes" in nats a token, "recovered" an SAE
+    (None where the mean costs nothing), "predictions" and "replaced", both counts.
+    """
+    device = model.embed.weight.device
+    mean = mean.to(device, torch.float32)
+    sums = torch.zeros(2 + len(saes), dtype=torch.float64, device=device)
+    n = replaced = 0
+    for tok_ids in rows:
+        tok_ids = tok_ids.to(device)
+        residual = model.residual(tok_ids, layer)  # [n, seq, d_model]
+        kept = torch.from_numpy(
+            cache_activations.kept_positions(tok_ids.cpu().numpy(), keep_begin)
+        ).to(device)
+        x = residual[kept]  # [n_kept, d_model]
+        for i, instead in enumerate([x, mean.expand_as(x), *(sae(x) for sae in saes)]):
+            spliced = residual.clone()
+            spliced[kept] = instead
+            loss, n_targets = next_token_loss(model.forward_from(spliced, layer), tok_ids)
+            sums[i] += loss
+        n += n_targets
+        replaced += len(x)
+    clean, of_mean, *of_saes = (sums / n).tolist()
+    gap = of_mean - clean
+    return {
+        "clean": clean,
+        "mean": of_mean,
+        "saes": of_saes,
+        "recovered": [(of_mean - ce) / gap if gap else None for ce in of_saes],
+        "predictions": n,
+        "replaced": replaced,
+    }
+
+
+def rows_of(cache: ActivationCache, dataset: str, n_tokens: int, d_vocab: int) -> Iterator[Tensor]:
+    """The dataset's first rows, until they hold `n_tokens` activations of the cache or it ends.
+
+    Yields int64 [at most ROWS_AT_ONCE, seq]. Raises `UserError` where a row is not what the cache
+    was made of.
+    """
+    make = cache.make
+    source = cache_activations.Config(
+        dataset=dataset,
+        dataset_revision=make["dataset_revision"] if dataset == make["dataset"] else None,
+        split=make["split"],
+        rows_per_shard=ROWS_AT_ONCE,
+    )
+    done = 0
+    with tqdm(total=min(n_tokens, cache.n_tokens), unit=" tokens", desc="cross-entropy") as bar:
+        for rows in cache_activations.read_rows(source, 0, cache.manifest.n_rows, d_vocab):
+            kept = torch.from_numpy(
+                rows[cache_activations.kept_positions(rows, make["keep_begin"])]
+            )
+            cached = cache.tokens(done, done + len(kept))[0]  # fewer in the last row, perhaps
+            if not torch.equal(cached, kept[: len(cached)]):
+                raise UserError(
+                    f"{cache_activations.rows_file(source)} is not what {cache.folder} was made "
+                    f"of: tokens differ after the first {done}; give its --dataset"
+                )
+            yield torch.from_numpy(rows)
+            done += len(cached)
+            bar.update(len(cached))
+            if done >= n_tokens:
+                return
+    if done < cache.n_tokens:
+        raise UserError(
+            f"{cache_activations.rows_file(source)} is not what {cache.folder} was made of: it "
+            f"ends after {done} tokens; give its --dataset"
+        )
+
+
+# ---------------------------------------------------------------------------------------- the run
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is scored, and on what."""
+
+    run: str = setting("runs/tinystories", "folder that train_tinystories.py wrote")
+    cache: str = setting("cache/validation", "cache of a split that was not trained on")
+    model: str | None = setting(None, "the language model; default: the one the cache was made of")
+    dataset: str | None = setting(None, "its token ids; default: those the cache was made of")
+    n_tokens: int = setting(100_000, "tokens that the cross-entropy is judged on, at most")
+    concepts: str | None = setting(None, "sets of token ids; default: this script's concepts.json")
+    min_precision: float = setting(
+        0.8, "of a latent that may fire in a concept's detector's stead, see choose_detectors"
+    )
+    seed: int = setting(0, "which rows choose a concept's latents, and which judge them")
+    out: str | None = setting(None, "folder for evaluation.json and the figures; default: --run")
+    device: str = setting("auto", "torch device; auto: the GPU where there is one")
+
+
+def load_saes(folder: Path, device: torch.device) -> dict[str, SAE]:
+    """The SAEs of a run, by name. Raises `UserError` where there are none."""
+    paths = {name: folder / f"{name}.safetensors" for name in NAMES}
+    paths = {name: path for name, path in paths.items() if path.exists()}
+    if not paths:
+        raise UserError(
+            f"{folder} holds no {' or '.join(f'{name}.safetensors' for name in NAMES)}: run "
+            f"train_tinystories.py --out {folder}, to its end"
+        )
+    try:
+        saes = {name: SAE.load(path, device) for name, path in paths.items()}
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from None
+    for name, sae in saes.items():
+        if sae.W_enc.dim() != 2 or sae.n_latents < 2:
+            raise UserError(
+                f"{paths[name]}: W_enc is {list(sae.W_enc.shape)}, not of one SAE of 2 "
+                "latents or more"
+            )
+    return saes
+
+
+def training_results(folder: Path) -> dict[str, Any]:
+    """results.json of a run, {} where there is none. Raises `UserError` where it is damaged."""
+    path = folder / "results.json"
+    if not path.exists():
+        return {}
+    try:
+        results = json.loads(path.read_text())
+        results["config"]["target_l0"], results["cache"]["make"]  # what is read of it
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__})") from None
+    return results
+
+
+def check_cache(
+    cache: ActivationCache, saes: Mapping[str, SAE], trained: Mapping[str, Any]
+) -> bool | None:
+    """Whether the cache's tokens were not trained on; None where the run does not say.
+
+    Raises `UserError` where it is too small, or of another width, layer or model than the SAEs'.
+    """
+    for name, sae in saes.items():
+        if sae.d_model != cache.d_model:
+            raise UserError(
+                f"the {name} SAE's d_model is {sae.d_model}, that of {cache.folder} {cache.d_model}"
+            )
+    if cache.manifest.n_rows < 2:
+        raise UserError(
+            f"{cache.folder} holds {cache.manifest.n_rows} rows: too few for two halves"
+        )
+    make = trained.get("cache", {}).get("make", {})
+    cache.require(**{key: make[key] for key in ("layer", "weights_hash") if key in make})
+    if not make:
+        return None
+    return any(make.get(key) != cache.make.get(key) for key in ("dataset", "split"))
+
+
+def load_model(config: Config, cache: ActivationCache, device: torch.device) -> TinyModel:
+    """The cache's language model. Raises `UserError` where its weights are not the cache's."""
+    model = TinyModel.from_pretrained(config.model or cache.make["model"], device=device)
+    cache.require(weights_hash=model.weights_hash)
+    return model
+
+
+@torch.inference_mode()
+def run(config: Config) -> dict[str, Any]:
+    """Scores the SAEs of `config.run`; writes evaluation.json and the figures to `config.out`.
+
+    Returns what evaluation.json holds. Raises `UserError` where the input is wrong.
+    """
+    script.require_positive(config, "n_tokens")
+    script.require_not_negative(config, "seed")
+    if not 0 <= config.min_precision <= 1:
+        raise UserError(f"--min-precision is {config.min_precision}: it is a share, 0 to 1")
+    device = script.pick_device(config.device)
+    folder, out = Path(config.run), Path(config.out or config.run)
+    concepts = load_concepts(Path(config.concepts or Path(__file__).with_name("concepts.json")))
+    saes = load_saes(folder, device)
+    trained = training_results(folder)
+    cache = ActivationCache(config.cache)
+    held_out = check_cache(cache, saes, trained)
+    model = load_model(config, cache, device)
+    members = membership(concepts, model.d_vocab)
+    script.make_folder(out)
+    cache.verify()
+
+    started = time.perf_counter()
+    first_half = halves(cache.manifest.n_rows, config.seed)
+    statistics = [Statistics(sae, members, first_half) for sae in saes.values()]
+    with tqdm(total=cache.n_tokens, unit=" tokens", desc="reconstruction") as bar:
+        for batch in cache.sequential(BATCH, device):
+            for s in statistics:
+                s.add(batch)
+            bar.update(len(batch.acts))
+    if not statistics[0].variance > 0:
+        raise UserError(f"{cache.folder}: its activations are all the same: nothing to explain")
+    absorbed = absorption(statistics, cache, list(concepts), config.min_precision)
+    rows = rows_of(cache, config.dataset or cache.make["dataset"], config.n_tokens, model.d_vocab)
+    losses = splice_losses(
+        model,
+        list(saes.values()),
+        statistics[0].mean,
+        rows,
+        cache.make["layer"],
+        cache.make["keep_begin"],
+    )
+    results = {
+        "config": dataclasses.asdict(config),
+        "environment": script.environment(device),
+        "cache": {"make": cache.make, "n_tokens": cache.n_tokens, "held_out": held_out},
+        "seconds": round(time.perf_counter() - started, 2),
+        "cross_entropy": {key: losses[key] for key in ("clean", "mean", "predictions", "replaced")},
+        "runs": [
+            {
+                "sae": name,
+                **s.summary(),
+                "cross_entropy": losses["saes"][i],
+                "loss_recovered": losses["recovered"][i],
+                **cosine_summary(s.sae),
+                "absorption": mean_absorption(absorbed[i]),
+                "concepts": absorbed[i],
+            }
+            for i, (name, s) in enumerate(zip(saes, statistics, strict=True))
+        ],
+    }
+    script.write_json(out / "evaluation.json", results)
+    draw(results, folder, trained, out)
+    return results
+
+
+def cosine_summary(sae: SAE) -> dict[str, Any]:
+    """The mean and the quantiles over latents of `highest_cosines`."""
+    cosines = highest_cosines(sae.W_dec)
+    quantiles = cosines.quantile(cosines.new_tensor(QUANTILES)).tolist()
+    return {
+        "mean_highest_cosine": float(cosines.mean()),
+        "highest_cosine_quantiles": dict(zip(map(str, QUANTILES), quantiles, strict=True)),
+    }
+
+
+def mean_absorption(concepts: Sequence[Mapping[str, Any]]) -> float | None:
+    """The plain mean over the concepts that have a rate."""
+    rates = [c["absorption"] for c in concepts if c["absorption"] is not None]
+    return float(np.mean(rates)) if rates else None
+
+
+# -------------------------------------------------------------------------- figures and the report
+
+
+def draw(results: Mapping[str, Any], folder: Path, trained: Mapping[str, Any], out: Path) -> None:
+    """The pair's figures: FVU by prefix, firing densities and, of a run's metrics, its curves."""
+    n = results["cache"]["n_tokens"]
+    runs = {r["sae"]: r for r in results["runs"]}
+    plots.fvu_by_prefix(
+        out / "fvu_by_prefix.png", {name: r["fvu_by_prefix"] for name, r in runs.items()}
+    )
+    plots.density_histograms(
+        out / "density_histograms.png",
+        {name: np.array(r["fired"]) / n for name, r in runs.items()},
+    )
+    if trained and (folder / "metrics.jsonl").exists():
+        steps, curves = training_curves(folder / "metrics.jsonl")
+        target = trained["config"]["target_l0"]
+        plots.training_curves(out / "training_curves.png", steps, curves, target)
+
+
+def training_curves(path: Path) -> tuple[list[int], dict[str, dict[str, list[float]]]]:
+    """metrics.jsonl as `plots.training_curves` wants it. Raises `UserError` where it is damaged."""
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        names = dict.fromkeys(record["sae"] for record in records)
+        keys = ("l0", "fvu", "sparsity_weight")
+        curves = {
+            name: {key: [r[key] for r in records if r["sae"] == name] for key in keys}
+            for name in names
+        }
+        return [r["step"] for r in records if r["sae"] == records[0]["sae"]], curves
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__})") from None
+
+
+def shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """The write-up's table, an SAE a row, and what it was judged on."""
+    cache, ce = results["cache"], results["cross_entropy"]
+    rows = [
+        [
+            r["sae"],
+            f"{r['fvu']:.4f}",
+            f"{r['l0']:.2f}",
+            f"{r['dead_share']:.1%}",
+            shown(r["loss_recovered"], ".1%"),
+            f"{r['mean_highest_cosine']:.3f}",
+            shown(r["absorption"], ".1%"),
+        ]
+        for r in results["runs"]
+    ]
+    headers = ["SAE", "FVU", "L0", "dead", "loss recovered", "highest cosine", "absorption"]
+    tokens = f"{cache['n_tokens']:,} tokens of {cache['make']['split']}"
+    was = {True: "not trained on", False: "TRAINED ON", None: "whether trained on is not known"}
+    return (
+        f"{script.table(headers, rows)}\n\n{tokens}, {was[cache['held_out']]}. Cross-entropy on "
+        f"{ce['predictions']:,} predictions: {ce['clean']:.3f} nats clean, {ce['mean']:.3f} with "
+        f"the mean, " + ", ".join(f"{r['cross_entropy']:.3f} {r['sae']}" for r in results["runs"])
+    )
+
+
+def concept_table(results: Mapping[str, Any]) -> str:
+    """A concept and SAE a row: how good its detector is, what it misses, what is absorbed."""
+    rows = [
+        [
+            c["concept"],
+            r["sae"],
+            c["tokens"],
+            *(shown(c[key], ".1%") for key in ("precision", "recall", "miss_rate", "absorption")),
+            c["specific_latents"],
+        ]
+        for concepts in zip(*(r["concepts"] for r in results["runs"]), strict=True)
+        for r, c in zip(results["runs"], concepts, strict=True)
+    ]
+    headers = ["concept", "SAE", "tokens", "precision", "recall", "missed", "absorbed", "specific"]
+    return script.table(headers, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with script.main_guard():
+        config = script.parse(Config, __doc__, argv)
+        results = run(config)
+        print(concept_table(results) + "\n")
+        print(summary(results))
+
+
+if __name__ == "__main__":
+    main()
