@@ -1,0 +1,167 @@
+"""The tables of README.md, from results/ and nothing else.
+
+    python report.py            prints every table
+    python report.py --write    puts each between its markers in README.md
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`. A test compares the README with
+what this prints, so that no number in a table is typed by hand.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import script
+from script import UserError, setting
+
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Whether README.md is written."""
+
+    write: bool = setting(False, "put the tables into README.md")
+
+
+def read(name: str) -> dict[str, Any]:
+    """A JSON file of results/. Raises `UserError` where it is not there."""
+    path = RESULTS / name
+    if not path.exists():
+        raise UserError(f"results/{name} is not there: the command that makes it is in README.md")
+    return json.loads(path.read_text())
+
+
+def runs_of(results: dict[str, Any], sae: str) -> list[dict[str, Any]]:
+    """The runs of one kind of SAE, by seed."""
+    return [run for run in results["runs"] if run["sae"] == sae]
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation over seeds."""
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def clean_counts(runs: Sequence[dict[str, Any]]) -> str:
+    """How many seeds have how many clean features: "20/20 in 86, 19/20 in 7"."""
+    clean, n_seeds = np.unique([run["clean_features"] for run in runs], return_counts=True)
+    n = runs[0]["n_features"]
+    return ", ".join(f"{c}/{n} in {k}" for c, k in zip(clean[::-1], n_seeds[::-1], strict=True))
+
+
+def toy() -> str:
+    """The write-up's table over the hundred seeds."""
+    results = read("toy/results.json")
+    rows = []
+    for sae in ("matryoshka", "vanilla"):
+        runs = runs_of(results, sae)
+        rows.append(
+            [
+                sae,
+                spread([run["fvu"] for run in runs], 4),
+                f"{np.median([run['fvu'] for run in runs]):.4f}",
+                spread([run["l0"] for run in runs], 3),
+                clean_counts(runs),
+            ]
+        )
+    return script.table(["100 seeds", "FVU", "median", "L0", "clean features"], rows)
+
+
+def recipes() -> str:
+    """Success over seeds by recipe: what is trained differently, and what it does."""
+    rows = []
+    for name, folder in (
+        ("sampled prefixes (the paper)", "toy"),
+        ("with restarts", "toy_restarts"),
+        ("with restarts, seeds not looked at before", "toy_restarts_unseen"),
+        ("expected prefixes", "toy_expected"),
+    ):
+        results = read(f"{folder}/results.json")
+        runs = runs_of(results, "matryoshka")
+        seeds = [run["seed"] for run in runs]
+        n = runs[0]["n_features"]
+        rows.append(
+            [
+                name,
+                f"{min(seeds)} to {max(seeds)}",
+                f"{sum(run['clean_features'] == n for run in runs)} of {len(runs)}",
+                f"{np.median([run['fvu'] for run in runs]):.4f}",
+                f"{max(run['fvu'] for run in runs):.4f}",
+                f"{np.median([run['l0'] for run in runs]):.3f}",
+            ]
+        )
+    return script.table(["", "seeds", "20/20", "median FVU", "worst", "median L0"], rows)
+
+
+def refitted() -> str:
+    """Before and after the refit, means over the hundred seeds, and the worst seed that had 20."""
+    results = read("toy/results.json")
+    whole = {run["seed"] for run in runs_of(results, "matryoshka") if run["clean_features"] == 20}
+    rows = []
+    for sae in ("matryoshka", "matryoshka, refit", "vanilla", "vanilla, refit"):
+        runs = runs_of(results, sae)
+        successes = [run for run in runs if run["seed"] in whole]
+        absorbed = [a for run in runs for a in run["absorption"] if a is not None]
+        rows.append(
+            [
+                sae,
+                f"{np.mean([run['fvu'] for run in runs]):.4f}",
+                f"{max(run['fvu'] for run in successes):.4f}",
+                *(f"{np.mean([r['clean_at'][t] for r in runs]):.2f}" for t in THRESHOLDS),
+                f"{np.mean([min(run['best_cosine']) for run in successes]):.3f}",
+                f"{np.mean(absorbed):.3f}",
+            ]
+        )
+    headers = ["", "FVU", "worst FVU*", *(f"clean > {t}" for t in THRESHOLDS), "worst cosine*"]
+    return script.table([*headers, "absorption"], rows)
+
+
+THRESHOLDS = ("0.9", "0.95", "0.99")
+
+
+def defects() -> str:
+    """The original's defects, put back one by one."""
+    import ablate_toy
+
+    return ablate_toy.table(read("toy_ablation/ablation.json"))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "toy": toy,
+    "recipes": recipes,
+    "refit": refitted,
+    "defects": defects,
+}
+
+
+def with_tables(text: str) -> str:
+    """`text` with every marked table made anew. Raises `UserError` for a name that is none."""
+
+    def fill(match: re.Match) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise UserError(f"README.md: there is no table {name}, only {', '.join(TABLES)}")
+        return f"<!-- table {name} -->\n{TABLES[name]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with script.main_guard():
+        config = script.parse(Config, __doc__, argv)
+        readme = ROOT / "README.md"
+        if config.write:
+            text = with_tables(readme.read_text())
+            script.write_atomically(readme, lambda part: part.write_text(text))
+        for name, make in TABLES.items():
+            print(f"{name}\n{make()}\n")
+
+
+if __name__ == "__main__":
+    main()
