@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Config:
     """Every setting of the TinyStories comparison. The defaults are the write-up's."""
 
     cache: str = setting("cache/train", "folder that cache_activations.py wrote")
+    tokens: int = setting(0, "train on the cache's first so many activations; 0: on all")
     sae: str = setting("both", "which SAEs", choices=["vanilla", "matryoshka", "both"])
     n_latents: int = setting(3072, "latents of an SAE")
     n_prefixes: int = setting(10, "prefixes a step of the Matryoshka SAE; vanilla has 1")
@@ -72,7 +73,7 @@ def check(config: Config) -> None:
         config, "n_latents", "n_prefixes", "target_l0", "lr", "n_steps", "batch_size"
     )
     script.require_positive(config, "sparsity_weight", "checkpoint_every")
-    script.require_not_negative(config, "seed")
+    script.require_not_negative(config, "seed", "tokens")
     if config.batch_size == 1:
         raise UserError("--batch-size is 1: one activation has no variance to explain")
     if config.n_prefixes > config.n_latents:
@@ -227,16 +228,18 @@ class Run:
             getattr(self, name).copy_(tensors[name])
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, on_checkpoint: Callable[[], object] | None = None) -> dict[str, Any]:
     """Trains the SAEs; writes them, metrics.jsonl and results.json to `config.out`.
 
+    `on_checkpoint` is called after each checkpoint, when no file of the run is open: where the
+    folder needs a word to be safe, as a Modal Volume does, that is the time for it.
     Returns what results.json holds. Raises `UserError` where the input is wrong or the cache is
     damaged, before anything is trained, and where training diverges.
     """
     check(config)
     device = script.pick_device(config.device)
     out = Path(config.out)
-    cache = ActivationCache(config.cache)
+    cache = ActivationCache(config.cache, config.tokens or None)
     if not config.resume and ((out / CHECKPOINT).exists() or (out / RESULTS).exists()):
         raise UserError(
             f"{out} holds a run: add --resume to go on with it, or choose another --out"
@@ -256,7 +259,7 @@ def run(config: Config) -> dict[str, Any]:
 
     try:
         clear_leftovers(config)
-        train(state, cache, device)
+        train(state, cache, device, on_checkpoint)
         for name, sae in zip(state.names, state.trainer.sae.unstack(), strict=True):
             script.write_atomically(out / f"{name}.safetensors", sae.to("cpu").save)
         results = results_of(state, cache, device)
@@ -300,17 +303,21 @@ def results_of(state: Run, cache: ActivationCache, device: torch.device) -> dict
     }
 
 
-def train(state: Run, cache: ActivationCache, device: torch.device) -> None:
+def train(
+    state: Run,
+    cache: ActivationCache,
+    device: torch.device,
+    on_checkpoint: Callable[[], object] | None = None,
+) -> None:
     """Steps to the end, with a record now and then, and a checkpoint."""
     config, trainer = state.config, state.trainer
     batches = cache.batches(config.batch_size, config.seed, trainer.n_steps_done, device)
     every = max(1, config.n_steps // N_RECORDS)
-    with (
-        (state.out / METRICS).open("a") as file,
-        tqdm(total=config.n_steps, initial=trainer.n_steps_done, unit=" steps") as bar,
-    ):
+    path = state.out / METRICS
+    with path.open("a") as file:
         file.truncate(state.metrics_bytes)  # drops what came after the checkpoint
-        last_good = (state.out / METRICS).read_text().splitlines()[-len(state.names) :]
+    last_good = path.read_text().splitlines()[-len(state.names) :]
+    with tqdm(total=config.n_steps, initial=trainer.n_steps_done, unit=" steps") as bar:
         while (step := trainer.n_steps_done + 1) <= config.n_steps:
             started = time.perf_counter()
             x = next(batches)
@@ -323,11 +330,13 @@ def train(state: Run, cache: ActivationCache, device: torch.device) -> None:
                 records = state.record(x, metrics, (step - 1) % every + 1)
                 stop_if_diverged(records, last_good)
                 last_good = [json.dumps(record) for record in records]
-                file.writelines(line + "\n" for line in last_good)
+                with path.open("a") as file:
+                    file.writelines(line + "\n" for line in last_good)
                 bar.set_postfix_str(shown(records), refresh=False)
             if step % config.checkpoint_every == 0 or step == config.n_steps:
-                file.flush()
                 state.save()
+                if on_checkpoint is not None:
+                    on_checkpoint()
 
 
 def stop_if_diverged(records: Sequence[dict], last_good: Sequence[str]) -> None:
