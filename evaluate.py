@@ -10,8 +10,9 @@ splices reconstructions into the model. Statistics are summed in float64.
 
 import dataclasses
 import json
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -500,7 +501,7 @@ def splice_losses(
     model: TinyModel,
     saes: Sequence[SAE],
     mean: Tensor,
-    rows: Iterator[Tensor],
+    rows: Iterable[Tensor],
     layer: int,
     keep_begin: bool = False,
 ) -> dict[str, Any]:
@@ -562,22 +563,18 @@ def rows_of(cache: ActivationCache, dataset: str, n_tokens: int, d_vocab: int) -
         rows_per_shard=ROWS_AT_ONCE,
     )
     done = 0
-    with tqdm(total=min(n_tokens, cache.n_tokens), unit=" tokens", desc="cross-entropy") as bar:
-        for rows in cache_activations.read_rows(source, 0, cache.manifest.n_rows, d_vocab):
-            kept = torch.from_numpy(
-                rows[cache_activations.kept_positions(rows, make["keep_begin"])]
+    for rows in cache_activations.read_rows(source, 0, cache.manifest.n_rows, d_vocab):
+        kept = torch.from_numpy(rows[cache_activations.kept_positions(rows, make["keep_begin"])])
+        cached = cache.tokens(done, done + len(kept))[0]  # fewer in the last row, perhaps
+        if not torch.equal(cached, kept[: len(cached)]):
+            raise UserError(
+                f"{cache_activations.rows_file(source)} is not what {cache.folder} was made of: "
+                f"tokens differ after the first {done}; give its --dataset"
             )
-            cached = cache.tokens(done, done + len(kept))[0]  # fewer in the last row, perhaps
-            if not torch.equal(cached, kept[: len(cached)]):
-                raise UserError(
-                    f"{cache_activations.rows_file(source)} is not what {cache.folder} was made "
-                    f"of: tokens differ after the first {done}; give its --dataset"
-                )
-            yield torch.from_numpy(rows)
-            done += len(cached)
-            bar.update(len(cached))
-            if done >= n_tokens:
-                return
+        yield torch.from_numpy(rows)
+        done += len(cached)
+        if done >= n_tokens:
+            return
     if done < cache.n_tokens:
         raise UserError(
             f"{cache_activations.rows_file(source)} is not what {cache.folder} was made of: it "
@@ -690,6 +687,10 @@ def run(config: Config) -> dict[str, Any]:
     held_out = check_cache(cache, saes, trained)
     model = load_model(config, cache, device)
     members = membership(concepts, model.d_vocab)
+    dataset = config.dataset or cache.make["dataset"]
+    next(rows_of(cache, dataset, 1, model.d_vocab))  # a wrong one is refused now, not at the end
+    metrics = folder / "metrics.jsonl"
+    curves = training_curves(metrics) if trained and metrics.exists() else None
     script.make_folder(out)
     cache.verify()
 
@@ -704,7 +705,13 @@ def run(config: Config) -> dict[str, Any]:
     if not statistics[0].variance > 0:
         raise UserError(f"{cache.folder}: its activations are all the same: nothing to explain")
     absorbed = absorption(statistics, cache, list(concepts), config.min_precision)
-    rows = rows_of(cache, config.dataset or cache.make["dataset"], config.n_tokens, model.d_vocab)
+    n_batches = cache.manifest.n_rows * min(1, config.n_tokens / cache.n_tokens) / ROWS_AT_ONCE
+    rows = tqdm(
+        rows_of(cache, dataset, config.n_tokens, model.d_vocab),
+        total=math.ceil(n_batches),
+        unit=" batches",
+        desc="cross-entropy",
+    )
     losses = splice_losses(
         model,
         list(saes.values()),
@@ -733,7 +740,10 @@ def run(config: Config) -> dict[str, Any]:
         ],
     }
     script.write_json(out / "evaluation.json", results)
-    draw(results, folder, trained, out)
+    draw(results, out)
+    if curves:
+        target_l0 = trained["config"]["target_l0"]
+        plots.training_curves(out / "training_curves.png", *curves, target_l0)
     return results
 
 
@@ -756,25 +766,21 @@ def mean_absorption(concepts: Sequence[Mapping[str, Any]]) -> float | None:
 # -------------------------------------------------------------------------- figures and the report
 
 
-def draw(results: Mapping[str, Any], folder: Path, trained: Mapping[str, Any], out: Path) -> None:
-    """The pair's figures: FVU by prefix, firing densities and, of a run's metrics, its curves."""
+def draw(results: Mapping[str, Any], out: Path) -> None:
+    """The pair's figures: FVU by prefix, and firing densities."""
     n = results["cache"]["n_tokens"]
     runs = {r["sae"]: r for r in results["runs"]}
-    plots.fvu_by_prefix(
-        out / "fvu_by_prefix.png", {name: r["fvu_by_prefix"] for name, r in runs.items()}
-    )
-    plots.density_histograms(
-        out / "density_histograms.png",
-        {name: np.array(r["fired"]) / n for name, r in runs.items()},
-    )
-    if trained and (folder / "metrics.jsonl").exists():
-        steps, curves = training_curves(folder / "metrics.jsonl")
-        target = trained["config"]["target_l0"]
-        plots.training_curves(out / "training_curves.png", steps, curves, target)
+    by_prefix = {name: r["fvu_by_prefix"] for name, r in runs.items()}
+    plots.fvu_by_prefix(out / "fvu_by_prefix.png", by_prefix)
+    densities = {name: np.array(r["fired"]) / n for name, r in runs.items()}
+    plots.density_histograms(out / "density_histograms.png", densities)
 
 
 def training_curves(path: Path) -> tuple[list[int], dict[str, dict[str, list[float]]]]:
-    """metrics.jsonl as `plots.training_curves` wants it. Raises `UserError` where it is damaged."""
+    """metrics.jsonl as `plots.training_curves` wants it: steps, and curves of one seed.
+
+    Raises `UserError` where it is damaged.
+    """
     try:
         records = [json.loads(line) for line in path.read_text().splitlines()]
         names = dict.fromkeys(record["sae"] for record in records)
@@ -784,7 +790,7 @@ def training_curves(path: Path) -> tuple[list[int], dict[str, dict[str, list[flo
             for name in names
         }
         return [r["step"] for r in records if r["sae"] == records[0]["sae"]], curves
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__})") from None
 
 
