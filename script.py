@@ -44,14 +44,19 @@ def setting(
     )
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written; a default wherever there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parser_for(config_class: type, description: str) -> argparse.ArgumentParser:
     """An argparse parser with one flag a field of `config_class`: `n_latents` is `--n-latents`.
 
     A bool field is two flags, `--name` and `--no-name`. A field of type `X | None` takes an X.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=_Help)
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         flag = "--" + field.name.replace("_", "-")
