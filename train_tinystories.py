@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import evaluate
+import refit
 import script
 from cache_activations import ActivationCache
 from sae import SAE, Trainer, TrainerConfig
@@ -51,6 +52,14 @@ class Config:
     batch_size: int = setting(1024, "activations a step; 1024 x 30,000 is one pass over 30M")
     sparsity: str = setting("l1", "the sparsity loss", choices=["l1", "log"])
     sparsity_weight: float = setting(1.2, "where the adaptive sparsity weight starts")
+    prefixes: str = setting(
+        "sampled",
+        "prefixes drawn each step, or the loss's exact mean over them",
+        choices=["sampled", "expected"],
+    )
+    refit: bool = setting(
+        False, "write the SAEs with their decoders refitted, too, to OUT/refit; see refit.py"
+    )
     seed: int = setting(0, "seed of the initialisation, the prefixes and the order of batches")
     out: str = setting("runs/tinystories", "folder for the SAEs, metrics and checkpoint")
     resume: bool = setting(False, "go on from the checkpoint in --out, if there is one")
@@ -59,7 +68,7 @@ class Config:
 
 
 # What may differ between a run and the run that resumes it.
-RESUMABLE = ("out", "resume", "device", "checkpoint_every", "cache")
+RESUMABLE = ("out", "resume", "device", "checkpoint_every", "cache", "refit")
 
 
 def names_of(config: Config) -> tuple[str, ...]:
@@ -97,6 +106,7 @@ def make_trainer(config: Config, d_model: int, device: torch.device) -> Trainer:
             n_steps=config.n_steps,
             target_l0=config.target_l0,
             lr=config.lr,
+            prefixes=config.prefixes,  # type: ignore[arg-type]
             sparsity=config.sparsity,  # type: ignore[arg-type]
             sparsity_weight=config.sparsity_weight,
             l0_control="steady",
@@ -262,6 +272,11 @@ def run(config: Config, on_checkpoint: Callable[[], object] | None = None) -> di
         train(state, cache, device, on_checkpoint)
         for name, sae in zip(state.names, state.trainer.sae.unstack(), strict=True):
             script.write_atomically(out / f"{name}.safetensors", sae.to("cpu").save)
+            if config.refit:
+                script.make_folder(out / "refit")
+                acts = (batch.acts for batch in cache.sequential(4096, device))
+                fitted = refit.refit_decoder(sae.to(device), acts).to("cpu")
+                script.write_atomically(out / "refit" / f"{name}.safetensors", fitted.save)
         results = results_of(state, cache, device)
         script.write_json(out / RESULTS, results)
     except (OSError, safetensors.SafetensorError) as error:
