@@ -37,6 +37,7 @@ class Config:
     seeds: int = setting(40, "how many seeds")
     seed: int = setting(0, "the first seed")
     steps: int = setting(40_000, "training steps")
+    workers: int = setting(0, "processes that share the seeds; 0: one a core")
     variants: str = setting("none,moments,order,normalizer,all", "which, separated by commas")
     out: str = setting("runs/ablate_toy", "folder for ablation.json, and a folder a variant")
 
@@ -115,7 +116,11 @@ def run(config: Config) -> dict[str, Any]:
     variants = {}
     for name in names:
         toy = train_toy.Config(
-            seeds=config.seeds, seed=config.seed, steps=config.steps, out=str(out / name)
+            seeds=config.seeds,
+            seed=config.seed,
+            steps=config.steps,
+            workers=config.workers,
+            out=str(out / name),
         )
         results = train_toy.run(toy, VARIANTS[name])
         variants[name] = summarise(results["runs"])
