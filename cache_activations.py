@@ -67,6 +67,7 @@ TOKEN_BYTES = 3 * 4  # an activation's token id, row and position, int32 each
 # stories and 0.4 MB at d_model 768 in float16; a buffer is over 1,000 stories and 200 MB.
 CHUNK = 256  # consecutive activations
 CHUNKS_PER_BUFFER = 512
+RESIDENT_SHARE = 0.7  # of a GPU's free memory, that a cache may take to be held there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -675,7 +676,8 @@ class ActivationCache:
             )
         if max_resident is None:
             on_gpu = device.type == "cuda"
-            max_resident = int(0.7 * torch.cuda.mem_get_info(device)[0]) if on_gpu else 2**30
+            free = torch.cuda.mem_get_info(device)[0] if on_gpu else 0
+            max_resident = int(RESIDENT_SHARE * free) if on_gpu else 2**30
         fits = self.n_tokens * self._each["acts"] <= max_resident
         return self._batches(batch_size, seed, start_step, device, fits)
 
