@@ -23,6 +23,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +39,7 @@ import evaluate
 import plots
 import script
 import train_tinystories
-from cache_activations import MANIFEST, TOKEN_BYTES
+from cache_activations import MANIFEST, RESIDENT_SHARE, TOKEN_BYTES
 from script import UserError, setting
 
 ROOT = "/volume"  # where the Volume is in a container
@@ -88,6 +89,8 @@ class Config:
     lr: float = as_in(train_tinystories.Config, "lr")
     n_steps: int = as_in(train_tinystories.Config, "n_steps")
     batch_size: int = as_in(train_tinystories.Config, "batch_size")
+    prefixes: str = as_in(train_tinystories.Config, "prefixes")
+    refit: bool = as_in(train_tinystories.Config, "refit")
     sparsity: str = as_in(train_tinystories.Config, "sparsity")
     sparsity_weight: float = as_in(train_tinystories.Config, "sparsity_weight")
     seed: int = as_in(train_tinystories.Config, "seed")
@@ -185,6 +188,8 @@ def train_config(
         lr=config.lr,
         n_steps=config.n_steps,
         batch_size=config.batch_size,
+        prefixes=config.prefixes,
+        refit=config.refit,
         sparsity=config.sparsity,
         sparsity_weight=config.sparsity_weight,
         seed=seed,
@@ -206,6 +211,7 @@ READ_ROWS = 6_000, "measured here: rows/s of cache_activations.read_rows"
 HASH = 1.2e9, "measured here: bytes/s of SHA-256 on one core"
 VOLUME_READ = 1.0e9, "assumed: bytes/s a container; Modal says up to 2.5e9"
 VOLUME_WRITE = 0.5e9, "assumed: bytes/s a container"
+DISK = 1.0e9, "assumed: bytes/s of a container's own disk"
 GPU_SHARE = 0.4, "assumed: share of the GPU's peak in float32"
 STEP_FLOOR = 1e-3, "assumed: no step is faster, by its many small kernels"
 STEP_FACTOR = 2.0, "assumed, after 2.16 measured for the original: FLOPs over five dense products"
@@ -220,8 +226,8 @@ class Phase:
     what: str
     containers: int
     on_gpu: bool
-    read: float  # bytes, all containers together; so the next two
-    written: float
+    read: float  # bytes off the hub or the Volume, all containers together; so the next two
+    kept: float  # on the Volume
     flops: float
     seconds: float  # of the longest container
     from_rates: tuple[str, ...]
@@ -244,12 +250,12 @@ def plan(config: Config) -> list[Phase]:
     )
     n_saes = 2 * config.seeds
     a_step = STEP_FACTOR[0] * 5 * 2 * config.batch_size * D_MODEL * config.n_latents
-    fits = config.tokens * D_MODEL * (each - TOKEN_BYTES) / D_MODEL <= 0.7e9 * memory
-    passes = 1 if fits else config.n_steps * config.batch_size / config.tokens
-    verify = n_bytes * (1 / VOLUME_READ[0] + 1 / HASH[0])
-    load = n_bytes / VOLUME_READ[0]
+    held = n_bytes * (1 - TOKEN_BYTES / each) <= RESIDENT_SHARE * 1e9 * memory
+    reads = 2 if held else 1  # of the Volume: to check and to load, or to copy to the own disk
     steps = config.n_steps * max(a_step / gpu, STEP_FLOOR[0])
-    training = verify + (load + steps if fits else max(load * passes, steps))
+    passes = config.n_steps * config.batch_size / config.tokens
+    from_disk = 0 if held else n_bytes * passes / DISK[0]
+    training = n_bytes * (reads / VOLUME_READ[0] + 1 / HASH[0]) + max(steps, from_disk)
     return [
         Phase(
             "count the rows",
@@ -263,9 +269,9 @@ def plan(config: Config) -> list[Phase]:
             (READ_ROWS[1], GPU_SHARE[1], HASH[1], VOLUME_WRITE[1]),
         ),
         Phase(
-            "check the cache, " + ("load it" if fits else "stream it") + ", train",
-            *(n_saes, True, n_saes * n_bytes * (1 + passes)),
-            n_saes * 18 * D_MODEL * config.n_latents * 4,  # the SAE, and a checkpoint: 3 times it
+            "check the cache, " + ("load it" if held else "stream it") + ", train",
+            *(n_saes, True, n_saes * n_bytes * reads),
+            n_saes * 8 * D_MODEL * config.n_latents * 4,  # the SAE, and a checkpoint: 3 times it
             n_saes * config.n_steps * a_step,
             START[0] + training,
             (VOLUME_READ[1], HASH[1], STEP_FACTOR[1], STEP_FLOOR[1]),
@@ -286,20 +292,20 @@ def plan_text(config: Config) -> str:
             phase.what,
             f"{phase.containers} x {config.gpu if phase.on_gpu else 'CPU'}",
             f"{phase.read / 1e9:.1f}",
-            f"{phase.written / 1e9:.1f}",
+            f"{phase.kept / 1e9:.1f}",
             f"{phase.flops / 1e15:.2f}",
             f"{phase.seconds / 60:.1f}",
         ]
         for phase in phases
     ]
-    headers = ["where the time goes", "containers", "GB read", "GB written", "PFLOP", "min"]
+    headers = ["where the time goes", "containers", "GB read", "GB kept", "PFLOP", "min"]
     minutes = sum(phase.seconds for phase in phases) / 60
     gpu_minutes = sum(p.containers * p.seconds for p in phases if p.on_gpu) / 60
     at_once = max(phase.containers for phase in phases if phase.on_gpu)
     return (
         script.table(headers, rows)
         + f"\n{at_once} {config.gpu} at most at once, about {gpu_minutes:.0f} GPU-minutes in "
-        f"{minutes:.0f} minutes, {sum(p.written for p in phases) / 1e9:.1f} GB on the Volume "
+        f"{minutes:.0f} minutes, {sum(p.kept for p in phases) / 1e9:.1f} GB on the Volume "
         f"{config.volume}. A cache that is there already saves the first two rows. These are "
         "estimates, from rates that were partly assumed: see the README."
     )
@@ -326,6 +332,10 @@ def typed() -> Config | None:
         config = parse(after[here[0] + 1 :], "modal run modal_tinystories.py")
         check_for_modal(config)
         print(plan_text(config))
+        print(
+            "Ctrl-C, or a lost connection, ends it: what is finished is kept. With modal run "
+            "--detach it goes on to its end alone; the same command then fetches what it made."
+        )
         return config
 
 
@@ -469,12 +479,35 @@ def train_one(job: TrainJob) -> dict[str, Any]:
     """
     reload()
     print(job, flush=True)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # of the SAE that this container may have trained before
-    trained = train_tinystories.run(job.config, on_checkpoint=commit)
+    near = copied_near(Path(job.config.cache))
+    config = dataclasses.replace(job.config, cache=str(near))
+    trained = train_tinystories.run(config, on_checkpoint=commit)
     evaluated = evaluate.run(evaluate.Config(run=job.config.out, cache=job.validation))
     commit()
     return {"training": trained, "evaluation": evaluated}
+
+
+def copied_near(cache: Path) -> Path:
+    """The cache's folder, or a copy on this container's disk where it does not fit on the GPU.
+
+    One that fits is read in order, twice: to check it, and onto the GPU. One that does not would be
+    streamed in small pieces, which a Volume is slow at; so it is copied, file by file, and streamed
+    from there.
+    """
+    if fits_on_gpu(cache):
+        return cache
+    print(f"{cache.name} does not fit on the GPU: copying it to this container's disk", flush=True)
+    copy = Path(tempfile.gettempdir()) / cache.name
+    return Path(shutil.copytree(cache, copy, dirs_exist_ok=True))
+
+
+def fits_on_gpu(cache: Path) -> bool:
+    """Whether training will hold the cache on the GPU; without one there is nothing to decide."""
+    if not torch.cuda.is_available():
+        return True
+    torch.cuda.empty_cache()  # of the SAE that this container may have trained before
+    n_bytes = sum(path.stat().st_size for path in cache.glob("*.acts"))
+    return n_bytes <= cache_activations.RESIDENT_SHARE * torch.cuda.mem_get_info()[0]
 
 
 @app.function(

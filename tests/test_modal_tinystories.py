@@ -9,6 +9,7 @@ import importlib.util
 import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -151,7 +152,8 @@ def test_help_needs_no_account(tmp_path: Path) -> None:
     assert "usage: modal run modal_tinystories.py" in text
     for field in dataclasses.fields(Config):
         assert f"--{field.name.replace('_', '-')} " in text, field.name
-        assert f"(default: {field.default})" in text, field.name
+        if field.default is not None:
+            assert f"(default: {field.default})" in text, field.name
 
 
 def test_without_a_token_the_plan_and_one_line(tmp_path: Path) -> None:
@@ -257,6 +259,17 @@ def test_the_flags_are_what_modal_is_asked_for(monkeypatch: pytest.MonkeyPatch) 
     assert asked["train_one"]["timeout"] > 3600
 
 
+def test_what_is_sent_to_a_container_can_be_sent() -> None:
+    train = modal_tinystories.train_config(Config(), "/v", "cache", "vanilla", 0)
+    for value in (
+        Config(),
+        modal_tinystories.CacheJob(cache_activations.Config(), 0, 8),
+        modal_tinystories.TrainJob(train, "validation"),
+        Refused("no"),
+    ):
+        assert pickle.loads(pickle.dumps(value)) == value
+
+
 def test_timeouts_fit_the_work() -> None:
     m = modal_tinystories
     for what in ("cache", "train"):
@@ -284,7 +297,7 @@ def test_the_image_holds_every_module_that_is_imported() -> None:
 def test_the_plan_fits_three_gpus() -> None:
     phases = modal_tinystories.plan(Config())
     assert max(p.containers for p in phases if p.on_gpu) == 3
-    assert sum(p.written for p in phases) == pytest.approx(47.5e9, rel=0.01)
+    assert sum(p.kept for p in phases) == pytest.approx(47.4e9, rel=0.01)
     assert any("load it" in p.what for p in phases)
     small = modal_tinystories.plan(Config(gpu="L4"))
     assert any("stream it" in p.what for p in small)
@@ -375,6 +388,27 @@ def test_a_larger_cache_serves_a_smaller_wish(
     for sae in ("matryoshka", "vanilla"):
         name = f"smaller/{sae}_seed0/{sae}.safetensors"
         assert (Path(smaller.out) / name).read_bytes() == (Path(exact.out) / name).read_bytes()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_cache_too_large_for_the_gpu_is_trained_on_from_a_copy(
+    finished: tuple[Config, dict[str, Any]],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = config_for(data, tmp_path, volume=finished[0].volume, name="copied")
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "disk"))
+    monkeypatch.setattr(modal_tinystories, "fits_on_gpu", lambda _: False)
+    results = modal_tinystories.run(config)
+    cache = caches(config)[0]
+    assert files(tmp_path / "disk" / cache.name) == files(cache)
+    for run in results["runs"]:
+        assert run["training"]["config"]["cache"] == str(tmp_path / "disk" / cache.name)
+        name = f"{run['sae']}_seed0/{run['sae']}.safetensors"
+        whole = Path(finished[0].out) / "tiny" / name
+        assert (tmp_path / "out" / "copied" / name).read_bytes() == whole.read_bytes()
 
 
 def test_a_cache_is_named_by_what_it_is_made_of() -> None:
