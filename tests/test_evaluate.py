@@ -434,7 +434,7 @@ def test_clean_loss_is_the_models_own(model):
 
 # ---------------------------------------------------------------------------------- from end to end
 
-CONCEPTS = {"frequent": list(range(60)), "end": [END], "absent": [9000]}
+CONCEPTS = {"frequent": list(range(20, 60)), "end": [END], "absent": [9000]}
 
 
 @pytest.fixture(scope="module")
@@ -477,7 +477,7 @@ def config_for(made: Path, to: Path, **changed: Any) -> evaluate.Config:
         "run": str(made / "run"),
         "cache": str(made / "validation"),
         "concepts": str(made / "concepts.json"),
-        "min_precision": 0.5,
+        "min_precision": 0.3,  # low enough that something is absorbed
         "out": str(to),
         "device": "cpu",
     }
@@ -540,7 +540,8 @@ def test_a_runs_absorption_is_of_the_other_half(made, scored):
         assert absent["absorption"] is None
         mean = (frequent["absorption"] + end["absorption"]) / 2
         assert result["absorption"] == pytest.approx(mean)
-    assert any(r["absorption"] > 0 for r in scored["runs"])  # there was something to be wrong
+    # There was something to get wrong: tokens that are missed, and of those some absorbed.
+    assert 0 < frequent["absorption"] < frequent["miss_rate"] < 1
 
 
 def test_a_runs_cross_entropy_is_the_plain_loop(made, scored, model):
