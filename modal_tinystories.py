@@ -363,6 +363,7 @@ MODULES = (
     "evaluate",
     "gradients",
     "plots",
+    "refit",
     "sae",
     "script",
     "tiny_model",

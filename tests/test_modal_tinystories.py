@@ -291,7 +291,7 @@ def test_the_image_holds_every_module_that_is_imported() -> None:
         new = imports(todo.pop()) - needed
         needed |= new
         todo += new
-    assert set(modal_tinystories.MODULES) == needed
+    assert needed <= set(modal_tinystories.MODULES)
 
 
 def test_the_plan_fits_three_gpus() -> None:
