@@ -525,7 +525,7 @@ def test_a_runs_absorption_is_of_the_other_half(made, scored):
         sae = SAE.load(made / "run" / f"{result['sae']}.safetensors")
         fires = sae.encode(x) > 0
         chosen = evaluate.choose_detectors(
-            **counts_on(fires[first], member[:, first]), min_precision=0.5
+            **counts_on(fires[first], member[:, first]), min_precision=0.3
         )
         counts = evaluate.count_absorbed(fires[~first], member[:, ~first], chosen)
         frequent, end, absent = result["concepts"]
