@@ -21,6 +21,7 @@ that contain j have over or left to explain,
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 Sparsity = Literal["l1", "log"]
 
 SMALL = 256  # latents up to which `gram` serves
+MOST_BLOCKS = 128  # reaches up to which `blocks` serves where activations are dense, else `gram`
 SPARSE = 0.05  # share of active latents up to which `runs` is faster than `blocks`; see bench.py
 
 
@@ -46,9 +48,13 @@ class Params(NamedTuple):
         parts = flat.split([math.prod(shape) for shape in shapes], dim=1)
         return cls(*(part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)))
 
+    def slice(self, which: slice) -> "Params":
+        """Some of the SAEs, still as a stack."""
+        return Params(*(tensor[which] for tensor in self))
+
     def one(self, i: int) -> "Params":
         """SAE i by itself: tensors without the leading dimension."""
-        return Params(*(tensor[i] for tensor in tuple(self)))
+        return Params(*(tensor[i] for tensor in self))
 
 
 class Stats(NamedTuple):
@@ -56,6 +62,10 @@ class Stats(NamedTuple):
 
     l0: Tensor  # [n_saes], active latents a sample
     mean_square: Tensor  # [n_saes, n_latents], of a_j ||d_j||
+
+    def one(self, i: int) -> "Stats":
+        """SAE i by itself."""
+        return Stats(self.l0[i], self.mean_square[i])
 
 
 def write_gradient(
@@ -65,33 +75,51 @@ def write_gradient(
     reach: Tensor,
     price: Tensor,
     sparsity: Sparsity = "l1",
+    sizes: Sequence[Sequence[int]] | None = None,
     way: Literal["gram", "blocks", "runs"] | None = None,
 ) -> Stats:
     """Writes the gradient of the loss above, a mean over the batch, into `grads`.
 
     x [n_saes, batch, d_model] is already scaled; reach [n_saes, n_latents] belongs to the latents
     as they are stored, in whatever order, its maximum 1; price [n_saes, n_latents] is
-    sparsity_weight * reach.
-    `sparsity` is "l1", or "log": log((a ||d|| + 0.1) / 0.1) in place of a ||d||.
+    sparsity_weight * reach. `sparsity` is "l1", or "log": log((a ||d|| + 0.1) / 0.1) in place of
+    a ||d||. sizes: of each SAE, how many latents share each reach, from the highest down; None
+    counts them, for which a GPU has to be waited for.
+
     The three ways differ in rounding alone; None takes the one that is fastest here.
     """
-    small = reach.shape[1] <= SMALL
-    if way == "gram" or (way is None and small):
+    if way == "gram" or (way is None and reach.shape[1] <= SMALL):
         return _gram(grads, params, x, reach, price, sparsity)
     stats = []
     for i in range(len(x)):
         p = params.one(i)
+        rest = (grads.one(i), p, x[i], reach[i], price[i], sparsity)
         acts = torch.addmm(p.b_enc, x[i], p.W_enc.mT).relu_()  # [batch, n_latents]
-        write = _pick(acts, reach[i]) if way is None else {"blocks": _blocks, "runs": _runs}[way]
-        stats.append(write(grads.one(i), p, x[i], acts, reach[i], price[i], sparsity))
+        if way == "runs" or (way is None and _is_sparse(acts)):
+            stats.append(_runs(acts, *rest))
+            continue
+        own = count_sizes(reach[i]) if sizes is None else sizes[i]
+        if way == "blocks" or len(own) <= MOST_BLOCKS:
+            stats.append(_blocks(acts, *rest, own))
+        else:
+            one = slice(i, i + 1)
+            stats.append(
+                _gram(
+                    grads.slice(one), params.slice(one), x[one], reach[one], price[one], sparsity
+                ).one(0)
+            )
     return Stats(*map(torch.stack, zip(*stats, strict=True)))
 
 
-def _pick(acts: Tensor, reach: Tensor):
-    """`runs` where few latents are active; reading that number costs a GPU more than it gains."""
-    if acts.is_cuda or torch.linalg.vector_norm(acts, ord=0) > SPARSE * acts.numel():
-        return _blocks
-    return _runs
+def count_sizes(reach: Tensor) -> list[int]:
+    """How many latents share each reach, from the highest down. reach: [n_latents]."""
+    ranked = reach.sort(descending=True).values
+    return torch.unique_consecutive(ranked, return_counts=True)[1].tolist()
+
+
+def _is_sparse(acts: Tensor) -> bool:
+    """Whether few latents are active. Never so on a GPU: reading that number would cost it more."""
+    return not acts.is_cuda and bool(torch.linalg.vector_norm(acts, ord=0) <= SPARSE * acts.numel())
 
 
 def _sparsity_slopes(acts: Tensor, norms: Tensor, sparsity: Sparsity) -> tuple[Tensor, Tensor]:
@@ -144,13 +172,14 @@ def _gram(
 
 
 def _blocks(
+    acts: Tensor,
     grads: Params,
     params: Params,
     x: Tensor,
-    acts: Tensor,
     reach: Tensor,
     price: Tensor,
     sparsity: Sparsity,
+    sizes: Sequence[int],
 ) -> Stats:
     """One residual a block of latents of equal reach: r = suffix sums of what prefixes leave over.
 
@@ -158,14 +187,14 @@ def _blocks(
     """
     batch = len(x)
     ranked, order = reach.sort(descending=True, stable=True)
-    shares, sizes = torch.unique_consecutive(ranked, return_counts=True)
-    weights = (shares - torch.cat([shares[1:], shares.new_zeros(1)])).tolist()  # of each prefix
-    one_block = len(weights) == 1
+    last = torch.tensor(sizes).cumsum(0).sub_(1).to(x.device)
+    weights = -ranked[last].diff(append=ranked.new_zeros(1))  # of each prefix: [n_blocks]
+    one_block = len(sizes) == 1
     if not one_block:
         acts, W_dec = acts[:, order], params.W_dec[order]
     else:
         W_dec = params.W_dec
-    blocks = list(zip(acts.split(sizes.tolist(), 1), W_dec.split(sizes.tolist()), strict=True))
+    blocks = list(zip(acts.split(sizes, 1), W_dec.split(sizes), strict=True))
 
     residuals = x.new_empty(len(blocks), *x.shape)  # [n_blocks, batch, d_model]
     before = params.b_dec - x
@@ -183,8 +212,8 @@ def _blocks(
     pull = paid.sum(0) * ranked_price / norms / batch
     g_acts, g_W_dec = torch.empty_like(acts), torch.empty_like(W_dec)
     parts = zip(
-        g_acts.split(sizes.tolist(), 1),
-        g_W_dec.split(sizes.tolist()),
+        g_acts.split(sizes, 1),
+        g_W_dec.split(sizes),
         blocks,
         residuals,
         strict=True,
@@ -208,10 +237,10 @@ def _blocks(
 
 
 def _runs(
+    acts: Tensor,
     grads: Params,
     params: Params,
     x: Tensor,
-    acts: Tensor,
     reach: Tensor,
     price: Tensor,
     sparsity: Sparsity,

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+import gradients
 from gradients import Params, Sparsity, write_gradient
 
 
@@ -45,6 +46,7 @@ def seeded_generator(seed: int, *stream: int) -> torch.Generator:
 
 # One stream of random numbers a purpose, so that no two purposes of a seed share numbers.
 STREAM_INIT, STREAM_PREFIXES = 0, 1
+ZERO = torch.zeros(1, dtype=torch.int64)
 
 
 class SAE(nn.Module):
@@ -337,7 +339,7 @@ class Trainer:
         self._grads = torch.zeros_like(flat)
         self._params_by_name = Params.of(flat, self.d_model, self.n_latents)
         self._grads_by_name = Params.of(self._grads, self.d_model, self.n_latents)
-        self._reaches: tuple[int, Tensor] | None = None
+        self._block = -1  # of steps, whose prefixes are drawn
         if config.prefixes == "expected":
             reaches = [expected_reach(self.n_latents, k) for k in self.n_prefixes]
             self._expected_reach = torch.stack(reaches).to(device, flat.dtype)
@@ -351,7 +353,7 @@ class Trainer:
         """
         config, state = self.config, self._state
         x = self._scaled(x.expand(len(self.seeds), -1, -1))
-        reach = self._reach()
+        reach, sizes = self._reach()
 
         stats = write_gradient(
             self._grads_by_name,
@@ -360,6 +362,7 @@ class Trainer:
             reach,
             state["sparsity_weight"][:, None] * reach,
             config.sparsity,
+            sizes,
         )
         grad_norm = torch.linalg.vector_norm(self._grads, dim=1, keepdim=True)
         self._grads.mul_((config.max_grad_norm / (grad_norm + 1e-6)).clamp_(max=1))
@@ -448,14 +451,20 @@ class Trainer:
         mean_norm.lerp_(torch.linalg.vector_norm(x, dim=2).mean(dim=1), share)
         return x * (math.sqrt(self.d_model) / mean_norm)[:, None, None]
 
-    def _reach(self) -> Tensor:
-        """This step's reach of each latent where it is stored: [n_saes, n_latents]."""
+    def _reach(self) -> tuple[Tensor, list[list[int]] | None]:
+        """This step's reach of each latent where it is stored [n_saes, n_latents], and how many
+        latents share each reach, where that is worth knowing."""
         if self.config.prefixes == "expected":
-            return self._to_latents(self._expected_reach)
-        block, place = divmod(self.n_steps_done, self.BLOCK)
-        if self._reaches is None or self._reaches[0] != block:
-            self._reaches = block, self._draw_reaches(block)
-        return self._to_latents(self._reaches[1][place])
+            return self._to_latents(self._expected_reach), None
+        block, t = divmod(self.n_steps_done, self.BLOCK)
+        if self._block != block:
+            self._block, self._prefixes = block, self._draw_prefixes(block)
+            reaches = [reach(prefixes, self.n_latents) for prefixes in self._prefixes]
+            self._reaches = torch.stack(reaches, dim=1).to(self._state["params"].device)
+        sizes = None
+        if self.n_latents > gradients.SMALL:
+            sizes = [prefixes[t].diff(prepend=ZERO).tolist() for prefixes in self._prefixes]
+        return self._to_latents(self._reaches[t]), sizes
 
     def _to_latents(self, by_place: Tensor) -> Tensor:
         """What belongs to places [n_saes, n_latents], handed to the latents in them."""
@@ -465,24 +474,20 @@ class Trainer:
         """Which latent is in each place: [n_saes, n_latents], largest running mean square first."""
         return self._state["mean_square"].sort(dim=1, descending=True, stable=True).indices
 
-    def _draw_reaches(self, block: int) -> Tensor:
-        """The reach by place for a block of steps: [BLOCK, n_saes, n_latents].
+    def _draw_prefixes(self, block: int) -> list[Tensor]:
+        """Each SAE's prefixes for a block of steps: [BLOCK, n_prefixes] on the CPU.
 
         A function of the seeds and of `block` alone, so a resumed run draws what it would have.
         """
-        draws = [
-            reach(
-                sample_prefixes(
-                    self.n_latents,
-                    n_prefixes,
-                    seeded_generator(seed, STREAM_PREFIXES, block),
-                    self.BLOCK,
-                ),
+        return [
+            sample_prefixes(
                 self.n_latents,
+                n_prefixes,
+                seeded_generator(seed, STREAM_PREFIXES, block),
+                self.BLOCK,
             )
             for seed, n_prefixes in zip(self.seeds, self.n_prefixes, strict=True)
         ]
-        return torch.stack(draws, dim=1).to(self._state["params"].device)
 
     def _adam(self) -> None:
         state, (beta1, beta2) = self._state, self.config.betas

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import gradients
 from gradients import Params, write_gradient
+from sae import reach as reach_by_place
 from sae import sample_prefixes, seeded_generator
 
 D_MODEL, N_LATENTS, BATCH = 5, 7, 11
@@ -76,7 +77,7 @@ def test_gradient_is_autograds_of_the_loop(way, seed, n_prefixes, weight, sparsi
             by_latent,
             weight * by_latent,
             sparsity,
-            way,
+            way=way,
         )
         acts = torch.relu(x @ W_enc + b_enc[0])
     torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-11)
@@ -97,7 +98,13 @@ def test_gradient_against_finite_differences(way):
     grad = torch.zeros_like(flat)
     params = Params.of(flat, D_MODEL, N_LATENTS)
     write_gradient(
-        Params.of(grad, D_MODEL, N_LATENTS), params, x[None], by_latent, 0.7 * by_latent, "l1", way
+        Params.of(grad, D_MODEL, N_LATENTS),
+        params,
+        x[None],
+        by_latent,
+        0.7 * by_latent,
+        "l1",
+        way=way,
     )
     for i in range(0, flat.shape[1], 3):
         nudge = torch.zeros_like(flat[0])
@@ -147,7 +154,7 @@ def test_the_ways_agree(sparse, reaches, sparsity):
     for way in WAYS:
         flat = torch.full((2, sum(p[0].numel() for p in tuple(params))), torch.nan).double()
         grads = Params.of(flat, x.shape[2], reach.shape[1])
-        stats = write_gradient(grads, params, x, reach, 0.3 * reach, sparsity, way)
+        stats = write_gradient(grads, params, x, reach, 0.3 * reach, sparsity, way=way)
         results[way] = [flat, *stats]
     for way in ("blocks", "runs"):
         for ours, gram in zip(results[way], results["gram"], strict=True):
@@ -174,6 +181,34 @@ def test_the_way_follows_from_what_is_active(monkeypatch):
         Params.of(flat.clone(), D_MODEL, N_LATENTS), params, x[None], by_latent, by_latent
     )
     assert taken[4:] == ["gram"]
+
+
+def test_dense_activations_of_many_reaches_fall_back_to_all_pairs(monkeypatch):
+    """A residual a reach would not fit in memory."""
+    params, x, reach = large_case(4, sparse=False)
+    reach = rand(*reach.shape, seed=5).sigmoid()
+    reach /= reach.amax(dim=1, keepdim=True)
+    monkeypatch.setattr(gradients, "_blocks", None)
+    taken, expected = (Params(*(torch.empty_like(p) for p in tuple(params))) for _ in range(2))
+    stats = write_gradient(taken, params, x, reach, reach)
+    other = write_gradient(expected, params, x, reach, reach, way="gram")
+    for ours, theirs in zip((*taken, *stats), (*expected, *other), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_sizes_may_be_given_or_counted():
+    params, x, _ = large_case(6, sparse=False)
+    prefixes = sample_prefixes(400, 10, seeded_generator(3))
+    sizes = prefixes.diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()
+    order = torch.randperm(400, generator=seeded_generator(4))
+    reached = torch.empty(2, 400)
+    reached[:, order] = reach_by_place(prefixes, 400)
+    assert gradients.count_sizes(reached[0]) == sizes
+    given, counted = (Params(*(torch.empty_like(p) for p in tuple(params))) for _ in range(2))
+    write_gradient(given, params, x, reached, reached, sizes=[sizes, sizes])
+    write_gradient(counted, params, x, reached, reached)
+    for ours, theirs in zip(given, counted, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("way", WAYS)
