@@ -1,7 +1,7 @@
 """The tables of README.md, from results/ and nothing else.
 
     python report.py            prints every table
-    python report.py --write    puts each between its markers in README.md
+    python report.py --write    puts each between its markers in README.md; draws the stand-in
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`. A test compares the README with
 what this prints, so that no number in a table is typed by hand.
@@ -132,11 +132,133 @@ def defects() -> str:
     return ablate_toy.table(read("toy_ablation/ablation.json"))
 
 
+def trees() -> str:
+    """Harder trees than the paper's: with and without restarts, and with the refit."""
+    rows = []
+    for name, title in (
+        ("three_levels", "three levels deep"),
+        ("uneven", "uneven children"),
+        ("graded", "not binary"),
+        ("crowded", "20 features in 14 dimensions"),
+    ):
+        for every, recipe in ((0, ""), (100, ", restarts")):
+            results = read(f"trees/{name}_{every}.json")
+            vanilla, ours, fitted = (
+                runs_of(results, sae) for sae in ("vanilla", "matryoshka", "matryoshka, refit")
+            )
+            rows.append(
+                [
+                    title + recipe,
+                    *(
+                        f"{np.mean([r['clean_features'] for r in runs]):.1f}"
+                        for runs in (vanilla, ours)
+                    ),
+                    f"{sum(r['clean_features'] == r['n_features'] for r in ours)} of {len(ours)}",
+                    f"{np.mean([r['fvu'] for r in vanilla]):.4f}",
+                    f"{np.mean([r['fvu'] for r in ours]):.4f}",
+                    f"{np.mean([r['fvu'] for r in fitted]):.4f}",
+                    *(
+                        f"{np.mean([r['clean_at']['0.95'] for r in runs]):.1f}"
+                        for runs in (ours, fitted)
+                    ),
+                ]
+            )
+    headers = ["", "clean, vanilla", "clean, Matryoshka", "all 20", "FVU, vanilla"]
+    more = ["FVU, Matryoshka", "refit", "clean > 0.95", "refit"]
+    return script.table([*headers, *more], rows)
+
+
+STANDIN = (
+    ("matryoshka", "seed{}", "matryoshka"),
+    ("vanilla", "seed{}", "vanilla"),
+    ("matryoshka, expected prefixes", "expected_seed{}", "matryoshka"),
+    ("matryoshka, refit", "seed{}_refit", "matryoshka"),
+    ("vanilla, refit", "seed{}_refit", "vanilla"),
+    ("matryoshka, expected prefixes, refit", "expected_seed{}_refit", "matryoshka"),
+)
+STANDIN_SEEDS = 3
+
+
+def standin_runs(folder: str, sae: str) -> list[dict[str, Any]]:
+    """What evaluate.py found for one kind of SAE on the stand-in, by seed."""
+    return [
+        run
+        for seed in range(STANDIN_SEEDS)
+        for run in runs_of(read(f"tinystories_standin/{folder.format(seed)}.json"), sae)
+    ]
+
+
+def standin() -> str:
+    """The stand-in language model: held-out figures over seeds, before and after the refit."""
+    rows = []
+    for title, folder, sae in STANDIN:
+        runs = standin_runs(folder, sae)
+        rows.append(
+            [
+                title,
+                spread([run["fvu"] for run in runs], 4),
+                spread([run["l0"] for run in runs], 2),
+                *(
+                    f"{100 * np.mean([run[key] for run in runs]):.1f}%"
+                    for key in ("dead_share", "loss_recovered")
+                ),
+                spread([run["mean_highest_cosine"] for run in runs], 3),
+                f"{100 * np.mean([run['absorption'] for run in runs]):.1f}%",
+            ]
+        )
+    headers = ["stand-in, 3 seeds", "FVU", "L0", "dead", "loss recovered", "highest cosine"]
+    return script.table([*headers, "absorption"], rows)
+
+
+def draw_standin() -> None:
+    """The stand-in's figures over its seeds, into results/tinystories_standin/."""
+    import plots
+
+    runs = {sae: standin_runs("seed{}", sae) for sae in ("vanilla", "matryoshka")}
+    n_tokens = read("tinystories_standin/seed0.json")["cache"]["n_tokens"]
+    curves = {
+        sae: {
+            "prefix": own[0]["fvu_by_prefix"]["prefix"],
+            "fvu": [run["fvu_by_prefix"]["fvu"] for run in own],
+        }
+        for sae, own in runs.items()
+    }
+    plots.fvu_by_prefix(RESULTS / "tinystories_standin" / "fvu_by_prefix.png", curves)
+    densities = {
+        sae: np.array([run["fired"] for run in own]) / n_tokens for sae, own in runs.items()
+    }
+    plots.density_histograms(RESULTS / "tinystories_standin" / "densities.png", densities)
+
+
+def bench() -> str:
+    """A step at full size on a CPU, as a multiple of its five dense products."""
+    import bench as bench_script
+
+    return bench_script.show(read("bench/step.json")["step"])
+
+
+def growth() -> str:
+    """A step by the size of the dictionary, against the dense products of that size, and by L0."""
+    times = read("bench/growth.json")["growth"]
+    rows = []
+    for name, t in times.items():
+        if name.endswith("five products"):
+            continue
+        dense = times.get(f"{name}, five products")
+        ratio = f"{t['median'] / dense['median']:.2f}" if dense else "-"
+        rows.append([name, f"{t['median']:.0f}", f"{dense['median']:.0f}" if dense else "-", ratio])
+    return script.table(["", "step, ms", "five products, ms", "ratio"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "toy": toy,
     "recipes": recipes,
     "refit": refitted,
+    "trees": trees,
+    "standin": standin,
     "defects": defects,
+    "bench": bench,
+    "growth": growth,
 }
 
 
@@ -157,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = script.parse(Config, __doc__, argv)
         readme = ROOT / "README.md"
         if config.write:
+            draw_standin()
             text = with_tables(readme.read_text())
             script.write_atomically(readme, lambda part: part.write_text(text))
         for name, make in TABLES.items():
