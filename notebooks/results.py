@@ -1,0 +1,275 @@
+# %% [markdown]
+# # Do Matryoshka SAEs replicate?
+#
+# What this repository measured, with figures and tables made from the files in `results/`. Above or
+# below each stands the command that made its file, read from the settings in that file; a test runs
+# this notebook again and compares. Nothing is trained here.
+#
+# The paper: Bussmann, Nabeshima, Karvonen, Nanda 2025, [Learning Multi-Level Features with
+# Matryoshka Sparse Autoencoders](https://arxiv.org/abs/2503.17547). "The write-up" is the guided
+# replication whose settings are used here, *How Matryoshka Sparse AutoEncoders recover feature
+# hierarchies*; its numbers are labelled as reported.
+
+# %%
+import sys
+
+sys.path.insert(0, "..")  # the repository, where it is not installed
+
+import parts
+from parts import figure, made_by, png, text
+
+import plots
+import report
+import train_toy
+
+TOY = report.read("toy/results.json")
+TREE = train_toy.load_tree(TOY["config"]["tree"])
+
+# %% [markdown]
+# ## 1. The idea
+#
+# An SAE writes an activation as a sparse sum of directions, $\hat x = \sum_j a_j d_j + b$. A
+# Matryoshka SAE must do so with each of several *prefixes* of its dictionary: the first $m$ latents
+# alone, for lengths $m$ drawn afresh each step, and the loss is the mean over them. Latents are
+# kept in order of size. The first ones are in nearly every prefix and have to be of use by
+# themselves, so they stay general; the last ones are in one or two and may build on the rest.
+
+# %%
+figure(parts.nested, alt="Prefixes of one step, the law of their lengths, and each latent's reach")
+
+# %% [markdown]
+# Left: the ten prefixes of the toy's first step (seed 0). Middle: lengths are drawn with
+# $P(l) \propto \sqrt{l} - \sqrt{l-1}$, short ones most often, nine of them without replacement; the
+# tenth is the whole dictionary. Right: all that the loss knows of this is a latent's *reach*, the
+# share of prefixes that hold it. A vanilla SAE has one prefix, and every reach is 1.
+#
+# ## 2. The toy, where the truth is known
+#
+# Three parent features have three mutually exclusive children each; eight rare features stand
+# alone. Each is an orthogonal direction in 20 dimensions. A child is active only with its parent,
+# with probability 0.2. An SAE gets 20 latents, one a feature if it finds them.
+
+# %%
+png(
+    report.RESULTS / "toy" / "activations.png",
+    alt="The same samples as the features, the vanilla and the Matryoshka SAE see them",
+)
+
+# %% [markdown]
+# Amber is **absorption**. In the vanilla SAE a parent's latent is silent on samples where one of
+# its children is active, and the child's latent covers both: one latent fires in place of two,
+# which is what a sparsity penalty asks for. In this Matryoshka SAE, parents fire on all of their
+# samples. (Both of seed 0.)
+#
+# A feature is *clean* where some latent's decoder direction has a cosine over 0.9 with it.
+
+# %%
+text(made_by("toy/results.json", "train_toy.py"), report.toy())
+
+# %% [markdown]
+# As reported by the write-up, for one seed each: Matryoshka FVU 0.021, L0 1.13, 20/20; vanilla FVU
+# 0.000, L0 0.86, 11/20.
+#
+# ### Absorption and hedging in the cosines
+#
+# With orthonormal features $p$ (a parent) and $c_1, c_2, c_3$ (its children), two mistakes can be
+# predicted without training anything:
+#
+# - *Absorption* (vanilla): the child's latent points along $c + p$, at cosine $1/\sqrt 2 = 0.707$
+#   to the child. The parent is left clean: its latent fires on what remains, parent without child.
+# - *Hedging* (Matryoshka): in a short prefix the parent's latent stands for its children too, and
+#   takes in their mean, $p + 0.2\,(c_1 + c_2 + c_3)$, at cosine
+#   $1/\sqrt{1 + 3 \cdot 0.2^2} = 0.945$ to the parent. The child's latent must then add $0.8\,c_1$
+#   and take back $0.2\,(c_2 + c_3)$: 0.943.
+#
+# Below, the best cosine of every feature in every seed beside those predictions. Rare features have
+# nobody to be confused with.
+
+# %%
+figure(parts.cosines, TOY, alt="Histograms of the best decoder cosine by kind of feature")
+
+# %% [markdown]
+# Both SAEs make a systematic error, of different size: the threshold of 0.9 lies between them.
+# Matryoshka SAEs do not recover parents and children exactly; section 5 shows what a threshold of
+# 0.95 would say. By feature and seed:
+
+# %%
+figure(
+    plots.toy_seeds,
+    [run for run in TOY["runs"] if run["sae"] in train_toy.SAES],
+    TREE,
+    alt="Best cosine of every feature and seed, and how many seeds reach how many clean features",
+)
+
+# %% [markdown]
+# ### Why seeds fail
+
+# %%
+text(parts.failures(TOY))
+
+# %% [markdown]
+# A single run hides this. In every failed seed looked at, the parents are found and the last latent
+# fires where a parent is active *without* a child. Hedging makes that a twenty-first thing to
+# explain: the parent's direction holds some of its children, and where there are none, that is an
+# error. A latent that settles there is missing elsewhere, and one that fires on none of a feature's
+# samples gets no gradient from them, so nothing descends towards the feature that is lost.
+#
+# *Restarts* (`--restart-every 100`; not in the paper, off by default) look every 100 steps whether
+# the residual is worth more, along its largest sample, than the last latent is, and if so restart
+# it there. They were devised on the seeds of the first rows, so the row that tests them is that of
+# the seeds not looked at before. *Expected prefixes* replace the ten sampled ones by the exact mean
+# over all that may be drawn.
+
+# %%
+text(
+    *(made_by(f"{folder}/results.json", "train_toy.py") for folder in parts.RECIPES.values()),
+    report.recipes(),
+)
+figure(parts.recipes, alt="FVU of every Matryoshka seed by recipe, failed seeds marked")
+
+# %% [markdown]
+# Is it the re-implementation that fails? The original code has three defects that change what is
+# trained: reordering latents leaves Adam's moments behind (`moments`) and the running mean that
+# orders them (`order`), and the running input norm starts at 0 (`normalizer`). Put back one by one,
+# and all together:
+
+# %%
+text(made_by("toy_ablation/ablation.json", "ablate_toy.py"), report.defects())
+
+# %% [markdown]
+# ## 3. A language model
+#
+# **What follows is of a stand-in.** The write-up trains SAEs on TinyModel, whose weights could not
+# be had here. In its place stands a smaller model of the same architecture (4 layers, `d_model` 256
+# against 768; 8.3M parameters), trained on about 350,000 tokens of real TinyStories stories. Its
+# SAEs have 1,024 latents and aim at L0 20. It tries the whole pipeline; its numbers do not bear on
+# the write-up's:
+#
+# | as reported, of the real model; not run here | FVU | L0 | dead |
+# |---|---:|---:|---:|
+# | Matryoshka | 0.189 | 29.9 | 0% |
+# | vanilla | 0.176 | 30.1 | 0% |
+#
+# For each of seeds 0, 1 and 2, on a cache that `cache_activations.py` made of the stand-in and its
+# stories (README, "On a stand-in"):
+#
+# ```
+# python train_tinystories.py --cache cache/standin/train --n-latents 1024 --target-l0 20 \
+#   --n-steps 6000 --seed $seed --refit --out runs/standin/seed$seed
+# ```
+#
+# *Expected prefixes* and *refit*, of which the table has rows too, are those of section 5.
+
+# %%
+STAND_IN = parts.StandIn()
+text(
+    made_by("tinystories_standin/seed0.json", "evaluate.py") + "; the other seeds likewise",
+    report.standin(),
+    STAND_IN.judged_on(),
+    STAND_IN.better(),
+)
+
+# %% [markdown]
+# At equal L0, a Matryoshka SAE has to do more than a vanilla one, and the write-up reports that it
+# costs FVU on the real model. On the stand-in it does not; the original code gave the same sign on
+# it, in one seed. Why is not understood, so take neither sign as settled.
+#
+# *Loss recovered* is 0% where the mean stands in for the activations and 100% where nothing is
+# replaced. *Highest cosine*: of a latent's decoder direction to the nearest other one, a mean over
+# latents; where it is high, the dictionary repeats itself.
+#
+# ### The first latents alone
+
+# %%
+figure(plots.fvu_by_prefix, STAND_IN.fvu_curves(), alt="FVU by how many latents are used")
+text(STAND_IN.by_prefix())
+
+# %% [markdown]
+# The vanilla SAE's latents are in order of size as well, but it was never asked to work without the
+# rest.
+
+# %%
+figure(plots.density_histograms, STAND_IN.densities(), alt="How often latents fire")
+
+# %% [markdown]
+# ### Absorption
+#
+# There is no truth to compare with, so concepts stand in for parents: sets of token ids, as of
+# animals or colours (`concepts.json`). On half of the rows, each concept gets a detector: the
+# latent whose firing tells its tokens best (by F1). On the other half, a token is *absorbed* where
+# the detector is silent and a more specific latent fires instead, one that fires almost only on the
+# concept but covers less of it. Means over seeds, v for vanilla and M for Matryoshka:
+
+# %%
+text(STAND_IN.concepts())
+
+# %% [markdown]
+# Read absorption with the detector's precision and recall: where those are low, no latent stands
+# for the concept, and there is little that could be absorbed.
+#
+# ## 4. Speed
+#
+# A step at the write-up's size (`d_model` 768, 3,072 latents, batch 1,024), against the five dense
+# matrix products that a dense implementation cannot do without: encode, decode, and three backward.
+# The gradient is written out by hand and skips what is silent (`gradients.py`). Bars without a word
+# fire 30 latents an input, on synthetic data (`bench.py` says which); *fresh* ones are at
+# initialisation, where half of all latents fire.
+
+# %%
+figure(parts.speed, alt="Time of a training step by kind, and by the size of the dictionary")
+for part, table in (("step", report.bench()), ("growth", report.growth())):
+    measured = parts.where(report.read(f"bench/{part}.json"))
+    text(f"`results/bench/{part}.json`: `python bench.py --part {part}`, {measured}", table)
+
+# %% [markdown]
+# Times are medians of repeats on a shared machine; ratios within one table are what they are good
+# for.
+#
+# ## 5. Beyond the paper
+#
+# *Expected prefixes*, in the tables above: the loss is linear in the reach, so its mean over all
+# prefixes that may be drawn is the same loss at the expected reach. It takes the noise of sampling
+# out of the gradient. In the toy a step costs as much; at full size it costs more, since no two
+# latents share a reach.
+#
+# ### The refit
+#
+# Hedging costs reconstruction that a finished SAE need not pay: with the encoder fixed, the decoder
+# that reconstructs best is a least-squares problem (`refit.py`). The same latents fire before and
+# after.
+
+# %%
+text(made_by("toy/results.json", "train_toy.py"), report.refitted())
+
+# %% [markdown]
+# Means over seeds; starred columns over the seeds that had 20/20 before: the largest FVU, and the
+# mean of each seed's lowest best cosine. The refit moves the Matryoshka SAE's directions towards
+# the truth and leaves the vanilla one's where they are: what absorption has done lies in the
+# encoder. It mends no failed seed, and counts fewer clean features in some of them.
+
+# %%
+figure(parts.clean_by_threshold, TOY, alt="Clean features by threshold, before and after the refit")
+
+# %% [markdown]
+# ### Harder trees
+#
+# Three levels deep, children of uneven frequency, activations that are not 0 or 1, and 20 features
+# in 14 dimensions, which cannot be orthogonal. Means over seeds; *all 20* counts seeds.
+
+# %%
+text("\n".join(f"- {made_by(name, 'train_toy.py')}" for name in parts.TREES), report.trees())
+
+# %% [markdown]
+# ## 6. Limits
+#
+# - The real TinyModel run has not been made here, nor has anything run on Modal. The stand-in is a
+#   small model, with SAEs trained for many passes over little text; the write-up makes one pass
+#   over 30 million tokens.
+# - "Clean" is a cosine over 0.9, the write-up's threshold. At 0.95 the hedged features of a
+#   Matryoshka SAE are not clean, until they are refitted.
+# - In the toy neither SAE reaches its target L0: the sparsity weight has decayed to almost nothing
+#   by the end, as in the original. The target, 1.2338, is above the tree's true L0 of 1.12.
+# - The account of why seeds fail was read off failed seeds, not shown by an intervention other than
+#   the restarts themselves.
+# - The concepts are word lists. Their absorption says how one latent a concept would do, not what
+#   the model's own concepts are.
