@@ -31,9 +31,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import datasets
 import numpy as np
 import pyarrow
 import pyarrow.compute
@@ -54,6 +53,9 @@ from script import (
     write_json,
 )
 from tiny_model import TinyModel
+
+if TYPE_CHECKING:
+    import datasets
 
 # The last four of TinyModel's 10,000 token ids.
 BEGIN, END, PAD, UNK = 9996, 9997, 9998, 9999
@@ -114,8 +116,10 @@ class Record:
 # -------------------------------------------------------------------------------------- the rows
 
 
-def load_rows(config: Config) -> datasets.IterableDataset:
+def load_rows(config: Config) -> "datasets.IterableDataset":
     """The dataset's rows as a stream. Raises `UserError` where there is no such dataset."""
+    import datasets  # only here: it takes a second or two, and who reads a cache needs none of it
+
     folder = Path(config.dataset)
     if folder.is_dir():
         if not rows_file(config).is_file():

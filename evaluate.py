@@ -18,12 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from tqdm import tqdm
 
 import cache_activations
-import plots
 import script
 from cache_activations import PAD, ActivationCache
 from sae import SAE, seeded_generator
@@ -115,6 +113,8 @@ def match_latents(cosines: Tensor) -> Tensor:
     `cosines`; with more features than latents, n_features - n_latents features have none: -1.
     Raises `ValueError` where a cosine is nan or infinite.
     """
+    from scipy.optimize import linear_sum_assignment  # only here: most of a second
+
     *leading, n_latents, n_features = cosines.shape
     flat = cosines.detach().double().cpu().reshape(-1, n_latents, n_features)
     matched = torch.full((len(flat), n_features), -1)
@@ -742,8 +742,7 @@ def run(config: Config) -> dict[str, Any]:
     script.write_json(out / "evaluation.json", results)
     draw(results, out)
     if curves:
-        target_l0 = trained["config"]["target_l0"]
-        plots.training_curves(out / "training_curves.png", *curves, target_l0)
+        draw_curves(out, curves, trained["config"]["target_l0"])
     return results
 
 
@@ -768,12 +767,21 @@ def mean_absorption(concepts: Sequence[Mapping[str, Any]]) -> float | None:
 
 def draw(results: Mapping[str, Any], out: Path) -> None:
     """The pair's figures: FVU by prefix, and firing densities."""
+    import plots  # only here: matplotlib takes a second
+
     n = results["cache"]["n_tokens"]
     runs = {r["sae"]: r for r in results["runs"]}
     by_prefix = {name: r["fvu_by_prefix"] for name, r in runs.items()}
     plots.fvu_by_prefix(out / "fvu_by_prefix.png", by_prefix)
     densities = {name: np.array(r["fired"]) / n for name, r in runs.items()}
     plots.density_histograms(out / "density_histograms.png", densities)
+
+
+def draw_curves(out: Path, curves: tuple[Any, Any], target_l0: float) -> None:
+    """How training went: L0, FVU and sparsity weight over steps."""
+    import plots
+
+    plots.training_curves(out / "training_curves.png", *curves, target_l0)
 
 
 def training_curves(path: Path) -> tuple[list[int], dict[str, dict[str, list[float]]]]:

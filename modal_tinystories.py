@@ -632,12 +632,12 @@ def n_tokens_in_name(folder: Path) -> int:
 
 def draw(run: Path, jobs: Sequence[TrainJob], done: Sequence[Any], target_l0: float) -> None:
     """Both SAEs, all seeds: training curves; of the first seed: FVU by prefix, and densities."""
-    curves: dict[str, dict[str, np.ndarray]] = {}
+    curves: dict[str, dict[str, list[list[float]]]] = {}  # a metric's curve for each seed
     for job in jobs:
-        steps, by_sae = train_tinystories.curves_of(Path(job.config.out))
+        metrics = Path(job.config.out) / train_tinystories.METRICS
+        steps, by_sae = evaluate.training_curves(metrics)
         for what, values in by_sae[job.config.sae].items():
-            of_seeds = curves.setdefault(job.config.sae, {})
-            of_seeds[what] = np.concatenate([of_seeds.get(what, values[:0]), values])
+            curves.setdefault(job.config.sae, {}).setdefault(what, []).append(values)
     plots.training_curves(run / "training_curves.png", steps, curves, target_l0)
     pair = [evaluation_of(result) for result in done[:2]]
     plots.fvu_by_prefix(run / "fvu_by_prefix.png", {e["sae"]: e["fvu_by_prefix"] for e in pair})

@@ -9,6 +9,7 @@ decoder that minimizes the full reconstruction error is a least-squares problem:
     min over W, b of  sum_i ||x_i - a_i W - b||^2 + ridge ||W - W_dec||^2
 
 The same latents fire, so L0 and what is dead do not change. What does is every prefix but the last.
+A scale for each latent's activation is in this, too: it is its decoder row's length.
 """
 
 import dataclasses

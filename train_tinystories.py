@@ -372,20 +372,6 @@ def shown(records: Sequence[dict]) -> str:
     )
 
 
-def curves_of(out: Path) -> tuple[np.ndarray, dict[str, dict[str, np.ndarray]]]:
-    """metrics.jsonl as `plots.training_curves` wants it: steps, and [1, n_records] a metric."""
-    records = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
-    names = dict.fromkeys(record["sae"] for record in records)
-    curves = {
-        name: {
-            what: np.array([[r[what] for r in records if r["sae"] == name]])
-            for what in ("l0", "fvu", "sparsity_weight")
-        }
-        for name in names
-    }
-    return np.unique([record["step"] for record in records]), curves
-
-
 def summary(results: dict[str, Any]) -> str:
     """What training ended with; held-out figures are `evaluate.py`'s."""
     return script.table(

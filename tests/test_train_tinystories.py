@@ -95,9 +95,14 @@ def config_for(cache: Path, out: Path, **settings: Any) -> Config:
 
 
 def argv_for(config: Config) -> list[str]:
-    flags = dataclasses.asdict(config)
-    resume = ["--resume"] if flags.pop("resume") else []
-    return [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()] + resume
+    argv = []
+    for name, value in dataclasses.asdict(config).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            argv.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            argv.append(f"--{flag}={value}")
+    return argv
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -184,6 +189,24 @@ def shell(config: Config) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
+def test_refit_and_expected_prefixes(cache: Path, tmp_path: Path) -> None:
+    """--refit writes SAEs that fire as the trained ones do and reconstruct better; --prefixes
+    expected trains another Matryoshka SAE and the same vanilla one."""
+    run(config_for(cache, tmp_path / "sampled", refit=True))
+    run(config_for(cache, tmp_path / "expected", prefixes="expected"))
+    x = ActivationCache(cache).acts(0, N_TOKENS).float()
+    for name in ("matryoshka", "vanilla"):
+        sae, fitted = (
+            SAE.load(tmp_path / "sampled" / folder / f"{name}.safetensors")
+            for folder in (".", "refit")
+        )
+        assert torch.equal(sae.encode(x), fitted.encode(x))
+        assert evaluate.fvu(x, fitted(x)) < evaluate.fvu(x, sae(x))
+        other = SAE.load(tmp_path / "expected" / f"{name}.safetensors")
+        assert torch.equal(other.W_dec, sae.W_dec) == (name == "vanilla")
+    assert not (tmp_path / "expected" / "refit").exists()
+
+
 def test_a_run_end_to_end(
     from_the_shell: tuple[Config, subprocess.CompletedProcess[str]],
 ) -> None:
@@ -214,9 +237,9 @@ def test_a_run_end_to_end(
     ]
     fields = {"step", "sae", "fvu", "l0", "dead_share", "sparsity_weight"}
     assert all(set(record) == fields for record in records)
-    steps, curves = train_tinystories.curves_of(out)
-    assert steps.tolist() == list(range(1, 51))
-    assert curves["vanilla"]["fvu"].shape == (1, 50)
+    steps, curves = evaluate.training_curves(out / train_tinystories.METRICS)
+    assert steps == list(range(1, 51))
+    assert len(curves["vanilla"]["fvu"]) == 50
 
     lines = done.stdout.splitlines()
     assert "batch FVU" in lines[0]
