@@ -24,6 +24,7 @@ import plots
 import report
 import sae
 import script
+import train_tinystories
 import train_toy
 from plots import COLOURS, FAINT, INK, MISSED, NAMES, _figure, _legend, _style, _write
 
@@ -32,17 +33,30 @@ Results = Mapping[str, Any]
 # --------------------------------------------------------------------------------------- showing
 
 
-def text(*paragraphs: str) -> None:
-    """Shows Markdown."""
-    IPython.display.display(IPython.display.Markdown("\n\n".join(paragraphs)))
+def text(*paragraphs: str | Callable[[], str]) -> None:
+    """Shows Markdown, or what functions return as such; one line in place of absent results."""
+    shown = [p if isinstance(p, str) else or_absence(p) for p in paragraphs]
+    IPython.display.display(IPython.display.Markdown("\n\n".join(shown)))
+
+
+def or_absence(make: Callable[[], str]) -> str:
+    """What `make` returns, or which file of results/ it lacks."""
+    try:
+        return make()
+    except script.UserError as error:
+        return f"*{error}*"
 
 
 def figure(draw: Callable[..., None], *args: Any, alt: str) -> None:
     """Shows the figure that `draw(path, *args)` writes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figure.png"
-        draw(path, *args)
-        png(path, alt)
+        try:
+            draw(path, *args)
+        except script.UserError as error:
+            text(f"*{error}*")
+        else:
+            png(path, alt)
 
 
 def png(path: Path, alt: str) -> None:
@@ -56,16 +70,21 @@ def png(path: Path, alt: str) -> None:
 # --------------------------------------------------------------------------- where numbers are from
 
 # Settings that say where files go or how the work is shared, not what is computed.
-NOT_SHOWN = {"out", "device", "workers", "resume"}
+NOT_SHOWN = {"out", "device", "workers", "resume", "checkpoint_every"}
 CONFIGS = {
     "train_toy.py": train_toy.Config,
     "ablate_toy.py": ablate_toy.Config,
+    "train_tinystories.py": train_tinystories.Config,
     "evaluate.py": evaluate.Config,
 }
 
 
 def made_by(name: str, program: str) -> str:
     """The command that made a file of results/, from the settings in it, and where that was."""
+    return or_absence(lambda: _made_by(name, program))
+
+
+def _made_by(name: str, program: str) -> str:
     results = report.read(name)
     flags = []
     for field in dataclasses.fields(CONFIGS[program]):
@@ -74,15 +93,25 @@ def made_by(name: str, program: str) -> str:
         if value == field.default or field.name in NOT_SHOWN or filled_in:
             continue
         flag = field.name.replace("_", "-")
-        flags.append(f" --{flag}" if value is True else f" --{flag} {value}")
+        shown = f"{value:g}" if isinstance(value, float) else value
+        flags.append(f" --{flag}" if value is True else f" --{flag} {shown}")
     took = f", {results['seconds']:.0f} s" if "seconds" in results else ""
     return f"`results/{name}`: `python {program}{''.join(flags)}`, {where(results)}{took}"
+
+
+def measured_by(part: str) -> str:
+    """As `made_by`, of a part of bench.py."""
+    name = f"bench/{part}.json"
+    return or_absence(
+        lambda: f"`results/{name}`: `python bench.py --part {part}`, {where(report.read(name))}"
+    )
 
 
 def where(results: Results) -> str:
     """On what results were measured."""
     e = results["environment"]
-    return f"on {e['device']}, {e['threads']} threads, torch {e['torch']}"
+    threads = plots._count(e["threads"], "thread")
+    return f"on {e['device']}, {threads}, torch {e['torch']}"
 
 
 # ----------------------------------------------------------------------------------- 1. the idea
@@ -301,13 +330,17 @@ class StandIn:
             name: report.standin_runs("seed{}", name) for name in ("vanilla", "matryoshka")
         }
         self.first = report.read("tinystories_standin/seed0.json")
+        self.training = report.read("tinystories_standin/seed0_training.json")
 
     def judged_on(self) -> str:
-        """What they were judged on."""
+        """What they were trained and judged on."""
+        trained = self.training
         cache, ce = self.first["cache"], self.first["cross_entropy"]
         held_out = {True: "not trained on", False: "TRAINED ON", None: "perhaps trained on"}
         return (
-            f"Judged on {cache['n_tokens']:,} activations {held_out[cache['held_out']]}. "
+            f"Trained on {trained['cache']['n_tokens']:,} activations, in "
+            f"{trained['passes']:.1f} passes; judged on {cache['n_tokens']:,} "
+            f"activations {held_out[cache['held_out']]}. "
             f"Cross-entropy of the model itself {ce['clean']:.3f} nats, with the mean in the "
             f"activations' place {ce['mean']:.3f}, on {ce['predictions']:,} predictions; with a "
             "reconstruction in their place, "
