@@ -8,7 +8,7 @@ import dataclasses
 import io
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ import train_tinystories
 import train_toy
 from plots import COLOURS, FAINT, INK, MISSED, NAMES, _figure, _legend, _style, _write
 
-Results = Mapping[str, Any]
+Results = dict[str, Any]
 
 # --------------------------------------------------------------------------------------- showing
 
@@ -298,7 +298,7 @@ def clean_by_threshold(path: Path, results: Results) -> None:
     thresholds = np.linspace(0.6, 1.0, 401)
     key = []
     for name in ("vanilla", "matryoshka"):
-        for suffix, line in (("", "-"), (", refit", (0, (3, 1.5)))):
+        for suffix, line in (("", (0, ())), (", refit", (0, (3, 1.5)))):
             runs = report.runs_of(results, name + suffix)
             best = np.array([run["best_cosine"] for run in runs])  # [n_seeds, n_features]
             clean = (best[:, :, None] > thresholds).sum(axis=1).mean(axis=0)

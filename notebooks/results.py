@@ -150,8 +150,8 @@ text(made_by("toy_ablation/ablation.json", "ablate_toy.py"), report.defects)
 # | Matryoshka | 0.189 | 29.9 | 0% |
 # | vanilla | 0.176 | 30.1 | 0% |
 #
-# Its cache is made by `cache_activations.py` of the stand-in and its stories; see the README.
-# *Expected prefixes* and *refit*, of which the table has rows too, are those of section 5.
+# Its cache is made by `cache_activations.py` of the stand-in and its stories; see the README. The
+# rows with *refit* are of section 5.
 
 # %%
 STAND_IN = parts.StandIn()
