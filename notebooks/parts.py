@@ -15,6 +15,7 @@ from typing import Any
 import IPython.display
 import numpy as np
 import PIL.Image
+import scipy.stats
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
@@ -245,6 +246,21 @@ def failures(results: Results) -> str:
     return (
         f"{found} Their FVU is {min(short):.4f} to {max(short):.4f}, that of the others "
         f"{min(whole):.4f} to {max(whole):.4f}."
+    )
+
+
+def told_apart() -> str:
+    """Whether the ablation's seeds tell the original's three defects together from none of them."""
+    ablation = report.read("toy_ablation/ablation.json")
+    n = ablation["config"]["seeds"]
+    whole = [
+        ablation["variants"][name]["matryoshka"]["clean_features"].get("20", 0)
+        for name in ("none", "all")
+    ]
+    p = scipy.stats.fisher_exact([[k, n - k] for k in whole]).pvalue
+    return (
+        f"20/20 in {whole[0]} of {n} seeds with none of the defects, in {whole[1]} with all three: "
+        f"Fisher's exact test, two-sided, p = {p:.2f}."
     )
 
 

@@ -134,9 +134,12 @@ figure(parts.recipes, alt="FVU of every Matryoshka seed by recipe, failed seeds 
 # and all together:
 
 # %%
-text(made_by("toy_ablation/ablation.json", "ablate_toy.py"), report.defects)
+text(made_by("toy_ablation/ablation.json", "ablate_toy.py"), report.defects, parts.told_apart)
 
 # %% [markdown]
+# Seeds fail with the defects and without them. So few seeds do not show that any of the three helps
+# or harms; they were mended for being wrong.
+#
 # ## 3. A language model
 #
 # **What follows is of a stand-in.** The write-up trains SAEs on TinyModel, whose weights could not
@@ -232,8 +235,8 @@ for part, table in (("step", report.bench), ("growth", report.growth)):
 #
 # *Expected prefixes*, in the tables above: the loss is linear in the reach, so its mean over all
 # prefixes that may be drawn is the same loss at the expected reach. It takes the noise of sampling
-# out of the gradient. In the toy a step costs as much; at full size it costs more, since no two
-# latents share a reach.
+# out of the gradient; in the toy, seeds fail all the same. In the toy a step costs as much; at full
+# size it costs more, since no two latents share a reach.
 #
 # ### The refit
 #
