@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 import ablate_toy
+import bench
 import evaluate
 import plots
 import report
@@ -98,6 +99,11 @@ def _made_by(name: str, program: str) -> str:
         flags.append(f" --{flag}" if value is True else f" --{flag} {shown}")
     took = f", {results['seconds']:.0f} s" if "seconds" in results else ""
     return f"`results/{name}`: `python {program}{''.join(flags)}`, {where(results)}{took}"
+
+
+def bench_table(part: str) -> str:
+    """A part of bench.py as it prints it."""
+    return bench.show(report.read(f"bench/{part}.json")[part])
 
 
 def measured_by(part: str) -> str:
