@@ -9,7 +9,6 @@
 # Matryoshka Sparse Autoencoders](https://arxiv.org/abs/2503.17547). "The write-up" is the guided
 # replication whose settings are used here, *How Matryoshka Sparse AutoEncoders recover feature
 # hierarchies*; its numbers are labelled as reported.
-
 #
 # In short: on the paper's toy tree it replicates, in most seeds, and a recipe of our own makes the
 # rest succeed (section 2). On a stand-in for the language model, Matryoshka SAEs reconstruct better
@@ -247,8 +246,8 @@ for part, table in (
 #
 # *Expected prefixes*, in the tables above: the loss is linear in the reach, so its mean over all
 # prefixes that may be drawn is the same loss at the expected reach. It takes the noise of sampling
-# out of the gradient; in the toy, seeds fail all the same. In the toy a step costs as much; at full
-# size it costs more, since no two latents share a reach.
+# out of the gradient; in the toy, seeds fail all the same. At full size a step costs more, since no
+# two latents share a reach (section 4).
 #
 # ### The refit
 #
