@@ -16,8 +16,10 @@ every median, its quartiles, and where it was measured.
 
 import dataclasses
 import itertools
+import json
 import math
 import resource
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 
+import cache_activations
 import script
+import tiny_model
 import train_toy
 from gradients import Params, write_gradient
 from sae import SAE, Trainer, TrainerConfig, reach, sample_prefixes, seeded_generator
@@ -41,7 +45,7 @@ class Config:
     """What is measured, and where the figures go."""
 
     part: str = setting(
-        "all", "what to measure", choices=["all", "toy", "toy-whole", "step", "growth"]
+        "all", "what to measure", choices=["all", "toy", "toy-whole", "step", "growth", "data"]
     )
     repeats: int = setting(7, "how often each variant is timed; the median counts")
     out: str = setting("runs/bench", "folder for the JSON file")
@@ -247,6 +251,47 @@ def bench_growth(repeats: int, device: torch.device) -> Times:
     return times | alternate(variants, repeats, device)
 
 
+# ------------------------------------------------------------------------------------- the data
+
+
+def bench_data(repeats: int, device: torch.device) -> Times:
+    """Caching against the bare forward pass, on a model of the stand-in's shape with random
+    weights and rows; and a batch of 1,024 from a cache of it that is streamed, not held."""
+    shapes = tiny_model.expected_shapes(256, 4, 1024, 10_000, 256)
+    generator = seeded_generator(0)
+    state = {name: 0.02 * torch.randn(s, generator=generator) for name, s in shapes.items()}
+    rows = torch.randint(0, 9_000, (1024, 128), generator=generator)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        torch.save(state, out / "model.pt")
+        lines = (json.dumps({"tok_ids": row}) + "\n" for row in rows.tolist())
+        (out / "train.jsonl").write_text("".join(lines))
+        config = cache_activations.Config(
+            model=str(out / "model.pt"),
+            dataset=folder,
+            rows_per_shard=256,
+            out=str(out / "cache"),
+            device=str(device),
+        )
+        model = cache_activations.load_model(config)
+
+        def forward() -> None:
+            with torch.inference_mode():
+                for block in rows.to(device).split(config.batch_size):
+                    model.residual(block, config.layer)
+
+        def cache() -> None:
+            shutil.rmtree(config.out, ignore_errors=True)
+            Path(config.out).mkdir()
+            cache_activations.cache_rows(config, model, 0, len(rows))
+
+        times = alternate({"bare forward": forward, "caching": cache}, max(3, repeats // 2), device)
+        cache_activations.finish(Path(config.out), len(rows))
+        reader = cache_activations.ActivationCache(config.out)
+        batches = reader.batches(1024, 0, max_resident=0)
+        return times | alternate({"a batch, streamed": lambda: next(batches)}, 200, device)
+
+
 def peak_memory(device: torch.device) -> str:
     """The most memory that this process has held."""
     if device.type == "cuda":
@@ -275,6 +320,7 @@ def run(config: Config) -> dict[str, Any]:
         "toy-whole": bench_toy_whole,
         "step": lambda: bench_step(config.repeats, device),
         "growth": lambda: bench_growth(config.repeats, device),
+        "data": lambda: bench_data(config.repeats, device),
     }
     asked = list(parts) if config.part == "all" else [config.part]
     results: dict[str, Any] = {name: parts[name]() for name in asked}

@@ -248,6 +248,13 @@ def growth() -> str:
     return script.table(["", "step, ms", "five products, ms", "ratio"], rows)
 
 
+def data() -> str:
+    """Caching against the bare forward pass, and a streamed batch."""
+    import bench as bench_script
+
+    return bench_script.show(read("bench/data.json")["data"])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "toy": toy,
     "recipes": recipes,
@@ -257,6 +264,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "defects": defects,
     "bench": bench,
     "growth": growth,
+    "data": data,
 }
 
 

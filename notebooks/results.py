@@ -233,6 +233,7 @@ figure(parts.speed, alt="Time of a training step by kind, and by the size of the
 for part, table in (
     ("step", report.bench),
     ("growth", report.growth),
+    ("data", report.data),
     ("toy", lambda: parts.bench_table("toy")),
     ("toy-whole", lambda: parts.bench_table("toy-whole")),
 ):

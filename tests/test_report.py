@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
 
 import evaluate
@@ -27,6 +28,32 @@ def test_a_wrong_number_would_be_seen():
     first = re.search(r"<!-- table toy -->\n(.*?)<!-- end -->", README, re.DOTALL)[1]
     digit = re.search(r"0\.\d+", first)[0]
     assert report.with_tables(README.replace(digit, "0.9999")) == README
+
+
+def test_numbers_in_prose_are_what_results_say():
+    """Those that stand outside a table."""
+    prose = " ".join(README.split())
+    matryoshka = report.runs_of(report.read("toy/results.json"), "matryoshka")
+    n_whole = sum(run["clean_features"] == 20 for run in matryoshka)
+    assert f"recovers all in {n_whole} of the hundred" in prose
+    assert 7.5 <= 100 / (100 - n_whole) < 8.5
+    assert "one Matryoshka seed in eight fails" in prose
+
+    whole = report.read("bench/toy-whole.json")["toy-whole"]
+    one, ten = (whole[f"train_toy.py, {n}"]["median"] / 1e3 for n in ("1 seed", "10 seeds"))
+    assert f"{one:.1f} s for one seed of both SAEs and {ten:.0f} s for ten" in prose
+
+    counts = [report.read("toy_ablation/ablation.json")["variants"][v] for v in ("none", "all")]
+    none, everything = (c["matryoshka"]["clean_features"]["20"] for c in counts)
+    p = scipy.stats.fisher_exact([[none, 20 - none], [everything, 20 - everything]]).pvalue
+    assert f"do not tell {none} from {everything} (Fisher's exact test: p = {p:.2f})" in prose
+
+    for seed in range(report.STANDIN_SEEDS):
+        training = report.read(f"tinystories_standin/seed{seed}_training.json")
+        assert all(abs(run["final_l0"] / 20 - 1) < 0.0025 for run in training["runs"])
+        assert round(training["passes"]) == 18
+    below = [100 * (1 - run["l0"] / 20) for run in report.standin_runs("seed{}", "matryoshka")]
+    assert f"by {min(below):.1f} to {max(below):.1f}%, after 18 passes" in prose
 
 
 def test_an_unknown_table_is_refused():
