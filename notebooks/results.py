@@ -117,8 +117,9 @@ text(parts.failures(TOY))
 # A single run hides this. In all of seven failed seeds looked at, the parents are found; in six,
 # the last latent fires where a parent is active *without* a child (in the seventh it is dead).
 # Hedging makes that a twenty-first thing to explain: the parent's direction holds some of its
-# children, and where there are none, that is an error. A latent that settles there is missing elsewhere, and one that fires on none of a feature's
-# samples gets no gradient from them, so nothing descends towards the feature that is lost.
+# children, and where there are none, that is an error. A latent that settles there is missing
+# elsewhere, and one that fires on none of a feature's samples gets no gradient from them, so
+# nothing descends towards the feature that is lost.
 #
 # *Restarts* (`--restart-every 100`; not in the paper, off by default) look every 100 steps whether
 # the residual is worth more, along its largest sample, than the last latent is, and if so restart
