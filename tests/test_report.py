@@ -43,6 +43,10 @@ def test_numbers_in_prose_are_what_results_say():
     one, ten = (whole[f"train_toy.py, {n}"]["median"] / 1e3 for n in ("1 seed", "10 seeds"))
     assert f"{one:.1f} s for one seed of both SAEs and {ten:.0f} s for ten" in prose
 
+    folders = ("toy_restarts", "toy", "toy_restarts_unseen")
+    took = [f"{report.read(f'{folder}/results.json')['seconds']:,.0f}" for folder in folders]
+    assert f"took {took[0]}, {took[1]} and {took[2]} seconds" in prose
+
     counts = [report.read("toy_ablation/ablation.json")["variants"][v] for v in ("none", "all")]
     none, everything = (c["matryoshka"]["clean_features"]["20"] for c in counts)
     p = scipy.stats.fisher_exact([[none, 20 - none], [everything, 20 - everything]]).pvalue
