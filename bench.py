@@ -8,10 +8,11 @@ Machines are noisy: the variants of a table take turns, so that a slow moment hi
 yardstick at full size is the five dense matrix products that a step cannot do without if it works
 densely: encode, decode, and three in the backward pass.
 
-The SAE "at L0 30" is not trained here, which would take too long: its dictionary is that of the
-synthetic data it is measured on, 3,072 directions that are active with frequencies falling from
-common to rare, and its biases are set so that it fires 30 latents an input. Writes a JSON file with
-every median, its quartiles, and where it was measured.
+At full size the data is synthetic: 3,072 known directions, 30 of them active in an input, with
+frequencies falling from common to rare. SAEs start on those directions and are trained until they
+fire 30 latents an input; where the size or the L0 varies, that would take too long, and they are
+only placed there. "Fresh" ones are as initialised: half of their latents fire.
+Writes a JSON file with every median, its quartiles, and where it was measured.
 """
 
 import dataclasses
@@ -24,17 +25,20 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 import cache_activations
+import evaluate
 import script
 import tiny_model
 import train_toy
-from gradients import Params, write_gradient
-from sae import SAE, Trainer, TrainerConfig, reach, sample_prefixes, seeded_generator
+from gradients import Workspace, write_gradient
+from sae import SAE, Trainer, TrainerConfig, seeded_generator
 from script import setting
 
 Times = dict[str, dict[str, float]]
@@ -100,6 +104,7 @@ def bench_toy(repeats: int) -> Times:
             "a step of the pair": toy_steps([10, 1]),
             "of vanilla": toy_steps([1]),
             "of matryoshka": toy_steps([10]),
+            "of matryoshka, expected prefixes": toy_steps([10], "expected"),
             "of 10 pairs": toy_steps([10, 1] * 10),
             "of 100 pairs": toy_steps([10, 1] * 100),
         }
@@ -111,11 +116,13 @@ def bench_toy(repeats: int) -> Times:
     return times | {"a million samples of the tree": {q: 5 * ms for q, ms in samples.items()}}
 
 
-def toy_steps(n_prefixes: Sequence[int]) -> Callable[[], None]:
+def toy_steps(
+    n_prefixes: Sequence[int], prefixes: Literal["sampled", "expected"] = "sampled"
+) -> Callable[[], None]:
     """A call that takes TOY_STEPS steps of a stack of SAEs at the toy's size."""
     n_saes = len(n_prefixes)
     stack = SAE.stack([SAE(20, 20, seed) for seed in range(n_saes)])
-    config = TrainerConfig(n_steps=40_000, target_l0=1.2338)
+    config = TrainerConfig(n_steps=40_000, target_l0=1.2338, prefixes=prefixes)
     trainer = Trainer(stack, config, list(range(n_saes)), n_prefixes)
     x = torch.randn(10, n_saes, 200, 20, generator=seeded_generator(1))
 
@@ -144,54 +151,99 @@ def bench_toy_whole() -> Times:
 # ------------------------------------------------------------------------------------- full size
 
 D_MODEL, N_LATENTS, BATCH, L0 = 768, 3072, 1024, 30
+TRAINING_STEPS = 200
+UNMOVED = TrainerConfig(n_steps=10**6, target_l0=L0, lr=1e-12)  # too small to change anything
 
 
-class Case:
-    """An SAE at full size, its data, and its steps with any number of prefixes."""
+class Synthetic:
+    """Inputs made of `n_latents` known directions, in units of their mean norm / sqrt(D_MODEL)."""
 
-    def __init__(self, device: torch.device, n_latents: int = N_LATENTS, l0: float = L0):
-        """`l0` latents fire on an input; `math.inf`: a fresh SAE, half of whose latents do."""
-        self.device, self.n_latents = device, n_latents
-        generator = seeded_generator(0)
-        sae = SAE(D_MODEL, n_latents)
-        dictionary = torch.nn.functional.normalize(
-            torch.randn(n_latents, D_MODEL, generator=generator), dim=1
-        )
-        x = torch.randn(BATCH, D_MODEL, generator=generator)
-        if l0 < math.inf:
-            # frequencies fall as a power of the place, none above 1/2, and sum to l0
-            frequency = (torch.arange(n_latents) + 10.0) ** -0.8
-            for _ in range(50):
-                frequency = (frequency * (l0 / frequency.sum())).clamp(max=0.5)
-            active = torch.rand(BATCH, n_latents, generator=generator) < frequency
-            strength = active * (0.5 + torch.rand(BATCH, n_latents, generator=generator))
-            x = strength @ dictionary + 0.02 * x
-            with torch.no_grad():
-                preacts = x @ dictionary.T
-                kept = (frequency * BATCH).round().clamp(1, BATCH // 2).long()
-                ranked = preacts.sort(dim=0, descending=True).values
-                sae.b_enc.copy_(-ranked.gather(0, kept[None])[0])
-                sae.W_enc.copy_(dictionary.T)
-                sae.W_dec.copy_(dictionary)
-        sae.mean_norm.fill_(math.sqrt(D_MODEL))  # inputs are taken as they are
-        self.x, self.sae = x.to(device), SAE.stack([sae]).to(device)
+    def __init__(self, n_latents: int, l0: float):
+        self.generator = seeded_generator(0)
+        dictionary = torch.randn(n_latents, D_MODEL, generator=self.generator)
+        self.dictionary = torch.nn.functional.normalize(dictionary, dim=1)
+        # frequencies fall as a power of the place, none above 1/2, and sum to l0
+        self.frequency = (torch.arange(n_latents) + 10.0) ** -0.8
+        for _ in range(50):
+            self.frequency = (self.frequency * (l0 / self.frequency.sum())).clamp(max=0.5)
+        self.scale = 1.0
+        self.scale = math.sqrt(D_MODEL) / float(self.draw().norm(dim=1).mean())
 
-    def step(self, n_prefixes: int, prefixes: str = "sampled") -> Callable[[], object]:
-        """A call that takes one step, with a learning rate too small to change anything."""
+    def draw(self) -> Tensor:
+        """x [BATCH, D_MODEL]"""
+        shape = (BATCH, len(self.dictionary))
+        active = torch.rand(shape, generator=self.generator) < self.frequency
+        strength = active * (0.5 + torch.rand(shape, generator=self.generator))
+        noise = 0.02 * torch.randn(BATCH, D_MODEL, generator=self.generator)
+        return self.scale * (strength @ self.dictionary + noise)
+
+    @torch.no_grad()
+    def placed_sae(self, x: Tensor) -> SAE:
+        """An SAE on the true directions whose latents fire on x as often as those are active."""
+        sae = SAE(D_MODEL, len(self.dictionary))
+        kept = (self.frequency * BATCH).round().clamp(1, BATCH // 2).long()
+        ranked = (x @ self.dictionary.T).sort(dim=0, descending=True).values
+        sae.b_enc.copy_(-ranked.gather(0, kept[None])[0])
+        sae.W_enc.copy_(self.dictionary.T)
+        sae.W_dec.copy_(self.dictionary)
+        return sae
+
+
+class Case(NamedTuple):
+    """A stack of one SAE, and a batch to take steps on: x [BATCH, D_MODEL]."""
+
+    sae: SAE
+    x: Tensor
+
+    @classmethod
+    def fresh(cls, device: torch.device) -> "Case":
+        x = torch.randn(BATCH, D_MODEL, generator=seeded_generator(0))
+        return cls(SAE.stack([SAE(D_MODEL, N_LATENTS)]).to(device), x.to(device))
+
+    @classmethod
+    def placed(cls, device: torch.device, n_latents: int = N_LATENTS, l0: float = L0) -> "Case":
+        data = Synthetic(n_latents, l0)
+        x = data.draw()
+        return cls(SAE.stack([data.placed_sae(x)]).to(device), x.to(device))
+
+    @classmethod
+    def trained(cls, device: torch.device, n_prefixes: int) -> "Case":
+        data = Synthetic(N_LATENTS, L0)
         config = TrainerConfig(
-            n_steps=10**6,
+            n_steps=TRAINING_STEPS,
             target_l0=L0,
-            lr=1e-12,
-            prefixes=prefixes,  # type: ignore[arg-type]
+            lr=1e-3,
+            l0_control="steady",
+            sparsity_weight=3.0,
+            sparsity_warmup=0.1,
         )
-        trainer = Trainer(self.sae, config, [0], [n_prefixes])
-        trainer._scaled = lambda x: x  # type: ignore[method-assign]
+        sae = SAE.stack([data.placed_sae(data.draw())]).to(device)
+        trainer = Trainer(sae, config, [0], [n_prefixes])
+        for _ in tqdm(range(TRAINING_STEPS), f"train, {n_prefixes} prefixes", leave=False):
+            trainer.step(data.draw().to(device))
+        return cls(trainer.sae, data.draw().to(device))
+
+    @torch.no_grad()
+    def l0(self) -> float:
+        """Active latents an input."""
+        return float(evaluate.l0(self.sae.encode(self.x)))
+
+    def trainer(self, n_prefixes: int, prefixes: Literal["sampled", "expected"]) -> Trainer:
+        """A trainer whose steps change nothing."""
+        config = dataclasses.replace(UNMOVED, prefixes=prefixes)
+        return Trainer(self.sae, config, [0], [n_prefixes])
+
+    def step(
+        self, n_prefixes: int, prefixes: Literal["sampled", "expected"] = "sampled"
+    ) -> Callable[[], object]:
+        """A call that takes one step."""
+        trainer = self.trainer(n_prefixes, prefixes)
         return lambda: trainer.step(self.x)
 
     def five_products(self) -> Callable[[], object]:
         """The dense step's matrix products alone, on dense operands."""
         W_enc, W_dec, x = self.sae.W_enc[0].detach(), self.sae.W_dec[0].detach(), self.x
-        acts = torch.rand(BATCH, self.n_latents, device=self.device)
+        acts = torch.rand(BATCH, self.sae.n_latents, device=x.device)
         g_x, g_acts = torch.randn_like(x), torch.rand_like(acts)
 
         def call() -> None:
@@ -203,37 +255,44 @@ class Case:
 
         return call
 
-    def gradient(self, n_prefixes: int) -> Callable[[], object]:
-        """The gradient alone, without scaling, clipping, Adam and the order."""
-        parts = [self.sae.W_enc.mT, self.sae.b_enc, self.sae.W_dec, self.sae.b_dec]
-        flat = torch.cat([part.detach().flatten(1) for part in parts], dim=1)
-        params = Params.of(flat, D_MODEL, self.n_latents)
-        grads = Params.of(torch.zeros_like(flat), D_MODEL, self.n_latents)
-        drawn = sample_prefixes(self.n_latents, n_prefixes, seeded_generator(0))
-        reached = reach(drawn, self.n_latents)[None].to(self.device)
-        x = self.x[None]
-        return torch.inference_mode()(lambda: write_gradient(grads, params, x, reached, reached))
+    def parts(self, n_prefixes: int) -> dict[str, Callable[[], object]]:
+        """Calls that do a step's parts, one by one. The second contains the first."""
+        trainer = self.trainer(n_prefixes, "sampled")
+        trainer.step(self.x)
+        x, params, grads = self.x[None], trainer._params_by_name, trainer._grads_by_name
+        reach, sizes = trainer._reach()
+        workspace, flat = Workspace(), trainer._grads
+        parts: dict[str, Callable[[], object]] = {
+            "encode": lambda: torch.addmm(params.b_enc[0].T, params.W_enc[0], x[0].T).relu_(),
+            "encode, decode and backward": lambda: write_gradient(
+                grads, params, x, reach, reach, "l1", sizes, workspace=workspace
+            ),
+            "clip": lambda: flat.mul_(torch.linalg.vector_norm(flat, dim=1).clamp_(1, 1)[:, None]),
+            "Adam": trainer._adam,
+            "scale the input": lambda: trainer._scaled(x),
+            "order the latents": trainer._reach,
+        }
+        return {f"of these: {name}": torch.inference_mode()(part) for name, part in parts.items()}
 
 
 def bench_step(repeats: int, device: torch.device) -> Times:
-    """A step at full size: trained and fresh, by prefixes, and its parts."""
-    trained, fresh = Case(device), Case(device, l0=math.inf)
-    W_enc, x = trained.sae.W_enc[0].detach(), trained.x
-    order = torch.rand(1, N_LATENTS, device=device)
+    """A step at full size: trained and fresh, by prefixes, and its parts; with the SAEs' L0."""
+    vanilla, matryoshka = Case.trained(device, 1), Case.trained(device, 10)
+    fresh = Case.fresh(device)
     variants = {
-        "five dense products": trained.five_products(),
-        "vanilla": trained.step(1),
-        "matryoshka, 10 prefixes": trained.step(10),
-        "2 prefixes": trained.step(2),
-        "100 prefixes": trained.step(100),
-        "expected prefixes": trained.step(10, "expected"),
+        "five dense products": matryoshka.five_products(),
+        "vanilla": vanilla.step(1),
+        "matryoshka, 10 prefixes": matryoshka.step(10),
+        "2 prefixes": matryoshka.step(2),
+        "100 prefixes": matryoshka.step(100),
+        "expected prefixes": matryoshka.step(10, "expected"),
         "vanilla, fresh": fresh.step(1),
         "matryoshka, 10 prefixes, fresh": fresh.step(10),
-        "of these: the encoder's product": lambda: x @ W_enc,
-        "of these: the gradient, 10 prefixes": trained.gradient(10),
-        "of these: the order": lambda: order.sort(dim=1, descending=True, stable=True),
     }
-    return alternate(variants, repeats, device)
+    times = alternate(variants | matryoshka.parts(10), repeats, device)
+    times["vanilla"]["l0"] = vanilla.l0()
+    times["matryoshka, 10 prefixes"]["l0"] = matryoshka.l0()
+    return times
 
 
 def bench_growth(repeats: int, device: torch.device) -> Times:
@@ -241,13 +300,13 @@ def bench_growth(repeats: int, device: torch.device) -> Times:
     variants: dict[str, Callable[[], object]] = {}
     times: Times = {}
     for n_latents in (3072, 6144, 12288, 24576, 49152):
-        case = Case(device, n_latents)
+        case = Case.placed(device, n_latents)
         variants = {
             f"{n_latents} latents": case.step(10),
             f"{n_latents} latents, five products": case.five_products(),
         }
         times |= alternate(variants, max(2, repeats // 3), device)
-    variants = {f"L0 {l0}": Case(device, l0=l0).step(10) for l0 in (10, 30, 100, 300)}
+    variants = {f"L0 {l0}": Case.placed(device, l0=l0).step(10) for l0 in (10, 30, 100, 300)}
     return times | alternate(variants, repeats, device)
 
 

@@ -31,7 +31,8 @@ Sparsity = Literal["l1", "log"]
 
 SMALL = 256  # latents up to which `gram` serves
 MOST_BLOCKS = 128  # reaches up to which `blocks` serves where activations are dense, else `gram`
-SPARSE = 0.05  # share of active latents up to which `runs` is faster than `blocks`; see bench.py
+# Shares of active latents up to which `runs` is faster: with few reaches, and with more than that.
+SPARSE, FEW, SPARSE_OF_MANY = 0.1, 32, 0.04
 
 
 class Params(NamedTuple):
@@ -68,6 +69,23 @@ class Stats(NamedTuple):
         return Stats(self.l0[i], self.mean_square[i])
 
 
+class Workspace:
+    """Memory that is used again from call to call.
+
+    On a CPU, the fresh pages of large tensors can cost more than the arithmetic on them.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def empty(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """A tensor of that shape, uninitialised, as good as `name` is not asked for again."""
+        n, held = math.prod(shape), self._held.get(name, like[:0].flatten())
+        if held.numel() < n or (held.dtype, held.device) != (like.dtype, like.device):
+            held = self._held[name] = like.new_empty(n + n // 8)
+        return held[:n].view(shape)
+
+
 def write_gradient(
     grads: Params,
     params: Params,
@@ -77,6 +95,7 @@ def write_gradient(
     sparsity: Sparsity = "l1",
     sizes: Sequence[Sequence[int]] | None = None,
     way: Literal["gram", "blocks", "runs"] | None = None,
+    workspace: Workspace | None = None,
 ) -> Stats:
     """Writes the gradient of the loss above, a mean over the batch, into `grads`.
 
@@ -86,28 +105,30 @@ def write_gradient(
     a ||d||. sizes: of each SAE, how many latents share each reach, from the highest down; None
     counts them, for which a GPU has to be waited for.
 
-    The three ways differ in rounding alone; None takes the one that is fastest here.
+    The three ways differ in rounding alone; None takes the one that is fastest here. A workspace
+    that is passed again saves a CPU the pages of large intermediate tensors.
     """
     if way == "gram" or (way is None and reach.shape[1] <= SMALL):
         return _gram(grads, params, x, reach, price, sparsity)
-    stats = []
+    stats, workspace = [], workspace or Workspace()
     for i in range(len(x)):
         p = params.one(i)
-        rest = (grads.one(i), p, x[i], reach[i], price[i], sparsity)
-        acts = torch.addmm(p.b_enc, x[i], p.W_enc.mT).relu_()  # [batch, n_latents]
-        if way == "runs" or (way is None and _is_sparse(acts)):
-            stats.append(_runs(acts, *rest))
-            continue
+        # A row a latent: what belongs to one lies together, and can be read out of order.
+        acts = workspace.empty("acts", x, reach.shape[1], x.shape[1])  # [n_latents, batch]
+        torch.addmm(p.b_enc.T, p.W_enc, x[i].T, out=acts).relu_()
+        signs = torch.sign(acts, out=workspace.empty("signs", x, *acts.shape))
+        n_active = signs.sum(dim=1).sum(dtype=torch.float64)
+        rest = (grads.one(i), p, x[i], reach[i], price[i], sparsity, workspace)
         own = count_sizes(reach[i]) if sizes is None else sizes[i]
-        if way == "blocks" or len(own) <= MOST_BLOCKS:
-            stats.append(_blocks(acts, *rest, own))
+        if way == "runs" or (way is None and _is_sparse(n_active / acts.numel(), len(own))):
+            mean_square = _runs(acts, *rest)
+        elif way == "blocks" or len(own) <= MOST_BLOCKS:
+            mean_square = _blocks(acts, *rest, own)
         else:
             one = slice(i, i + 1)
-            stats.append(
-                _gram(
-                    grads.slice(one), params.slice(one), x[one], reach[one], price[one], sparsity
-                ).one(0)
-            )
+            g, q = grads.slice(one), params.slice(one)
+            mean_square = _gram(g, q, x[one], reach[one], price[one], sparsity).mean_square[0]
+        stats.append(Stats((n_active / x.shape[1]).to(x.dtype), mean_square))
     return Stats(*map(torch.stack, zip(*stats, strict=True)))
 
 
@@ -117,9 +138,12 @@ def count_sizes(reach: Tensor) -> list[int]:
     return torch.unique_consecutive(ranked, return_counts=True)[1].tolist()
 
 
-def _is_sparse(acts: Tensor) -> bool:
-    """Whether few latents are active. Never so on a GPU: reading that number would cost it more."""
-    return not acts.is_cuda and bool(torch.linalg.vector_norm(acts, ord=0) <= SPARSE * acts.numel())
+def _is_sparse(active: Tensor, n_reaches: int) -> bool:
+    """Whether the share of latents that are active is small enough for `runs`.
+
+    Never so on a GPU: reading that number would cost it more.
+    """
+    return not active.is_cuda and float(active) <= (SPARSE if n_reaches <= FEW else SPARSE_OF_MANY)
 
 
 def _sparsity_slopes(acts: Tensor, norms: Tensor, sparsity: Sparsity) -> tuple[Tensor, Tensor]:
@@ -179,61 +203,53 @@ def _blocks(
     reach: Tensor,
     price: Tensor,
     sparsity: Sparsity,
+    workspace: Workspace,
     sizes: Sequence[int],
-) -> Stats:
+) -> Tensor:
     """One residual a block of latents of equal reach: r = suffix sums of what prefixes leave over.
 
-    The latents are sorted by reach, so that a block is a slice. One SAE: no leading dimension.
+    The latents are sorted by reach, so that a block is a slice. One SAE: no leading dimension, and
+    acts [n_latents, batch]. -> mean square of a_j ||d_j||.
     """
     batch = len(x)
     ranked, order = reach.sort(descending=True, stable=True)
     last = torch.tensor(sizes).cumsum(0).sub_(1).to(x.device)
     weights = -ranked[last].diff(append=ranked.new_zeros(1))  # of each prefix: [n_blocks]
-    one_block = len(sizes) == 1
-    if not one_block:
-        acts, W_dec = acts[:, order], params.W_dec[order]
-    else:
-        W_dec = params.W_dec
-    blocks = list(zip(acts.split(sizes, 1), W_dec.split(sizes), strict=True))
+    W_dec: Tensor = params.W_dec
+    where: slice | Tensor = slice(None)
+    if len(sizes) > 1:
+        acts = torch.index_select(acts, 0, order, out=workspace.empty("ranked", acts, *acts.shape))
+        W_dec, price, where = W_dec[order], price[order], order
 
-    residuals = x.new_empty(len(blocks), *x.shape)  # [n_blocks, batch, d_model]
     before = params.b_dec - x
-    for residual, (a, d) in zip(residuals, blocks, strict=True):
-        torch.addmm(before, a, d, out=residual)
-        before = residual
-    for k in reversed(range(len(blocks))):
-        residuals[k].mul_(weights[k] * 2 / batch)
-        if k + 1 < len(blocks):
-            residuals[k] += residuals[k + 1]
+    residuals = workspace.empty("residuals", x, len(sizes), *x.shape)  # [n_blocks, batch, d_model]
+    blocks = list(zip(residuals, acts.split(list(sizes)), W_dec.split(list(sizes)), strict=True))
+    for residual, a, d in blocks:
+        before = torch.addmm(before, a.T, d, out=residual)
+    residuals[-1].mul_(weights[-1] * (2 / batch))
+    for k in reversed(range(len(sizes) - 1)):
+        torch.addcmul(residuals[k + 1], residuals[k], weights[k] * (2 / batch), out=residuals[k])
 
     norms = W_dec.norm(dim=1)
-    ranked_price = price if one_block else price[order]
-    slope, paid = _sparsity_slopes(acts, norms, sparsity)
-    pull = paid.sum(0) * ranked_price / norms / batch
-    g_acts, g_W_dec = torch.empty_like(acts), torch.empty_like(W_dec)
-    parts = zip(
-        g_acts.split(sizes, 1),
-        g_W_dec.split(sizes),
-        blocks,
-        residuals,
-        strict=True,
-    )
-    for g_a, g_d, (a, d), residual in parts:
-        g_a.copy_(residual @ d.T)
-        torch.mm(a.T, residual, out=g_d)
-    g_acts.add_(ranked_price * norms * slope, alpha=1 / batch)
+    slope, paid = _sparsity_slopes(acts, norms[:, None], sparsity)
+    pull = paid.sum(1) * price / norms / batch
+    g_acts = slope * (price * norms / batch)[:, None]  # [n_latents, batch], or [n_latents, 1]
+    g_acts = g_acts.expand_as(acts).contiguous()
+    g_W_dec = W_dec * pull[:, None]
+    for (residual, a, d), g_a, g_d in zip(
+        blocks, g_acts.split(list(sizes)), g_W_dec.split(list(sizes)), strict=True
+    ):
+        g_a.addmm_(d, residual.T)
+        g_d.addmm_(a, residual)
     g_acts = torch.ops.aten.threshold_backward(g_acts, acts, 0)  # through the ReLU
-    g_W_dec.addcmul_(W_dec, pull[:, None])
 
-    mean_square = (acts.square().sum(0) / batch) * norms.square()
-    where = slice(None) if one_block else order
-    grads.W_enc[where] = g_acts.T @ x
-    grads.b_enc[0, where] = g_acts.sum(0)
+    grads.W_enc[where] = g_acts @ x
+    grads.b_enc[0, where] = g_acts.sum(1)
     grads.W_dec[where] = g_W_dec
     grads.b_dec[0] = residuals[0].sum(0)
-    stored = torch.empty_like(mean_square)
-    stored[where] = mean_square
-    return Stats(torch.linalg.vector_norm(acts, ord=0) / batch, stored)
+    mean_square = torch.empty_like(reach)
+    mean_square[where] = acts.square().sum(1) / batch * norms.square()
+    return mean_square
 
 
 def _runs(
@@ -244,47 +260,48 @@ def _runs(
     reach: Tensor,
     price: Tensor,
     sparsity: Sparsity,
-) -> Stats:
+    workspace: Workspace,
+) -> Tensor:
     """One residual a run: active latents of a sample that have the same reach.
 
     Everything but the encoder is a product with a sparse matrix of few entries a sample. One SAE:
-    no leading dimension.
+    no leading dimension, and acts [n_latents, batch]. -> mean square of a_j ||d_j||.
     """
     W_dec, batch, n_latents = params.W_dec, len(x), len(reach)
     rank = torch.empty_like(reach, dtype=torch.int64)
     rank[reach.argsort(descending=True, stable=True)] = torch.arange(n_latents, device=x.device)
-    sample, latent = acts.nonzero(as_tuple=True)  # [n_active] each
+    latent, sample = acts.nonzero(as_tuple=True)  # [n_active] each, by latent
     by_rank = (sample * n_latents + rank[latent]).argsort()
-    latent = latent[by_rank]  # samples stay in order: within each, the furthest reach comes first
-    a, s = acts[sample, latent], reach[latent]
+    by_latent = torch.empty_like(by_rank)
+    by_latent[by_rank] = torch.arange(len(by_rank), device=x.device)
+    latent_starts = _starts(latent, n_latents)
+    # From here on by sample, and within each the furthest reach first.
+    latent, sample = latent[by_rank], sample[by_rank]
+    a, s = acts[latent, sample], reach[latent]
 
     first = torch.ones_like(sample, dtype=torch.bool)  # of its run
     first[1:] = (sample[1:] != sample[:-1]) | (s[1:] != s[:-1])
     run_of = first.cumsum(0) - 1  # [n_active]
     run_sample, run_reach = sample[first], s[first]  # [n_runs]
+    starts = _starts(sample, batch)  # of each sample, in [n_active]
+    by_run, by_sample = (
+        _csr(begin, latent, a, n_latents) for begin in (_starts(run_of, len(run_sample)), starts)
+    )
 
-    # met_r = sum_i min(s_i, s_r) a_i d_i over the active latents i of r's sample. The other half
-    # of the residual, s_r x, enters below without ever being written down.
-    starts = _starts(sample, batch)  # of each sample, and of each run, in [n_active]
-    run_starts = _starts(run_of, len(run_sample))
-    n_pairs = starts.diff(append=starts.new_tensor([len(a)]))[run_sample]
-    pair_starts = n_pairs.cumsum(0) - n_pairs
-    run = torch.repeat_interleave(n_pairs)  # [n_pairs]
-    met_by = torch.arange(len(run), device=x.device) + (starts[run_sample] - pair_starts)[run]
-    weight = torch.minimum(run_reach[run], s[met_by]) * a[met_by]
-    met = x.new_empty(len(run_sample), x.shape[1])  # [n_runs, d_model]
-    torch.addmm(met, _csr(pair_starts, latent[met_by], weight, n_latents), W_dec, beta=0, out=met)
+    # met_r = sum_q min(s_r, s_q) (what run q decodes to) over the runs q of r's sample. The other
+    # half of the residual, s_r x, enters below without ever being written down.
+    n_runs, d_model = len(run_sample), x.shape[1]
+    decoded = workspace.empty("decoded", x, n_runs, d_model)
+    torch.addmm(decoded, by_run, W_dec, beta=0, out=decoded)
+    met = workspace.empty("met", x, n_runs, d_model)
+    torch.addmm(met, _mix_runs(run_sample, run_reach, batch), decoded, beta=0, out=met)
 
     norms = W_dec.norm(dim=1)
     x_centred = x - params.b_dec
     slope, paid = _sparsity_slopes(a, norms[latent], sparsity)
-    by_run, by_sample = (_csr(begin, latent, a, n_latents) for begin in (run_starts, starts))
     g_a = torch.sparse.sampled_addmm(by_run, met, W_dec.T, beta=0).values()
     g_a -= s * torch.sparse.sampled_addmm(by_sample, x_centred, W_dec.T, beta=0).values()
     g_a = g_a.mul_(2).add_(price[latent] * norms[latent] * slope).div_(batch)
-
-    by_latent = latent.argsort(stable=True)
-    latent_starts = _starts(latent, n_latents)
 
     def per_latent(rows: Tensor, values: Tensor, n_rows: int) -> Tensor:
         return _csr(latent_starts, rows[by_latent], values[by_latent], n_rows)
@@ -298,8 +315,18 @@ def _runs(
     torch.addmm(grads.W_enc, per_latent(sample, g_a, batch), x, beta=0, out=grads.W_enc)
     grads.b_enc[0] = total(g_a)
     grads.b_dec[0] = ((total(a) * reach) @ W_dec - x_centred.sum(0)) * (2 / batch)
-    l0 = reach.new_tensor(len(a) / batch)
-    return Stats(l0, total(a * a) / batch * norms.square())
+    return total(a * a) / batch * norms.square()
+
+
+def _mix_runs(run_sample: Tensor, run_reach: Tensor, batch: int) -> Tensor:
+    """min(s_r, s_q) for all pairs of runs of the same sample: sparse [n_runs, n_runs]."""
+    n_runs = len(run_sample)
+    starts = _starts(run_sample, batch)
+    n_pairs = starts.diff(append=starts.new_tensor([n_runs]))[run_sample]  # of each run
+    pair_starts = n_pairs.cumsum(0) - n_pairs
+    run = torch.repeat_interleave(n_pairs)  # [n_pairs]
+    other = torch.arange(len(run), device=run.device) + (starts[run_sample] - pair_starts)[run]
+    return _csr(pair_starts, other, torch.minimum(run_reach[run], run_reach[other]), n_runs)
 
 
 def _starts(index: Tensor, size: int) -> Tensor:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 import gradients
-from gradients import Params, Sparsity, write_gradient
+from gradients import Params, Sparsity, Workspace, write_gradient
 
 
 def seeded_generator(seed: int, *stream: int) -> torch.Generator:
@@ -339,9 +339,11 @@ class Trainer:
         self._grads = torch.zeros_like(flat)
         self._params_by_name = Params.of(flat, self.d_model, self.n_latents)
         self._grads_by_name = Params.of(self._grads, self.d_model, self.n_latents)
+        self._workspace = Workspace()
         self._block = -1  # of steps, whose prefixes are drawn
         if config.prefixes == "expected":
             reaches = [expected_reach(self.n_latents, k) for k in self.n_prefixes]
+            self._expected_sizes = [gradients.count_sizes(one) for one in reaches]
             self._expected_reach = torch.stack(reaches).to(device, flat.dtype)
 
     @torch.inference_mode()
@@ -363,6 +365,7 @@ class Trainer:
             state["sparsity_weight"][:, None] * reach,
             config.sparsity,
             sizes,
+            workspace=self._workspace,
         )
         grad_norm = torch.linalg.vector_norm(self._grads, dim=1, keepdim=True)
         self._grads.mul_((config.max_grad_norm / (grad_norm + 1e-6)).clamp_(max=1))
@@ -455,7 +458,7 @@ class Trainer:
         """This step's reach of each latent where it is stored [n_saes, n_latents], and how many
         latents share each reach, where that is worth knowing."""
         if self.config.prefixes == "expected":
-            return self._to_latents(self._expected_reach), None
+            return self._to_latents(self._expected_reach), self._expected_sizes
         block, t = divmod(self.n_steps_done, self.BLOCK)
         if self._block != block:
             self._block, self._prefixes = block, self._draw_prefixes(block)

@@ -196,6 +196,41 @@ def test_dense_activations_of_many_reaches_fall_back_to_all_pairs(monkeypatch):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_workspace_changes_nothing(way):
+    """Neither what an earlier call left in it, of another size and density, nor its absence."""
+    workspace = gradients.Workspace()
+    for seed, sparse, kept in ((7, False, 64), (8, True, 64), (9, False, 40)):
+        params, x, reach = large_case(seed, sparse)
+        x = x[:, :kept]
+        with_it, without = (
+            Params(*(torch.full_like(p, torch.nan) for p in tuple(params))) for _ in range(2)
+        )
+        ours = write_gradient(with_it, params, x, reach, reach, way=way, workspace=workspace)
+        own = write_gradient(without, params, x, reach, reach, way=way)
+        for one, other in zip((*with_it, *ours), (*without, *own), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_what_counts_as_sparse_depends_on_how_many_reaches_there_are(monkeypatch):
+    """A run a prefix at most: with many prefixes, runs cost more and blocks are taken sooner."""
+    params, x, _ = large_case(2, sparse=True)
+    params.b_enc.add_(0.6)
+    share = float((torch.bmm(x, params.W_enc.mT) + params.b_enc > 0).float().mean())
+    assert gradients.SPARSE_OF_MANY < share < gradients.SPARSE
+    taken = []
+    for way in ("blocks", "runs"):
+        original = getattr(gradients, f"_{way}")
+        monkeypatch.setattr(
+            gradients, f"_{way}", lambda *a, o=original, w=way: taken.append(w) or o(*a)
+        )
+    for n_reaches in (gradients.FEW, gradients.FEW + 1):
+        reach = (1 + torch.arange(400) % n_reaches) / n_reaches
+        grads = Params(*(torch.empty_like(p) for p in tuple(params)))
+        write_gradient(grads, params, x, reach.expand(2, -1), reach.expand(2, -1))
+    assert taken == ["runs", "runs", "blocks", "blocks"]
+
+
 def test_sizes_may_be_given_or_counted():
     params, x, _ = large_case(6, sparse=False)
     prefixes = sample_prefixes(400, 10, seeded_generator(3))
