@@ -1,4 +1,4 @@
-"""The decoder that reconstructs best, for a trained SAE whose encoder stays as it is.
+"""A trained SAE refitted by least squares: its decoder, or its encoder as well.
 
     python refit.py --sae runs/tinystories/matryoshka.safetensors --cache cache/train
 
@@ -10,11 +10,14 @@ decoder that minimizes the full reconstruction error is a least-squares problem:
 
 The same latents fire, so L0 and what is dead do not change. What does is every prefix but the last.
 A scale for each latent's activation is in this, too: it is its decoder row's length.
+
+What no decoder can mend is an encoder that makes a parent fire stronger where a child does.
+`--encoder` fits that anew, too (`refit_both`); then not quite the same latents fire.
 """
 
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,36 +41,111 @@ class Config:
     cache: str = setting("cache/train", "cache of the activations to fit: those it was trained on")
     n_tokens: int = setting(0, "how many of the cache's activations; 0: all")
     batch_size: int = setting(4096, "activations at a time")
+    encoder: bool = setting(False, "refit the encoder as well; it moves which latents fire")
     ridge: float = setting(RIDGE, "pull towards the old decoder, as a share of the mean square")
     out: str = setting("", "file for the result; default: NAME_refit.safetensors beside the SAE")
     device: str = setting("auto", "torch device; auto: the GPU where there is one")
+
+
+class LeastSquares:
+    """min over W, b of  sum_i ||y_i - u_i W - b||^2 + ridge ||W - prior||^2, of streamed u and y.
+
+    What is held are the normal equations, [n, n] for u_i [n], in float64. ridge is a share of the
+    mean square of u.
+    """
+
+    def __init__(self, prior: Tensor):
+        """prior: [n, n_targets]"""
+        n, n_targets = prior.shape
+        self.prior, self.count = prior.double(), 0
+        self.gram = self.prior.new_zeros(n + 1, n + 1)  # of [u, 1]
+        self.cross = self.prior.new_zeros(n + 1, n_targets)
+
+    def add(self, u: Tensor, y: Tensor) -> None:
+        """u [batch, n], y [batch, n_targets]"""
+        u = torch.cat([u, u.new_ones(len(u), 1)], dim=1).double()
+        self.gram.addmm_(u.T, u)
+        self.cross.addmm_(u.T, y.double())
+        self.count += len(u)
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """W [n, n_targets], b [n_targets] in float32. Raises ValueError where there was nothing."""
+        if self.count == 0:
+            raise ValueError("there are no activations to fit")
+        gram, cross = self.gram.clone(), self.cross.clone()
+        pull = ridge * gram.diagonal()[:-1].sum() / len(self.prior)
+        gram.diagonal()[:-1] += pull
+        cross[:-1] += pull * self.prior
+        solution = torch.linalg.solve(gram, cross).float()
+        return solution[:-1], solution[-1]
+
+
+def _replace(sae: SAE, **tensors: Tensor) -> SAE:
+    return SAE.from_tensors({**sae.state_dict(), **tensors})
 
 
 @torch.no_grad()
 def refit_decoder(sae: SAE, batches: Iterable[Tensor], ridge: float = RIDGE) -> SAE:
     """A copy of `sae` with the W_dec and b_dec that reconstruct `batches` best.
 
-    batches: tensors [n, d_model], seen once; what is held are the normal equations, n_latents^2
-    numbers in float64. Raises ValueError where there is no batch.
+    batches: tensors [n, d_model], seen once. Raises ValueError where there is no batch.
     """
-    n, device = sae.n_latents, sae.W_enc.device
-    gram = torch.zeros(n + 1, n + 1, dtype=torch.float64, device=device)  # of [acts, 1]
-    cross = torch.zeros(n + 1, sae.d_model, dtype=torch.float64, device=device)
-    count = 0
+    problem = LeastSquares(sae.W_dec)
     for x in batches:
-        acts = sae.encode(x).double()
-        inputs = torch.cat([acts, acts.new_ones(len(acts), 1)], dim=1)
-        gram.addmm_(inputs.T, inputs)
-        cross.addmm_(inputs.T, (x * sae.scale).double())
-        count += len(x)
-    if count == 0:
-        raise ValueError("there are no activations to fit")
-    pull = ridge * gram.diagonal()[:-1].sum() / n
-    gram.diagonal()[:-1] += pull
-    cross[:-1] += pull * sae.W_dec.double()
-    solution = torch.linalg.solve(gram, cross).float()
-    tensors = {**sae.state_dict(), "W_dec": solution[:-1], "b_dec": solution[-1]}
-    return SAE.from_tensors(tensors)
+        problem.add(sae.encode(x), x * sae.scale)
+    W_dec, b_dec = problem.solve(ridge)
+    return _replace(sae, W_dec=W_dec, b_dec=b_dec)
+
+
+@torch.no_grad()
+def refit_both(sae: SAE, read: Callable[[], Iterable[Tensor]], ridge: float = RIDGE) -> SAE:
+    """A copy of `sae` with another encoder and decoder; all that is kept is where latents fire.
+
+    A hedged parent fires stronger where a child does, so no decoder row for the child can be right.
+    Here each latent stands for what x gains on average where it fires, whatever else does:
+
+    1. directions: least squares of x on whether each latent fires, 0 or 1;
+    2. on each sample, the strengths of the latents that fire there which fit x best, not negative;
+    3. the encoder: least squares of those strengths on x. Where a latent is silent, it is asked for
+       its old pre-activation, but within -1 and 0: one mean strength below 0 is silent enough, and
+       latents that inhibit each other for no good reason stop doing so;
+    4. the decoder of the new activations (`refit_decoder`).
+
+    The new encoder is affine and a ReLU, as the old one, so the third step holds as far as what
+    fires is a half-space of x: nearly exactly in the toy, not in a language model (README.md). FVU
+    need not fall.
+    `read()` gives the same tensors [n, d_model] each time. Raises ValueError where there are none.
+    """
+    problem = LeastSquares(torch.zeros_like(sae.W_dec))
+    for x in read():
+        problem.add((sae.encode(x) > 0).float(), x * sae.scale)
+    directions, b_dec = problem.solve(ridge)
+
+    problem = LeastSquares(torch.zeros_like(sae.W_enc))
+    for x in read():
+        scaled = x * sae.scale
+        preacts = scaled @ sae.W_enc + sae.b_enc
+        strengths = strengths_of(scaled - b_dec, preacts > 0, directions)
+        problem.add(scaled, torch.where(preacts > 0, strengths, preacts.clamp(-1, 0)))
+    W_enc, b_enc = problem.solve(ridge)
+    return refit_decoder(_replace(sae, W_enc=W_enc, b_enc=b_enc), read(), ridge)
+
+
+def strengths_of(x: Tensor, fires: Tensor, directions: Tensor, ridge: float = 1e-4) -> Tensor:
+    """t [n, n_latents] >= 0, zero where `fires` is not, with t @ directions nearest to x [n, d].
+
+    Least squares over the firing latents of each sample, clipped at 0 afterwards. The ridge, a
+    share of the mean squared length of a direction that fires, pulls towards 1.
+    """
+    most = max(1, int(fires.sum(dim=1).max()))
+    fired, latents = fires.float().topk(most, dim=1)  # [n, most]: 1 or 0, and which
+    rows = directions[latents] * fired[..., None]  # [n, most, d]
+    pull = ridge * rows.square().sum(dim=(1, 2)) / fired.sum(dim=1).clamp_min(1)
+    gram = rows @ rows.mT
+    gram.diagonal(dim1=1, dim2=2).add_(pull[:, None] + (1 - fired))
+    wanted = (rows @ x[..., None])[..., 0] + pull[:, None] * fired
+    t = torch.linalg.solve(gram, wanted).clamp_min(0) * fired
+    return torch.zeros_like(x[:, :1]).repeat(1, fires.shape[1]).scatter_(1, latents, t)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -94,7 +172,10 @@ def run(config: Config) -> dict[str, Any]:
         ):
             yield batch.acts
 
-    refitted = refit_decoder(sae, batches("fit"), config.ridge)
+    if config.encoder:
+        refitted = refit_both(sae, lambda: batches("fit"), config.ridge)
+    else:
+        refitted = refit_decoder(sae, batches("fit"), config.ridge)
     before, after = (float(streamed_fvu(one, batches("score"))) for one in (sae, refitted))
     script.write_atomically(out, refitted.to("cpu").save)
     return {

@@ -28,6 +28,7 @@ from sae import SAE, Trainer, TrainerConfig, seeded_generator
 from script import UserError, setting
 from toy_model import FeatureTree, true_directions
 
+THRESHOLDS = (0.9, 0.95, 0.99)  # cosines at which features are counted as clean
 KINDS = ("parent", "child", "rare")  # of features
 SAES = ("matryoshka", "vanilla")  # the order in which a stack holds them
 # Streams of a seed's random numbers, apart from those of sae.py.
@@ -63,7 +64,9 @@ class Config:
     sparsity: str = setting("l1", "the sparsity loss", choices=["l1", "log"])
     sparsity_weight: float = setting(0.2, "where the adaptive sparsity weight starts")
     tree: str = setting("tree.json", "file of the feature tree")
-    refit: bool = setting(False, "score each SAE with its decoder refitted, too; see refit.py")
+    refit: bool = setting(
+        False, "score each SAE with its decoder refitted, too, and with both; see refit.py"
+    )
     threshold: float = setting(0.9, "cosine over which a feature is clean")
     n_eval: int = setting(50_000, "held-out samples that an SAE is scored on")
     out: str = setting("runs/toy", "folder for results.json, the SAEs and the figures")
@@ -206,13 +209,16 @@ def train_stack(
     )
     batches = Data.of(config, tree, seeds, device).batches(config.batch_size)
     reference = torch.stack([held_out(tree, config, s, N_REFERENCE)[1] for s in both]).to(device)
+    directions = torch.stack([directions_of(tree, config, s) for s in both]).to(device)
 
     every = max(1, config.steps // N_RECORDS)
     records: list[dict[str, np.ndarray]] = []
     for step in range(1, config.steps + 1):
         metrics = trainer.step(next(batches))
         if step % every == 0 or step == config.steps:
-            record = measure(trainer, reference, metrics["sparsity_weight"])
+            record = measure(
+                trainer.sae, reference, directions, metrics["sparsity_weight"], config.refit
+            )
             check_finite(step, both, record, records)
             since = step - (int(records[-1]["step"]) if records else 0)
             records.append({"step": np.array(step), **record})
@@ -221,29 +227,66 @@ def train_stack(
     saes = [sae.to("cpu") for sae in trainer.sae.unstack()]
     named = list(zip((name for name in SAES for _ in seeds), both, saes, strict=True))
     if config.refit:
-        named += [(f"{name}, refit", s, refitted(config, tree, sae, s)) for name, s, sae in named]
-    runs = [score(config, tree, sae, name, seed) for name, seed, sae in named]
+        x = [refit_samples(config, tree, seed) for seed in both]
+        for how, fit in (
+            ("refit", lambda sae, x: refit.refit_decoder(sae, [x])),
+            ("refit both", lambda sae, x: refit.refit_both(sae, lambda: [x])),
+        ):
+            fitted = zip(named[: len(both)], x, strict=True)
+            named += [(f"{name}, {how}", seed, fit(sae, x)) for (name, seed, sae), x in fitted]
     curves = {name: np.stack([record[name] for record in records]) for name in records[0]}
+    runs = [score(config, tree, sae, name, seed) for name, seed, sae in named]
+    for k, worst in enumerate(("worst_cosine", "worst_cosine_refit")):
+        if worst in curves:
+            own = runs[k * len(both) : (k + 1) * len(both)]
+            for run, curve in zip(own, curves[worst].T, strict=True):
+                run["steps_to"] = steps_to(curves["step"], curve)
     return StackResult(runs, [sae.state_dict() for _, _, sae in named], curves)
 
 
-def refitted(config: Config, tree: FeatureTree, sae: SAE, seed: int) -> SAE:
-    """`sae` with the decoder that fits samples of `seed` best, neither trained nor scored on."""
+def refit_samples(config: Config, tree: FeatureTree, seed: int) -> Tensor:
+    """Samples of `seed` to refit an SAE on, neither trained nor scored on: [n_eval, d_model]."""
     features = tree.sample(config.n_eval, seeded_generator(seed, STREAM_REFIT))
-    return refit.refit_decoder(sae, [features @ directions_of(tree, config, seed)])
+    return features @ directions_of(tree, config, seed)
 
 
 @torch.no_grad()
-def measure(trainer: Trainer, x: Tensor, sparsity_weight: Tensor) -> dict[str, np.ndarray]:
-    """L0 and FVU on x [n_saes, n, d_model], with the weight: [n_saes] each."""
-    sae = trainer.sae
+def measure(
+    sae: SAE, x: Tensor, directions: Tensor, sparsity_weight: Tensor, with_refit: bool
+) -> dict[str, np.ndarray]:
+    """L0 and FVU on x [n_saes, n, d_model], the weight, and the cosine of the feature that is found
+    worst, before and after a refit on x: [n_saes] each."""
     acts = sae.encode(x)
     values = {
         "l0": evaluate.l0(acts),
         "fvu": evaluate.fvu(x, sae.decode(acts)),
         "sparsity_weight": sparsity_weight,
+        "worst_cosine": worst_cosine(sae, directions),
     }
+    if with_refit:
+        pairs = zip(sae.unstack(), x, strict=True)
+        fitted = SAE.stack([refit.refit_decoder(one, [own]) for one, own in pairs])
+        values["worst_cosine_refit"] = worst_cosine(fitted, directions)
     return {name: value.cpu().numpy().astype(np.float64) for name, value in values.items()}
+
+
+def worst_cosine(sae: SAE, directions: Tensor) -> Tensor:
+    """The lowest of the features' best cosines: all are clean at a threshold below it. [n_saes]"""
+    cosines = evaluate.decoder_cosines(sae.W_dec.detach(), directions)
+    return evaluate.best_cosine(cosines).amin(-1)
+
+
+def steps_to(steps: np.ndarray, worst: np.ndarray) -> dict[str, int | None]:
+    """By threshold, the first recorded step from which on every feature stays clean; None: never.
+
+    steps, worst: [n_records].
+    """
+    first = {}
+    for threshold in THRESHOLDS:
+        late = np.flatnonzero(worst <= threshold)
+        since = late[-1] + 1 if len(late) else 0
+        first[str(threshold)] = int(steps[since]) if since < len(steps) else None
+    return first
 
 
 def check_finite(
@@ -285,7 +328,7 @@ def score(config: Config, tree: FeatureTree, sae: SAE, name: str, seed: int) -> 
         "clean_features": int(evaluate.clean_features(best, config.threshold)),
         "n_features": tree.n_features,
         "best_cosine": [round(float(c), 6) for c in best],
-        "clean_at": {str(t): int(evaluate.clean_features(best, t)) for t in (0.9, 0.95, 0.99)},
+        "clean_at": {str(t): int(evaluate.clean_features(best, t)) for t in THRESHOLDS},
         "lost": {kind: lost.count(kind) for kind in KINDS},
         "dead_share": float(evaluate.dead_share(acts)),
         "absorption": [None if a.isnan() else round(float(a), 6) for a in absorbed],
@@ -388,7 +431,7 @@ def write(
         for entry, state in zip(result.runs, result.saes, strict=True):
             sae = SAE.from_tensors(state)
             script.write_atomically(
-                out / f"{entry['sae'].replace(', ', '_')}_seed{entry['seed']}.safetensors", sae.save
+                out / f"{file_name(entry['sae'])}_seed{entry['seed']}.safetensors", sae.save
             )
 
     draw(config, tree, finished, plots)
@@ -400,6 +443,11 @@ def write(
     }
     script.write_json(out / "results.json", results)
     return results
+
+
+def file_name(sae: str) -> str:
+    """What an SAE's file is called: "matryoshka, refit both" -> "matryoshka_refit_both"."""
+    return sae.replace(",", "").replace(" ", "_")
 
 
 def draw(config: Config, tree: FeatureTree, finished: Sequence[StackResult], plots: Any) -> None:
@@ -465,7 +513,7 @@ def summary(results: dict[str, Any]) -> str:
             f"{c}/{n}" + (f" in {(clean == c).sum()}" if len(runs) > 1 else "")
             for c in sorted(set(clean.tolist()), reverse=True)
         ]
-        at = [np.mean([run["clean_at"][t] for run in runs]) for t in ("0.9", "0.95", "0.99")]
+        at = [np.mean([run["clean_at"][str(t)] for run in runs]) for t in THRESHOLDS]
         rows.append([name, spread("fvu", 4), spread("l0", 3), ", ".join(counts)])
         lost = [np.mean([run["lost"][kind] for run in runs]) for kind in KINDS]
         absorbed = [a for run in runs for a in run["absorption"] if a is not None]

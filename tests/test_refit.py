@@ -8,7 +8,7 @@ from tiny_factory import write_dataset, write_model
 import cache_activations
 import evaluate
 import refit
-from refit import refit_decoder
+from refit import refit_both, refit_decoder, strengths_of
 from sae import SAE, seeded_generator
 
 
@@ -62,6 +62,80 @@ def test_nothing_to_fit_is_refused():
         refit_decoder(make_sae(), [])
 
 
+def test_strengths_are_least_squares_over_what_fires():
+    directions, x = rand(9, 6), rand(50, 6, seed=1)
+    fires = rand(50, 9, seed=2) > 0.8
+    fires[0] = False
+    ours = strengths_of(x, fires, directions, ridge=0.0)
+    assert (ours[~fires] == 0).all()
+    for t, one, on in zip(ours, x.double().numpy(), fires.numpy(), strict=True):
+        expected = np.linalg.lstsq(directions[on].T.double().numpy(), one, rcond=None)[0]
+        np.testing.assert_allclose(t[on], expected.clip(min=0), atol=1e-4)
+
+
+def test_strengths_of_latents_that_nothing_tells_apart_are_shared():
+    """Two equal directions: the ridge makes the problem solvable, and asks for equal strengths."""
+    t = strengths_of(torch.tensor([[2.0, 0.0]]), torch.tensor([[True, True]]), torch.eye(2)[[0, 0]])
+    torch.testing.assert_close(t, torch.ones(1, 2))
+
+
+def hedged_case():
+    """A parent and two exclusive children, an SAE that hedges them by hand, and samples.
+
+    The parent's latent fires at 1.3 where a child is active, and its direction holds a part of
+    both. The full reconstruction is that of x all the same.
+    """
+    p, c1, c2 = torch.eye(6)[:3]
+    W_enc = torch.stack([p + 0.3 * (c1 + c2), c1, c2], dim=1)  # active children have strength 1
+    hedged = p + 0.2 * (c1 + c2)
+    W_dec = torch.stack([hedged, c1 - 0.3 * hedged, c2 - 0.3 * hedged])
+    sae = SAE.from_tensors(
+        {
+            "W_enc": 1.1 * W_enc,
+            "b_enc": torch.full((3,), -0.1),
+            "W_dec": W_dec,
+            "b_dec": torch.zeros(6),
+            "mean_norm": torch.tensor(6**0.5),
+        }
+    )
+    generator = seeded_generator(5)
+    parent = torch.rand(4000, generator=generator) < 0.4
+    which = torch.rand(4000, generator=generator)
+    features = torch.stack([parent, parent & (which < 0.3), parent & (which > 0.7)], dim=1).float()
+    return sae, features, features @ torch.stack([p, c1, c2])
+
+
+def test_refitting_both_undoes_hedging_where_the_decoder_alone_cannot():
+    sae, features, x = hedged_case()
+    found = {}
+    for name, one in (
+        ("decoder", refit_decoder(sae, [x])),
+        ("both", refit_both(sae, lambda: x.split(1000))),
+    ):
+        cosines = evaluate.decoder_cosines(one.W_dec, torch.eye(6)[:3])
+        found[name] = evaluate.best_cosine(cosines).min().item()
+        assert evaluate.fvu(x, one(x)).item() < 1e-4, name
+    assert found["decoder"] < 0.99
+    assert found["both"] > 0.9999
+    assert torch.equal(refit_both(sae, lambda: [x]).encode(x) > 0, features > 0)
+
+
+def test_refitting_both_keeps_strengths_that_are_real():
+    """Features of varying strength: what fires is not flattened to 0 or 1."""
+    sae, features, _ = hedged_case()
+    features = features * (0.5 + torch.rand(features.shape, generator=seeded_generator(6)))
+    x = features @ torch.eye(6)[:3]
+    both = refit_both(sae, lambda: [x])
+    assert evaluate.fvu(x, both(x)).item() < evaluate.fvu(x, refit_decoder(sae, [x])(x)).item()
+    kept = both.encode(x)[:, 0] * both.W_dec[0].norm()
+    assert np.corrcoef(kept.detach(), features[:, 0])[0, 1] > 0.99
+
+
+def test_nothing_to_refit_both_on_is_refused():
+    with pytest.raises(ValueError, match="no activations"):
+        refit_both(make_sae(), lambda: [])
+
+
 def test_the_command(tmp_path, capsys):
     write_model(tmp_path / "model.pt")
     write_dataset(tmp_path / "data", 60)
@@ -87,6 +161,13 @@ def test_the_command(tmp_path, capsys):
     for one in (sae, refitted):
         assert f"{evaluate.fvu(x, one(x)).item():.4f}" in printed
     assert evaluate.fvu(x, refitted(x)) < evaluate.fvu(x, sae(x))
+
+    refit.main([*map(str, flags), "--device", "cpu", "--encoder", "--out", str(tmp_path / "both")])
+    capsys.readouterr()
+    both = SAE.load(tmp_path / "both")
+    batches = lambda: [batch.acts for batch in cache.sequential(4096)]  # noqa: E731
+    torch.testing.assert_close(both.W_enc, refit_both(sae, batches).W_enc)
+    assert not torch.equal(both.W_enc, sae.W_enc)
 
     for bad, named in (("nowhere", "nowhere"), (tmp_path / "model.pt", "not a safetensors file")):
         with pytest.raises(SystemExit) as stopped:

@@ -92,6 +92,26 @@ def test_the_same_seed_gives_the_same_figures(tmp_path):
     assert figures(first) == figures(second)
 
 
+def test_steps_to_is_the_first_record_after_which_all_stay_clean():
+    worst = np.array([0.2, 0.91, 0.89, 0.96, 0.97])
+    steps = np.array([10, 20, 30, 40, 45])
+    assert train_toy.steps_to(steps, worst) == {"0.9": 40, "0.95": 40, "0.99": None}
+    assert train_toy.steps_to(steps, worst + 0.8)["0.99"] == 10
+
+
+def test_refit_adds_two_of_each_sae(tmp_path):
+    results = train_toy.run(Config(out=str(tmp_path), seeds=1, refit=True, **SHORT))
+    names = [f"{sae}{how}" for how in ("", ", refit", ", refit both") for sae in train_toy.SAES]
+    assert [run["sae"] for run in results["runs"]] == names
+    for run in results["runs"]:
+        assert (tmp_path / f"{train_toy.file_name(run['sae'])}_seed0.safetensors").exists()
+        tracked = not run["sae"].endswith("both")
+        assert (run.get("steps_to") == {"0.9": None, "0.95": None, "0.99": None}) == tracked
+    fvu = {run["sae"]: run["fvu"] for run in results["runs"]}
+    for sae in train_toy.SAES:
+        assert fvu[f"{sae}, refit"] < fvu[sae]
+
+
 def test_training_is_on_other_samples_than_scoring():
     config = train_toy.check(Config(), train_toy.load_tree("tree.json"))
     tree = train_toy.load_tree("tree.json")
