@@ -36,6 +36,7 @@ from toy_model import FeatureTree
 # In the order of panels and legends.
 COLOURS = {"truth": "#333333", "vanilla": "#D55E00", "matryoshka": "#0072B2"}
 NAMES = {"truth": "ground truth", "vanilla": "vanilla", "matryoshka": "Matryoshka"}
+KIND_COLOURS = {"parent": "#0072B2", "child": "#CC79A7", "rare": "#8A8A8A"}  # of features
 MISSED = "#F0B429"  # a feature is active and its latent silent
 ABSENT = "#D9D9D9"  # there is no such latent
 FAINT = "#8A8A8A"  # lines and marks beside the data
@@ -139,6 +140,17 @@ def toy_seeds(
     threshold: the cosine above which `clean_features` counts a feature.
     """
     _write(path, _toy_seeds_figure(runs, tree, threshold))
+
+
+def refit_cosines(
+    path: str | Path, best_by_stage: Mapping[str, Any], tree: FeatureTree, lowest: float = 0.9
+) -> None:
+    """Best cosines of the features by kind, a row a stage of refitting.
+
+    best_by_stage: a stage's [n_seeds, n_features], such as "before". Where the axis begins, at
+        `lowest`, stand all that are lower.
+    """
+    _write(path, _refit_cosines_figure(best_by_stage, tree, lowest))
 
 
 def fvu_by_prefix(path: str | Path, curves: Mapping[str, Mapping[str, Any]]) -> None:
@@ -327,6 +339,46 @@ def _toy_seeds_figure(
 
     _clean_counts(counts, runs, saes, tree.n_features, threshold)
     _legend(figure, [_patch(sae, sum(run["sae"] == sae for run in runs)) for sae in saes], 0.06)
+    return figure
+
+
+@_style
+def _refit_cosines_figure(
+    best_by_stage: Mapping[str, Any], tree: FeatureTree, lowest: float
+) -> Figure:
+    figure = _figure(1.0 + 0.8 * len(best_by_stage))
+    axes = figure.subplots(
+        len(best_by_stage),
+        1,
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        gridspec_kw={"left": 0.15, "right": 0.97, "top": 0.87, "bottom": 0.17, "hspace": 0.22},
+    )[:, 0]
+    edges = np.linspace(lowest, 1, 41)
+    kinds = {kind: np.array(tree.kind) == kind for kind in dict.fromkeys(tree.kind)}
+    for ax, (stage, values) in zip(axes, best_by_stage.items(), strict=True):
+        best = _array(values).clip(lowest, 1)
+        for kind, which in kinds.items():
+            shares = 100 * np.histogram(best[:, which], edges)[0] / max(best[:, which].size, 1)
+            ax.stairs(shares, edges, color=KIND_COLOURS[kind], fill=True, alpha=0.45)
+            ax.stairs(shares, edges, color=KIND_COLOURS[kind], linewidth=1.1)
+        for threshold in (0.95, 0.99):
+            ax.axvline(threshold, color=FAINT, linewidth=0.8, linestyle=":", zorder=0)
+        ax.set_ylabel(stage, rotation=0, ha="right", va="center")
+        ax.set_yticks([0, 50, 100], ["0%", "", "100%"])
+    axes[-1].set_xlim(lowest, 1.001)
+    axes[-1].set_ylim(0, 105)
+    axes[-1].set_xlabel(
+        "best cosine of a feature (dotted: 0.95 and 0.99); height: share of its kind"
+    )
+    patches = [
+        Patch(
+            color=KIND_COLOURS[kind], alpha=0.6, label=_count(int(which.sum()), f"{kind} feature")
+        )
+        for kind, which in kinds.items()
+    ]
+    _legend(figure, patches, 0.14)
     return figure
 
 

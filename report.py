@@ -1,7 +1,7 @@
 """The tables of README.md, from results/ and nothing else.
 
     python report.py            prints every table
-    python report.py --write    puts each between its markers in README.md; draws the stand-in
+    python report.py --write    puts each between its markers in README.md; draws figures
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`. A test compares the README with
 what this prints, so that no number in a table is typed by hand.
@@ -73,19 +73,29 @@ def toy() -> str:
     return script.table(["100 seeds", "FVU", "median", "L0", "clean features"], rows)
 
 
+RECIPES = {
+    "sampled prefixes (the paper)": "toy",
+    "with restarts": "toy_restarts",
+    "with restarts, seeds not looked at before": "toy_restarts_unseen",
+    "expected prefixes": "toy_expected",
+}
+THRESHOLDS = ("0.9", "0.95", "0.99")
+
+
 def recipes() -> str:
-    """Success over seeds by recipe: what is trained differently, and what it does."""
+    """Success over seeds by recipe: what is trained differently, and what it does how soon."""
+    a_step = {
+        prefixes: read("bench/toy.json")["toy"][f"of matryoshka{prefixes}"]["median"] / 1e3
+        for prefixes in ("", ", expected prefixes")
+    }
     rows = []
-    for name, folder in (
-        ("sampled prefixes (the paper)", "toy"),
-        ("with restarts", "toy_restarts"),
-        ("with restarts, seeds not looked at before", "toy_restarts_unseen"),
-        ("expected prefixes", "toy_expected"),
-    ):
+    for name, folder in RECIPES.items():
         results = read(f"{folder}/results.json")
         runs = runs_of(results, "matryoshka")
         seeds = [run["seed"] for run in runs]
         n = runs[0]["n_features"]
+        steps = median_steps(runs, "0.9")
+        seconds = a_step[", expected prefixes" if name.startswith("expected") else ""]
         rows.append(
             [
                 name,
@@ -94,35 +104,77 @@ def recipes() -> str:
                 f"{np.median([run['fvu'] for run in runs]):.4f}",
                 f"{max(run['fvu'] for run in runs):.4f}",
                 f"{np.median([run['l0'] for run in runs]):.3f}",
+                f"{steps:,.0f}",
+                f"{steps * seconds:.1f}",
+                f"{median_steps(runs_of(results, 'matryoshka, refit'), '0.9'):,.0f}",
             ]
         )
-    return script.table(["", "seeds", "20/20", "median FVU", "worst", "median L0"], rows)
+    headers = ["", "seeds", "20/20", "median FVU", "worst", "median L0", "steps to 20/20", "s"]
+    return script.table([*headers, "steps, refit"], rows)
+
+
+def median_steps(runs: Sequence[dict[str, Any]], threshold: str) -> float:
+    """Steps until all features stay clean: the median over the seeds where they come to."""
+    steps = [run["steps_to"][threshold] for run in runs]
+    return float(np.median([step for step in steps if step is not None]))
 
 
 def refitted() -> str:
-    """Before and after the refit, means over the hundred seeds, and the worst seed that had 20."""
-    results = read("toy/results.json")
-    whole = {run["seed"] for run in runs_of(results, "matryoshka") if run["clean_features"] == 20}
+    """Before and after the refits, by recipe, over all seeds and over those that had 20/20."""
     rows = []
-    for sae in ("matryoshka", "matryoshka, refit", "vanilla", "vanilla, refit"):
-        runs = runs_of(results, sae)
-        successes = [run for run in runs if run["seed"] in whole]
-        absorbed = [a for run in runs for a in run["absorption"] if a is not None]
-        rows.append(
-            [
-                sae,
-                f"{np.mean([run['fvu'] for run in runs]):.4f}",
-                f"{max(run['fvu'] for run in successes):.4f}",
-                *(f"{np.mean([r['clean_at'][t] for r in runs]):.2f}" for t in THRESHOLDS),
-                f"{np.mean([min(run['best_cosine']) for run in successes]):.3f}",
-                f"{np.mean(absorbed):.3f}",
-            ]
-        )
-    headers = ["", "FVU", "worst FVU*", *(f"clean > {t}" for t in THRESHOLDS), "worst cosine*"]
-    return script.table([*headers, "absorption"], rows)
+    for recipe, folder, sae in (
+        ("sampled", "toy", "matryoshka"),
+        ("expected", "toy_expected", "matryoshka"),
+        ("restarts", "toy_restarts", "matryoshka"),
+        ("restarts, unseen seeds", "toy_restarts_unseen", "matryoshka"),
+        ("vanilla", "toy", "vanilla"),
+    ):
+        results = read(f"{folder}/results.json")
+        whole = whole_seeds(results)
+        for how in ("", ", refit", ", refit both"):
+            runs = runs_of(results, sae + how)
+            successes = [run for run in runs if run["seed"] in whole]
+            absorbed = [a for run in runs for a in run["absorption"] if a is not None]
+            counts = [sum(r["clean_at"][t] == 20 for r in successes) for t in THRESHOLDS[1:]]
+            rows.append(
+                [
+                    recipe + how,
+                    f"{np.mean([run['fvu'] for run in runs]):.4f}",
+                    f"{max(run['fvu'] for run in successes):.4f}",
+                    *(f"{np.mean([r['clean_at'][t] for r in runs]):.2f}" for t in THRESHOLDS),
+                    *(f"{count} of {len(successes)}" for count in counts),
+                    f"{min(min(run['best_cosine']) for run in successes):.3f}",
+                    f"{np.mean(absorbed):.3f}",
+                ]
+            )
+    headers = ["", "FVU", "worst FVU*", *(f"clean > {t}" for t in THRESHOLDS)]
+    more = [*(f"all 20 > {t}*" for t in THRESHOLDS[1:]), "worst cosine*", "absorption"]
+    return script.table([*headers, *more], rows)
 
 
-THRESHOLDS = ("0.9", "0.95", "0.99")
+def whole_seeds(results: dict[str, Any]) -> set[int]:
+    """The seeds whose Matryoshka SAE had every feature clean before any refit."""
+    runs = runs_of(results, "matryoshka")
+    return {run["seed"] for run in runs if run["clean_features"] == run["n_features"]}
+
+
+def refit_figure(path: Path) -> None:
+    """The toy's best cosines before and after the refits, in the seeds that had 20/20."""
+    import plots
+    import train_toy
+
+    results = read("toy/results.json")
+    whole = whole_seeds(results)
+    stages = {"as trained": "", "decoder\nrefitted": ", refit", "both\nrefitted": ", refit both"}
+    best = {
+        stage: [
+            run["best_cosine"]
+            for run in runs_of(results, f"matryoshka{how}")
+            if run["seed"] in whole
+        ]
+        for stage, how in stages.items()
+    }
+    plots.refit_cosines(path, best, train_toy.load_tree(results["config"]["tree"]))
 
 
 def defects() -> str:
@@ -143,29 +195,26 @@ def trees() -> str:
     ):
         for every, recipe in ((0, ""), (100, ", restarts")):
             results = read(f"trees/{name}_{every}.json")
-            vanilla, ours, fitted = (
-                runs_of(results, sae) for sae in ("vanilla", "matryoshka", "matryoshka, refit")
+            vanilla, ours, fitted, both = (
+                runs_of(results, sae)
+                for sae in ("vanilla", "matryoshka", "matryoshka, refit", "matryoshka, refit both")
             )
             rows.append(
                 [
                     title + recipe,
                     *(
                         f"{np.mean([r['clean_features'] for r in runs]):.1f}"
-                        for runs in (vanilla, ours)
+                        for runs in (vanilla, ours, fitted, both)
                     ),
                     f"{sum(r['clean_features'] == r['n_features'] for r in ours)} of {len(ours)}",
-                    f"{np.mean([r['fvu'] for r in vanilla]):.4f}",
-                    f"{np.mean([r['fvu'] for r in ours]):.4f}",
-                    f"{np.mean([r['fvu'] for r in fitted]):.4f}",
                     *(
-                        f"{np.mean([r['clean_at']['0.95'] for r in runs]):.1f}"
-                        for runs in (ours, fitted)
+                        f"{np.mean([r['fvu'] for r in runs]):.4f}"
+                        for runs in (vanilla, ours, fitted, both)
                     ),
                 ]
             )
-    headers = ["", "clean, vanilla", "clean, Matryoshka", "all 20", "FVU, vanilla"]
-    more = ["FVU, Matryoshka", "refit", "clean > 0.95", "refit"]
-    return script.table([*headers, *more], rows)
+    headers = ["", "clean, vanilla", "Matryoshka", "refit", "both", "all 20"]
+    return script.table([*headers, "FVU, vanilla", "Matryoshka", "refit", "both"], rows)
 
 
 STANDIN = (
@@ -173,6 +222,9 @@ STANDIN = (
     ("vanilla", "seed{}", "vanilla"),
     ("matryoshka, refit", "seed{}_refit", "matryoshka"),
     ("vanilla, refit", "seed{}_refit", "vanilla"),
+    ("expected prefixes", "expected_seed{}", "matryoshka"),
+    ("expected prefixes, refit", "expected_seed{}_refit", "matryoshka"),
+    ("matryoshka, refit both", "seed{}_refit_both", "matryoshka"),
 )
 STANDIN_SEEDS = 3
 
@@ -286,6 +338,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         readme = ROOT / "README.md"
         if config.write:
             draw_standin()
+            refit_figure(RESULTS / "toy" / "refit_cosines.png")
             text = with_tables(readme.read_text())
             script.write_atomically(readme, lambda part: part.write_text(text))
         for name, make in TABLES.items():

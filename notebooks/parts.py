@@ -314,13 +314,14 @@ def recipes(path: Path) -> None:
 
 @_style
 def clean_by_threshold(path: Path, results: Results) -> None:
-    """Clean features by the cosine that counts as clean, before and after the refit."""
+    """Clean features by the cosine that counts as clean, before and after the refits."""
     drawing = _figure(3.0)
     ax = drawing.subplots(gridspec_kw={"left": 0.068, "right": 0.975, "top": 0.87, "bottom": 0.15})
     thresholds = np.linspace(0.6, 1.0, 401)
     key = []
     for name in ("vanilla", "matryoshka"):
-        for suffix, line in (("", (0, ())), (", refit", (0, (3, 1.5)))):
+        styles = {"": (0, ()), ", refit": (0, (3, 1.5)), ", refit both": (0, (1, 1))}
+        for suffix, line in styles.items():
             runs = report.runs_of(results, name + suffix)
             best = np.array([run["best_cosine"] for run in runs])  # [n_seeds, n_features]
             clean = (best[:, :, None] > thresholds).sum(axis=1).mean(axis=0)

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -43,9 +44,23 @@ def test_numbers_in_prose_are_what_results_say():
     one, ten = (whole[f"train_toy.py, {n}"]["median"] / 1e3 for n in ("1 seed", "10 seeds"))
     assert f"{one:.1f} s for one seed of both SAEs and {ten:.0f} s for ten" in prose
 
-    folders = ("toy_restarts", "toy", "toy_restarts_unseen")
-    took = [f"{report.read(f'{folder}/results.json')['seconds']:,.0f}" for folder in folders]
-    assert f"took {took[0]}, {took[1]} and {took[2]} seconds" in prose
+    took = report.read("toy/results.json")["seconds"]
+    assert f"a hundred with both refits took {took:.0f} s" in prose
+
+    times = {n: t["median"] for n, t in report.read("bench/growth.json")["growth"].items()}
+    (small, large), (few, many) = (
+        [times[f"{n} latents{what}"] for n in (3072, 49152)] for what in ("", ", five products")
+    )
+    grown = f"grows by {large - small:.0f} ms, the five products by {many - few:,.0f} ms"
+    assert f"{grown}; as a ratio, {large / small:.1f} times against {many / few:.1f} times" in prose
+
+    steps = report.read("bench/step.json")["step"]
+    for name in ("vanilla", "matryoshka, 10 prefixes"):
+        assert abs(steps[name]["l0"] - 30) < 1.5
+    encode, whole = (
+        steps[name]["median"] for name in ("of these: encode", "matryoshka, 10 prefixes")
+    )
+    assert 0.45 < encode / whole < 0.7  # "half of the step and more"
 
     counts = [report.read("toy_ablation/ablation.json")["variants"][v] for v in ("none", "all")]
     none, everything = (c["matryoshka"]["clean_features"]["20"] for c in counts)
@@ -57,6 +72,15 @@ def test_numbers_in_prose_are_what_results_say():
         assert all(abs(run["final_l0"] / 20 - 1) < 0.0025 for run in training["runs"])
         assert round(training["passes"]) == 18
     below = [100 * (1 - run["l0"] / 20) for run in report.standin_runs("seed{}", "matryoshka")]
+    ours, expected, refit, expected_refit = (
+        np.array([run["fvu"] for run in report.standin_runs(folder, "matryoshka")])
+        for folder in ("seed{}", "expected_seed{}", "seed{}_refit", "expected_seed{}_refit")
+    )
+    assert abs(ours.mean() - expected.mean()) < ours.std(ddof=1)  # "within the spread"
+    assert (expected_refit < refit).all()  # "in every seed, by about a hundredth"
+    assert 0.005 < 1 - expected_refit.mean() / refit.mean() < 0.015
+    both = report.standin_runs("seed{}_refit_both", "matryoshka")
+    assert 0.38 < np.mean([run["dead_share"] for run in both]) < 0.42  # "two fifths"
     assert f"by {min(below):.1f} to {max(below):.1f}%, after 18 passes" in prose
 
 
