@@ -16,6 +16,7 @@ Writes a JSON file with every median, its quartiles, and where it was measured.
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -23,6 +24,7 @@ import resource
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -39,7 +41,7 @@ import tiny_model
 import train_toy
 from gradients import Workspace, write_gradient
 from sae import SAE, Trainer, TrainerConfig, seeded_generator
-from script import setting
+from script import UserError, setting
 
 Times = dict[str, dict[str, float]]
 
@@ -52,6 +54,9 @@ class Config:
         "all", "what to measure", choices=["all", "toy", "toy-whole", "step", "growth", "data"]
     )
     repeats: int = setting(7, "how often each variant is timed; the median counts")
+    original: str = setting(
+        "", "a clone of github.com/noanabeshima/matryoshka-saes, to time its step at full size, too"
+    )
     out: str = setting("runs/bench", "folder for the JSON file")
     device: str = setting(
         "auto", "torch device of the full-size step; auto: the GPU if there is one"
@@ -181,11 +186,14 @@ class Synthetic:
     def placed_sae(self, x: Tensor) -> SAE:
         """An SAE on the true directions whose latents fire on x as often as those are active."""
         sae = SAE(D_MODEL, len(self.dictionary))
-        kept = (self.frequency * BATCH).round().clamp(1, BATCH // 2).long()
+        # rounded up or down at random: most of a large dictionary fires less than once a batch
+        chance = torch.rand(len(self.dictionary), generator=self.generator)
+        kept = (self.frequency * BATCH + chance).long()
         ranked = (x @ self.dictionary.T).sort(dim=0, descending=True).values
         sae.b_enc.copy_(-ranked.gather(0, kept[None])[0])
         sae.W_enc.copy_(self.dictionary.T)
         sae.W_dec.copy_(self.dictionary)
+        sae.mean_norm.fill_(math.sqrt(D_MODEL))
         return sae
 
 
@@ -275,7 +283,36 @@ class Case(NamedTuple):
         return {f"of these: {name}": torch.inference_mode()(part) for name, part in parts.items()}
 
 
-def bench_step(repeats: int, device: torch.device) -> Times:
+def load_original(folder: str) -> Any:
+    """The module sae.py of a clone of the original code. Raises `UserError` where it is none."""
+    path = Path(folder) / "sae.py"
+    spec = importlib.util.spec_from_file_location("original_sae", path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise UserError(f"--original {folder}: there is no sae.py; a clone of the original has one")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "MatryoshkaSAE"):
+        raise UserError(
+            f"--original {folder}: its sae.py has no MatryoshkaSAE; is it this project?"
+        )
+    return module
+
+
+def original_step(original: Any, case: Case, n_prefixes: int) -> Callable[[], object]:
+    """A call that takes one step of the original code, from the weights of `case`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*GradScaler")  # it asks for CUDA's everywhere
+        theirs = original.MatryoshkaSAE(
+            D_MODEL, case.sae.n_latents, n_prefixes, L0, UNMOVED.n_steps, lr=UNMOVED.lr
+        ).to(case.x.device)
+    with torch.no_grad():
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+            getattr(theirs, name).copy_(getattr(case.sae, name)[0])
+        theirs.normalizer.running_avg.fill_(float(case.x.norm(dim=1).mean()))
+    return lambda: theirs.step(case.x)
+
+
+def bench_step(repeats: int, device: torch.device, original: Any = None) -> Times:
     """A step at full size: trained and fresh, by prefixes, and its parts; with the SAEs' L0."""
     vanilla, matryoshka = Case.trained(device, 1), Case.trained(device, 10)
     fresh = Case.fresh(device)
@@ -289,7 +326,15 @@ def bench_step(repeats: int, device: torch.device) -> Times:
         "vanilla, fresh": fresh.step(1),
         "matryoshka, 10 prefixes, fresh": fresh.step(10),
     }
-    times = alternate(variants | matryoshka.parts(10), repeats, device)
+    variants |= matryoshka.parts(10)
+    if original is not None:
+        for name, case, n_prefixes in (
+            ("vanilla", vanilla, 1),
+            ("matryoshka, 10 prefixes", matryoshka, 10),
+            ("matryoshka, 10 prefixes, fresh", fresh, 10),
+        ):
+            variants[f"the original: {name}"] = original_step(original, case, n_prefixes)
+    times = alternate(variants, repeats, device)
     times["vanilla"]["l0"] = vanilla.l0()
     times["matryoshka, 10 prefixes"]["l0"] = matryoshka.l0()
     return times
@@ -305,7 +350,7 @@ def bench_growth(repeats: int, device: torch.device) -> Times:
             f"{n_latents} latents": case.step(10),
             f"{n_latents} latents, five products": case.five_products(),
         }
-        times |= alternate(variants, max(2, repeats // 3), device)
+        times |= alternate(variants, max(2, repeats - 2), device)
     variants = {f"L0 {l0}": Case.placed(device, l0=l0).step(10) for l0 in (10, 30, 100, 300)}
     return times | alternate(variants, repeats, device)
 
@@ -372,12 +417,13 @@ def run(config: Config) -> dict[str, Any]:
     """Measures what `config.part` says, and writes it to a JSON file in `config.out`."""
     script.require_positive(config, "repeats")
     device = script.pick_device(config.device)
+    original = load_original(config.original) if config.original else None
     out = Path(config.out)
     script.make_folder(out)
     parts: dict[str, Callable[[], Times]] = {
         "toy": lambda: bench_toy(config.repeats),
         "toy-whole": bench_toy_whole,
-        "step": lambda: bench_step(config.repeats, device),
+        "step": lambda: bench_step(config.repeats, device, original),
         "growth": lambda: bench_growth(config.repeats, device),
         "data": lambda: bench_data(config.repeats, device),
     }
