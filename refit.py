@@ -16,6 +16,7 @@ What no decoder can mend is an encoder that makes a parent fire stronger where a
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from cache_activations import ActivationCache
 from sae import SAE
 from script import UserError, setting
 
+SAMPLES_AT_ONCE = 1024  # whose firing directions are held: [n, most that fire, d_model]
 RIDGE = 1e-6  # of the mean square activation: keeps the rows of latents that never fire
 
 
@@ -42,7 +44,9 @@ class Config:
     n_tokens: int = setting(0, "how many of the cache's activations; 0: all")
     batch_size: int = setting(4096, "activations at a time")
     encoder: bool = setting(False, "refit the encoder as well; it moves which latents fire")
-    ridge: float = setting(RIDGE, "pull towards the old decoder, as a share of the mean square")
+    ridge: float = setting(
+        RIDGE, "pull towards the old decoder, of the encoder towards 0; a share of the mean square"
+    )
     out: str = setting("", "file for the result; default: NAME_refit.safetensors beside the SAE")
     device: str = setting("auto", "torch device; auto: the GPU where there is one")
 
@@ -69,14 +73,23 @@ class LeastSquares:
         self.count += len(u)
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """W [n, n_targets], b [n_targets] in float32. Raises ValueError where there was nothing."""
+        """W [n, n_targets], b [n_targets] in float32.
+
+        Raises ValueError where nothing was added, or where that does not settle W and b.
+        """
         if self.count == 0:
             raise ValueError("there are no activations to fit")
         gram, cross = self.gram.clone(), self.cross.clone()
-        pull = ridge * gram.diagonal()[:-1].sum() / len(self.prior)
+        mean_square = gram.diagonal()[:-1].sum() / len(self.prior)
+        pull = ridge * torch.where(mean_square > 0, mean_square, 1.0)  # u may be 0 throughout
         gram.diagonal()[:-1] += pull
         cross[:-1] += pull * self.prior
-        solution = torch.linalg.solve(gram, cross).float()
+        try:
+            solution = torch.linalg.solve(gram, cross).float()
+        except torch.linalg.LinAlgError:
+            raise ValueError("least squares has no one solution: it needs a ridge over 0") from None
+        if not solution.isfinite().all():
+            raise ValueError("the fit is not finite: the SAE or the activations are not")
         return solution[:-1], solution[-1]
 
 
@@ -106,27 +119,33 @@ def refit_both(sae: SAE, read: Callable[[], Iterable[Tensor]], ridge: float = RI
 
     1. directions: least squares of x on whether each latent fires, 0 or 1;
     2. on each sample, the strengths of the latents that fire there which fit x best, not negative;
+       they are about 1;
     3. the encoder: least squares of those strengths on x. Where a latent is silent, it is asked for
-       its old pre-activation, but within -1 and 0: one mean strength below 0 is silent enough, and
-       latents that inhibit each other for no good reason stop doing so;
+       its old pre-activation in units of its mean activation, but within -1 and 0: one below 0 is
+       silent enough, and latents that inhibit each other for no good reason stop doing so;
     4. the decoder of the new activations (`refit_decoder`).
 
     The new encoder is affine and a ReLU, as the old one, so the third step holds as far as what
     fires is a half-space of x: nearly exactly in the toy, not in a language model (README.md). FVU
     need not fall.
-    `read()` gives the same tensors [n, d_model] each time. Raises ValueError where there are none.
+    `read()` gives the same tensors [n, d_model] each time. Raises ValueError as `LeastSquares`.
     """
     problem = LeastSquares(torch.zeros_like(sae.W_dec))
+    total, n_fired = torch.zeros(2, sae.n_latents, dtype=torch.float64, device=sae.W_enc.device)
     for x in read():
-        problem.add((sae.encode(x) > 0).float(), x * sae.scale)
+        acts = sae.encode(x)
+        total += acts.sum(dim=0)
+        n_fired += (acts > 0).sum(dim=0)
+        problem.add((acts > 0).float(), x * sae.scale)
     directions, b_dec = problem.solve(ridge)
+    unit = (total / n_fired.clamp_min(1)).clamp_min(1e-12).float()  # mean activation where it fires
 
     problem = LeastSquares(torch.zeros_like(sae.W_enc))
     for x in read():
-        scaled = x * sae.scale
-        preacts = scaled @ sae.W_enc + sae.b_enc
-        strengths = strengths_of(scaled - b_dec, preacts > 0, directions)
-        problem.add(scaled, torch.where(preacts > 0, strengths, preacts.clamp(-1, 0)))
+        for scaled in (x * sae.scale).split(SAMPLES_AT_ONCE):
+            preacts = (scaled @ sae.W_enc + sae.b_enc) / unit
+            strengths = strengths_of(scaled - b_dec, preacts > 0, directions)
+            problem.add(scaled, torch.where(preacts > 0, strengths, preacts.clamp(-1, 0)))
     W_enc, b_enc = problem.solve(ridge)
     return refit_decoder(_replace(sae, W_enc=W_enc, b_enc=b_enc), read(), ridge)
 
@@ -140,7 +159,8 @@ def strengths_of(x: Tensor, fires: Tensor, directions: Tensor, ridge: float = 1e
     most = max(1, int(fires.sum(dim=1).max()))
     fired, latents = fires.float().topk(most, dim=1)  # [n, most]: 1 or 0, and which
     rows = directions[latents] * fired[..., None]  # [n, most, d]
-    pull = ridge * rows.square().sum(dim=(1, 2)) / fired.sum(dim=1).clamp_min(1)
+    squares = directions.square().sum(dim=1)[latents] * fired
+    pull = ridge * squares.sum(dim=1) / fired.sum(dim=1).clamp_min(1)
     gram = rows @ rows.mT
     gram.diagonal(dim1=1, dim2=2).add_(pull[:, None] + (1 - fired))
     wanted = (rows @ x[..., None])[..., 0] + pull[:, None] * fired
@@ -157,10 +177,16 @@ def run(config: Config) -> dict[str, Any]:
         sae = SAE.load(config.sae, device)
     except (OSError, ValueError) as error:
         raise UserError(f"--sae {config.sae}: {error}") from None
+    if sae.W_enc.dim() != 2:
+        raise UserError(f"--sae {config.sae} is a stack of SAEs; save one of `unstack()`")
+    if not math.isfinite(config.ridge):
+        raise UserError(f"--ridge {config.ridge} is not finite")
     cache = ActivationCache(config.cache, config.n_tokens or None)
     cache.require(d_model=sae.d_model)
     source = Path(config.sae)
     out = Path(config.out) if config.out else source.with_name(f"{source.stem}_refit.safetensors")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: the refitted SAE is a file")
     script.make_folder(out.parent)
 
     started = time.perf_counter()
@@ -172,10 +198,13 @@ def run(config: Config) -> dict[str, Any]:
         ):
             yield batch.acts
 
-    if config.encoder:
-        refitted = refit_both(sae, lambda: batches("fit"), config.ridge)
-    else:
-        refitted = refit_decoder(sae, batches("fit"), config.ridge)
+    try:
+        if config.encoder:
+            refitted = refit_both(sae, lambda: batches("fit"), config.ridge)
+        else:
+            refitted = refit_decoder(sae, batches("fit"), config.ridge)
+    except ValueError as error:
+        raise UserError(f"--sae {config.sae} on --cache {config.cache}: {error}") from None
     before, after = (float(streamed_fvu(one, batches("score"))) for one in (sae, refitted))
     script.write_atomically(out, refitted.to("cpu").save)
     return {

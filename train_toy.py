@@ -263,7 +263,7 @@ def measure(
         "sparsity_weight": sparsity_weight,
         "worst_cosine": worst_cosine(sae, directions),
     }
-    if with_refit:
+    if with_refit and values["fvu"].isfinite().all():  # else `check_finite` ends the run
         pairs = zip(sae.unstack(), x, strict=True)
         fitted = SAE.stack([refit.refit_decoder(one, [own]) for one, own in pairs])
         values["worst_cosine_refit"] = worst_cosine(fitted, directions)
