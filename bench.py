@@ -55,7 +55,7 @@ class Config:
     )
     repeats: int = setting(7, "how often each variant is timed; the median counts")
     original: str = setting(
-        "", "a clone of github.com/noanabeshima/matryoshka-saes, to time its step at full size, too"
+        "", "a clone of github.com/noanabeshima/matryoshka-saes: --part step times its step, too"
     )
     out: str = setting("runs/bench", "folder for the JSON file")
     device: str = setting(
@@ -270,8 +270,11 @@ class Case(NamedTuple):
         x, params, grads = self.x[None], trainer._params_by_name, trainer._grads_by_name
         reach, sizes = trainer._reach()
         workspace, flat = Workspace(), trainer._grads
+        acts = x.new_empty(self.sae.n_latents, BATCH)
         parts: dict[str, Callable[[], object]] = {
-            "encode": lambda: torch.addmm(params.b_enc[0].T, params.W_enc[0], x[0].T).relu_(),
+            "encode": lambda: torch.addmm(
+                params.b_enc[0].T, params.W_enc[0], x[0].T, out=acts
+            ).relu_(),
             "encode, decode and backward": lambda: write_gradient(
                 grads, params, x, reach, reach, "l1", sizes, workspace=workspace
             ),
@@ -286,25 +289,33 @@ class Case(NamedTuple):
 def load_original(folder: str) -> Any:
     """The module sae.py of a clone of the original code. Raises `UserError` where it is none."""
     path = Path(folder) / "sae.py"
-    spec = importlib.util.spec_from_file_location("original_sae", path)
-    if spec is None or spec.loader is None or not path.exists():
+    if not path.is_file():
         raise UserError(f"--original {folder}: there is no sae.py; a clone of the original has one")
+    spec = importlib.util.spec_from_file_location("original_sae", path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "MatryoshkaSAE"):
-        raise UserError(
-            f"--original {folder}: its sae.py has no MatryoshkaSAE; is it this project?"
-        )
+    try:
+        spec.loader.exec_module(module)
+        original_sae(module, 4, 2)
+    except Exception as error:  # somebody else's code: whatever it raises
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(f"--original {folder}: not the original's sae.py ({why})") from None
     return module
+
+
+def original_sae(original: Any, n_latents: int, n_prefixes: int) -> Any:
+    """An SAE of the original code that a step does not move."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*GradScaler")  # it asks for CUDA's everywhere
+        return original.MatryoshkaSAE(
+            D_MODEL, n_latents, n_prefixes, L0, UNMOVED.n_steps, lr=UNMOVED.lr
+        )
 
 
 def original_step(original: Any, case: Case, n_prefixes: int) -> Callable[[], object]:
     """A call that takes one step of the original code, from the weights of `case`."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*GradScaler")  # it asks for CUDA's everywhere
-        theirs = original.MatryoshkaSAE(
-            D_MODEL, case.sae.n_latents, n_prefixes, L0, UNMOVED.n_steps, lr=UNMOVED.lr
-        ).to(case.x.device)
+    theirs = original_sae(original, case.sae.n_latents, n_prefixes).to(case.x.device)
     with torch.no_grad():
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
             getattr(theirs, name).copy_(getattr(case.sae, name)[0])
@@ -417,6 +428,8 @@ def run(config: Config) -> dict[str, Any]:
     """Measures what `config.part` says, and writes it to a JSON file in `config.out`."""
     script.require_positive(config, "repeats")
     device = script.pick_device(config.device)
+    if config.original and config.part not in ("all", "step"):
+        raise UserError(f"--original is of --part step, and not of --part {config.part}")
     original = load_original(config.original) if config.original else None
     out = Path(config.out)
     script.make_folder(out)

@@ -121,8 +121,8 @@ def refit_both(sae: SAE, read: Callable[[], Iterable[Tensor]], ridge: float = RI
     2. on each sample, the strengths of the latents that fire there which fit x best, not negative;
        they are about 1;
     3. the encoder: least squares of those strengths on x. Where a latent is silent, it is asked for
-       its old pre-activation in units of its mean activation, but within -1 and 0: one below 0 is
-       silent enough, and latents that inhibit each other for no good reason stop doing so;
+       its old pre-activation in units of its mean activation, but within -1/2 and 0: that is silent
+       enough, and latents that inhibit each other for no good reason stop doing so;
     4. the decoder of the new activations (`refit_decoder`).
 
     The new encoder is affine and a ReLU, as the old one, so the third step holds as far as what
@@ -145,7 +145,7 @@ def refit_both(sae: SAE, read: Callable[[], Iterable[Tensor]], ridge: float = RI
         for scaled in (x * sae.scale).split(SAMPLES_AT_ONCE):
             preacts = (scaled @ sae.W_enc + sae.b_enc) / unit
             strengths = strengths_of(scaled - b_dec, preacts > 0, directions)
-            problem.add(scaled, torch.where(preacts > 0, strengths, preacts.clamp(-1, 0)))
+            problem.add(scaled, torch.where(preacts > 0, strengths, preacts.clamp(-0.5, 0)))
     W_enc, b_enc = problem.solve(ridge)
     return refit_decoder(_replace(sae, W_enc=W_enc, b_enc=b_enc), read(), ridge)
 

@@ -195,26 +195,27 @@ def trees() -> str:
     ):
         for every, recipe in ((0, ""), (100, ", restarts")):
             results = read(f"trees/{name}_{every}.json")
-            vanilla, ours, fitted, both = (
-                runs_of(results, sae)
-                for sae in ("vanilla", "matryoshka", "matryoshka, refit", "matryoshka, refit both")
-            )
-            rows.append(
-                [
-                    title + recipe,
-                    *(
-                        f"{np.mean([r['clean_features'] for r in runs]):.1f}"
-                        for runs in (vanilla, ours, fitted, both)
-                    ),
-                    f"{sum(r['clean_features'] == r['n_features'] for r in ours)} of {len(ours)}",
-                    *(
-                        f"{np.mean([r['fvu'] for r in runs]):.4f}"
-                        for runs in (vanilla, ours, fitted, both)
-                    ),
-                ]
-            )
-    headers = ["", "clean, vanilla", "Matryoshka", "refit", "both", "all 20"]
-    return script.table([*headers, "FVU, vanilla", "Matryoshka", "refit", "both"], rows)
+            all_runs = [
+                runs_of(results, sae + how)
+                for how in ("", ", refit", ", refit both")
+                for sae in ("vanilla", "matryoshka")
+            ]
+            ours = all_runs[1]
+            clean = [f"{np.mean([r['clean_features'] for r in runs]):.1f}" for runs in all_runs]
+            fvu = [f"{np.mean([r['fvu'] for r in runs]):.4f}" for runs in all_runs]
+            n_whole = sum(r["clean_features"] == r["n_features"] for r in ours)
+            whole = f"{n_whole} of {len(ours)}"
+            rows.append([title + recipe, *pairs(clean), whole, *pairs(fvu)])
+    stages = ("as trained", "refit", "refit both")
+    clean_headers = [f"clean, {stage}" for stage in stages]
+    return script.table(
+        ["vanilla / Matryoshka", *clean_headers, "all 20", *(f"FVU, {s}" for s in stages)], rows
+    )
+
+
+def pairs(values: Sequence[str]) -> list[str]:
+    """Two and two: "8.0 / 6.0"."""
+    return [f"{a} / {b}" for a, b in zip(values[::2], values[1::2], strict=True)]
 
 
 STANDIN = (

@@ -345,6 +345,19 @@ def clean_by_threshold(path: Path, results: Results) -> None:
 # ------------------------------------------------------------------------- 3. the language model
 
 
+def standin_commands() -> str:
+    """The command of each file of the stand-in's evidence."""
+    files = []
+    for seed in (f"seed{i}" for i in range(report.STANDIN_SEEDS)):
+        for folder in (seed, f"expected_{seed}"):
+            files.append((f"{folder}_training", "train_tinystories.py"))
+            files += [(f"{folder}{how}", "evaluate.py") for how in ("", "_refit")]
+        files.append((f"{seed}_refit_both", "evaluate.py"))
+    return "\n".join(
+        f"- {made_by(f'tinystories_standin/{name}.json', program)}" for name, program in files
+    )
+
+
 class StandIn:
     """What evaluate.py found of the plain pair on the stand-in, over seeds."""
 

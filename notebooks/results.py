@@ -168,15 +168,7 @@ text(made_by("toy_ablation/ablation.json", "ablate_toy.py"), report.defects, par
 # %%
 STAND_IN = parts.StandIn()
 text(
-    *(
-        made_by(f"tinystories_standin/{name}.json", program)
-        for seed in ("seed0", "seed1", "seed2")
-        for name, program in (
-            (f"{seed}_training", "train_tinystories.py"),
-            (f"expected_{seed}_training", "train_tinystories.py"),
-            (seed, "evaluate.py"),
-        )
-    ),
+    parts.standin_commands(),
     report.standin,
     STAND_IN.judged_on(),
     STAND_IN.better(),
@@ -272,12 +264,13 @@ text(
 )
 
 # %% [markdown]
-# Means over seeds; starred columns over the seeds that had 20/20 before: the largest FVU, how many
-# of them have all features over 0.95 and 0.99, and the lowest best cosine of all. In the paper's
-# toy, what Matryoshka costs can be paid back whole. The refits leave the vanilla SAE's directions
-# where they are: what absorption has done lies in which latents fire. They mend no failed seed, and
-# count fewer clean features in some of them. On the stand-in (section 3) refitting both is no good:
-# there, where a latent fires is not a half-space that least squares finds.
+# Means over seeds; starred columns over the seeds whose Matryoshka SAE had 20/20 as trained: the
+# largest FVU, how many have all features over 0.95 and 0.99, and the lowest best cosine of all. In
+# those, refitting both pays back what Matryoshka costs, but for a FVU of less than 0.001. The
+# refits leave the vanilla SAE's directions where they are: what absorption has done lies in which
+# latents fire. They mend no failed seed, and count fewer clean features in some of them. On the
+# stand-in (section 3) refitting both does harm: there, whether a latent fires is not a half-space
+# that least squares finds.
 
 # %%
 figure(

@@ -112,12 +112,17 @@ def test_the_original_is_stepped_from_the_same_weights(small):
     [
         (["--original", "nowhere"], "nowhere"),
         (["--original", "."], "MatryoshkaSAE"),
+        (["--original", "broken"], "SyntaxError"),
+        (["--original", "broken/sae.py"], "no sae.py"),
+        (["--original", ".", "--part", "toy"], "--part toy"),
         (["--repeats", "0"], "repeats"),
         (["--part", "nonsense"], "nonsense"),
     ],
 )
 def test_bad_input_is_one_line(flags, named, tmp_path, capsys, monkeypatch):
     (tmp_path / "sae.py").write_text("")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "sae.py").write_text("def (")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         bench.main([*flags, "--out", str(tmp_path / "out")])

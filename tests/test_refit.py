@@ -131,6 +131,42 @@ def test_refitting_both_keeps_strengths_that_are_real():
     assert np.corrcoef(kept.detach(), features[:, 0])[0, 1] > 0.99
 
 
+@pytest.mark.parametrize("factor", [0.1, 10.0])
+def test_refitting_both_does_not_depend_on_the_units_of_activations(factor):
+    """An SAE that is the same function, its activations in other units, becomes the same one."""
+    sae, x = make_sae(3), rand(500, 6, seed=3)
+    with torch.no_grad():
+        sae.W_dec *= 3
+    rescaled = SAE.from_tensors(sae.state_dict())
+    with torch.no_grad():
+        rescaled.W_enc *= factor
+        rescaled.b_enc *= factor
+        rescaled.W_dec /= factor
+    torch.testing.assert_close(rescaled(x), sae(x))
+    ours, theirs = (refit_both(one, lambda: [x])(x) for one in (sae, rescaled))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("fit", [refit_decoder, lambda sae, x: refit_both(sae, lambda: x)])
+def test_where_nothing_fires_the_mean_is_left(fit):
+    sae, x = make_sae(4), rand(300, 6, seed=4)
+    with torch.no_grad():
+        sae.b_enc.fill_(-1e3)
+    torch.testing.assert_close(fit(sae, [x])(x[:1]), x.mean(0, keepdim=True), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_not_settled_is_refused():
+    sae, x = make_sae(5), rand(300, 6, seed=5)
+    with torch.no_grad():
+        sae.b_enc[2] = -1e3
+    with pytest.raises(ValueError, match="a ridge over 0"):
+        refit_decoder(sae, [x], ridge=0.0)
+    with torch.no_grad():
+        sae.W_enc[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        refit_decoder(sae, [x])
+
+
 def test_nothing_to_refit_both_on_is_refused():
     with pytest.raises(ValueError, match="no activations"):
         refit_both(make_sae(), lambda: [])
@@ -169,10 +205,23 @@ def test_the_command(tmp_path, capsys):
     torch.testing.assert_close(both.W_enc, refit_both(sae, batches).W_enc)
     assert not torch.equal(both.W_enc, sae.W_enc)
 
-    for bad, named in (("nowhere", "nowhere"), (tmp_path / "model.pt", "not a safetensors file")):
+    SAE.stack([sae, sae]).save(tmp_path / "stack.safetensors")
+    with torch.no_grad():
+        sae.b_enc[0] = -1e3
+    sae.save(tmp_path / "dead.safetensors")
+    ours = flags[1]
+    for bad, more, named in (
+        ("nowhere", [], "nowhere"),
+        (tmp_path / "model.pt", [], "not a safetensors file"),
+        (tmp_path / "stack.safetensors", [], "a stack"),
+        (ours, ["--ridge", "inf"], "not finite"),
+        (ours, ["--out", str(tmp_path)], "is a folder"),
+        (tmp_path / "dead.safetensors", ["--ridge", "0"], "a ridge over 0"),
+    ):
         with pytest.raises(SystemExit) as stopped:
-            refit.main(["--sae", str(bad), "--cache", str(tmp_path / "cache")])
+            refit.main(["--sae", str(bad), "--cache", str(tmp_path / "cache"), *more])
         error = capsys.readouterr().err
         assert stopped.value.code == 2
         assert named in error
-        assert error.count("\n") == 1
+        assert error.splitlines()[-1].startswith("error: ")
+        assert "Traceback" not in error

@@ -112,6 +112,13 @@ def test_refit_adds_two_of_each_sae(tmp_path):
         assert fvu[f"{sae}, refit"] < fvu[sae]
 
 
+def test_refit_of_saes_that_are_dead_does_not_end_the_run(tmp_path):
+    results = train_toy.run(
+        Config(out=str(tmp_path), refit=True, sparsity_weight=1000.0, **{**SHORT, "steps": 400})
+    )
+    assert min(run["l0"] for run in results["runs"]) == 0
+
+
 def test_training_is_on_other_samples_than_scoring():
     config = train_toy.check(Config(), train_toy.load_tree("tree.json"))
     tree = train_toy.load_tree("tree.json")
