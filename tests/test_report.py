@@ -44,8 +44,21 @@ def test_numbers_in_prose_are_what_results_say():
     one, ten = (whole[f"train_toy.py, {n}"]["median"] / 1e3 for n in ("1 seed", "10 seeds"))
     assert f"{one:.1f} s for one seed of both SAEs and {ten:.0f} s for ten" in prose
 
-    took = report.read("toy/results.json")["seconds"]
-    assert f"a hundred with both refits took {took:.0f} s" in prose
+    took = [report.read(f"{folder}/results.json")["seconds"] for folder in report.RECIPES.values()]
+    assert f"took {min(took):.0f} to {max(took):.0f} s" in prose
+
+    for folder in report.RECIPES.values():  # "below 0.0001 with every feature ... over 0.99"
+        results = report.read(f"{folder}/results.json")
+        whole = report.whole_seeds(results)
+        for run in report.runs_of(results, "matryoshka, refit both"):
+            assert run["seed"] not in whole or run["fvu"] < 1e-4
+            assert run["seed"] not in whole or run["clean_at"]["0.99"] == 20
+    graded = report.read("trees/graded_0.json")
+    both = report.runs_of(graded, "matryoshka, refit both")
+    assert sum(run["clean_features"] < 20 for run in both) == 1  # "one seed of ten"
+    absorbed = [a for r in report.runs_of(graded, "vanilla") for a in r["absorption"] if a]
+    n_children = 9 * 10
+    assert round(100 * sum(absorbed) / n_children) == 4
 
     times = {n: t["median"] for n, t in report.read("bench/growth.json")["growth"].items()}
     (small, large), (few, many) = (
@@ -61,8 +74,10 @@ def test_numbers_in_prose_are_what_results_say():
         steps[name]["median"] for name in ("of these: encode", "matryoshka, 10 prefixes")
     )
     assert 0.44 < encode / whole < 0.6  # "half of the step"
-    slower = steps["the original: matryoshka, 10 prefixes"]["median"] / whole
-    assert f"ours takes {slower:.1f} times less time" in prose
+    names = ("matryoshka, 10 prefixes", "vanilla", "matryoshka, 10 prefixes, fresh")
+    slower = [steps[f"the original: {name}"]["median"] / steps[name]["median"] for name in names]
+    x, y, z = (f"{ratio:.1f}" for ratio in slower)
+    assert f"{x} times less time at ten prefixes, {y} at one, and {z} where both are fresh" in prose
 
     counts = [report.read("toy_ablation/ablation.json")["variants"][v] for v in ("none", "all")]
     none, everything = (c["matryoshka"]["clean_features"]["20"] for c in counts)
@@ -82,7 +97,9 @@ def test_numbers_in_prose_are_what_results_say():
     assert (expected_refit < refit).all()  # "in every seed, by about a hundredth"
     assert 0.005 < 1 - expected_refit.mean() / refit.mean() < 0.015
     both = report.standin_runs("seed{}_refit_both", "matryoshka")
-    assert 0.38 < np.mean([run["dead_share"] for run in both]) < 0.42  # "two fifths"
+    assert 0.3 < np.mean([run["dead_share"] for run in both]) < 1 / 3
+    assert f"L0 falls to {np.mean([run['l0'] for run in both]):.1f}" in prose
+    assert 1.4 < np.mean([run["fvu"] for run in both]) / refit.mean() < 1.55
     assert f"by {min(below):.1f} to {max(below):.1f}%, after 18 passes" in prose
 
 
