@@ -33,6 +33,7 @@ SMALL = 256  # latents up to which `gram` serves
 MOST_BLOCKS = 128  # reaches up to which `blocks` serves where activations are dense, else `gram`
 # Shares of active latents up to which `runs` is faster: with few reaches, and with more than that.
 SPARSE, FEW, SPARSE_OF_MANY = 0.1, 32, 0.04
+MOST_PAIRS = 2**26  # of runs that meet in a batch, up to which `runs` serves: a GiB of indices
 
 
 class Params(NamedTuple):
@@ -120,7 +121,7 @@ def write_gradient(
         n_active = signs.sum(dim=1).sum(dtype=torch.float64)
         rest = (grads.one(i), p, x[i], reach[i], price[i], sparsity, workspace)
         own = count_sizes(reach[i]) if sizes is None else sizes[i]
-        if way == "runs" or (way is None and _is_sparse(n_active / acts.numel(), len(own))):
+        if way == "runs" or (way is None and _is_sparse(n_active, acts, len(own))):
             mean_square = _runs(acts, *rest)
         elif way == "blocks" or len(own) <= MOST_BLOCKS:
             mean_square = _blocks(acts, *rest, own)
@@ -138,12 +139,18 @@ def count_sizes(reach: Tensor) -> list[int]:
     return torch.unique_consecutive(ranked, return_counts=True)[1].tolist()
 
 
-def _is_sparse(active: Tensor, n_reaches: int) -> bool:
-    """Whether the share of latents that are active is small enough for `runs`.
+def _is_sparse(n_active: Tensor, acts: Tensor, n_reaches: int) -> bool:
+    """Whether few enough of acts [n_latents, batch] are active for `runs`.
 
     Never so on a GPU: reading that number would cost it more.
     """
-    return not active.is_cuda and float(active) <= (SPARSE if n_reaches <= FEW else SPARSE_OF_MANY)
+    if acts.is_cuda:
+        return False
+    n_latents, batch = acts.shape
+    active = float(n_active) / batch  # a sample
+    n_pairs = batch * min(active, n_reaches) ** 2
+    share = SPARSE if n_reaches <= FEW else SPARSE_OF_MANY
+    return active <= share * n_latents and n_pairs <= MOST_PAIRS
 
 
 def _sparsity_slopes(acts: Tensor, norms: Tensor, sparsity: Sparsity) -> tuple[Tensor, Tensor]:

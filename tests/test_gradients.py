@@ -231,6 +231,21 @@ def test_what_counts_as_sparse_depends_on_how_many_reaches_there_are(monkeypatch
     assert taken == ["runs", "runs", "blocks", "blocks"]
 
 
+def test_too_many_pairs_of_runs_are_left_to_another_way(monkeypatch):
+    """They would not fit in memory, nor their number in an index."""
+    params, x, _ = large_case(2, sparse=True)
+    reach = torch.arange(400, 0, -1).expand(2, -1) / 400  # all different: a run for each active one
+    for most, expected in ((gradients.MOST_PAIRS, True), (64, False)):
+        taken = []
+        monkeypatch.setattr(gradients, "MOST_PAIRS", most)
+        original = gradients._runs
+        with monkeypatch.context() as patch:
+            patch.setattr(gradients, "_runs", lambda *a, o=original, t=taken: t.append(1) or o(*a))
+            grads = Params(*(torch.empty_like(p) for p in tuple(params)))
+            write_gradient(grads, params, x, reach, reach)
+        assert bool(taken) == expected
+
+
 def test_sizes_may_be_given_or_counted():
     params, x, _ = large_case(6, sparse=False)
     prefixes = sample_prefixes(400, 10, seeded_generator(3))
