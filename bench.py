@@ -44,6 +44,7 @@ from sae import SAE, Trainer, TrainerConfig, seeded_generator
 from script import UserError, setting
 
 Times = dict[str, dict[str, float]]
+Prefixes = Literal["sampled", "expected"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +122,7 @@ def bench_toy(repeats: int) -> Times:
     return times | {"a million samples of the tree": {q: 5 * ms for q, ms in samples.items()}}
 
 
-def toy_steps(
-    n_prefixes: Sequence[int], prefixes: Literal["sampled", "expected"] = "sampled"
-) -> Callable[[], None]:
+def toy_steps(n_prefixes: Sequence[int], prefixes: Prefixes = "sampled") -> Callable[[], None]:
     """A call that takes TOY_STEPS steps of a stack of SAEs at the toy's size."""
     n_saes = len(n_prefixes)
     stack = SAE.stack([SAE(20, 20, seed) for seed in range(n_saes)])
@@ -236,14 +235,12 @@ class Case(NamedTuple):
         """Active latents an input."""
         return float(evaluate.l0(self.sae.encode(self.x)))
 
-    def trainer(self, n_prefixes: int, prefixes: Literal["sampled", "expected"]) -> Trainer:
+    def trainer(self, n_prefixes: int, prefixes: Prefixes) -> Trainer:
         """A trainer whose steps change nothing."""
         config = dataclasses.replace(UNMOVED, prefixes=prefixes)
         return Trainer(self.sae, config, [0], [n_prefixes])
 
-    def step(
-        self, n_prefixes: int, prefixes: Literal["sampled", "expected"] = "sampled"
-    ) -> Callable[[], object]:
+    def step(self, n_prefixes: int, prefixes: Prefixes = "sampled") -> Callable[[], object]:
         """A call that takes one step."""
         trainer = self.trainer(n_prefixes, prefixes)
         return lambda: trainer.step(self.x)

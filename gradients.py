@@ -65,10 +65,6 @@ class Stats(NamedTuple):
     l0: Tensor  # [n_saes], active latents a sample
     mean_square: Tensor  # [n_saes, n_latents], of a_j ||d_j||
 
-    def one(self, i: int) -> "Stats":
-        """SAE i by itself."""
-        return Stats(self.l0[i], self.mean_square[i])
-
 
 class Workspace:
     """Memory that is used again from call to call.
@@ -218,7 +214,7 @@ def _blocks(
     The latents are sorted by reach, so that a block is a slice. One SAE: no leading dimension, and
     acts [n_latents, batch]. -> mean square of a_j ||d_j||.
     """
-    batch = len(x)
+    batch, sizes = len(x), list(sizes)
     ranked, order = reach.sort(descending=True, stable=True)
     last = torch.tensor(sizes).cumsum(0).sub_(1).to(x.device)
     weights = -ranked[last].diff(append=ranked.new_zeros(1))  # of each prefix: [n_blocks]
@@ -230,7 +226,7 @@ def _blocks(
 
     before = params.b_dec - x
     residuals = workspace.empty("residuals", x, len(sizes), *x.shape)  # [n_blocks, batch, d_model]
-    blocks = list(zip(residuals, acts.split(list(sizes)), W_dec.split(list(sizes)), strict=True))
+    blocks = list(zip(residuals, acts.split(sizes), W_dec.split(sizes), strict=True))
     for residual, a, d in blocks:
         before = torch.addmm(before, a.T, d, out=residual)
     residuals[-1].mul_(weights[-1] * (2 / batch))
@@ -244,7 +240,7 @@ def _blocks(
     g_acts = g_acts.expand_as(acts).contiguous()
     g_W_dec = W_dec * pull[:, None]
     for (residual, a, d), g_a, g_d in zip(
-        blocks, g_acts.split(list(sizes)), g_W_dec.split(list(sizes)), strict=True
+        blocks, g_acts.split(sizes), g_W_dec.split(sizes), strict=True
     ):
         g_a.addmm_(d, residual.T)
         g_d.addmm_(a, residual)
@@ -327,13 +323,13 @@ def _runs(
 
 def _mix_runs(run_sample: Tensor, run_reach: Tensor, batch: int) -> Tensor:
     """min(s_r, s_q) for all pairs of runs of the same sample: sparse [n_runs, n_runs]."""
-    n_runs = len(run_sample)
-    starts = _starts(run_sample, batch)
-    n_pairs = starts.diff(append=starts.new_tensor([n_runs]))[run_sample]  # of each run
+    n_pairs = torch.bincount(run_sample, minlength=batch)[run_sample]  # of each run
     pair_starts = n_pairs.cumsum(0) - n_pairs
     run = torch.repeat_interleave(n_pairs)  # [n_pairs]
+    starts = _starts(run_sample, batch)
     other = torch.arange(len(run), device=run.device) + (starts[run_sample] - pair_starts)[run]
-    return _csr(pair_starts, other, torch.minimum(run_reach[run], run_reach[other]), n_runs)
+    weights = torch.minimum(run_reach[run], run_reach[other])
+    return _csr(pair_starts, other, weights, len(run_sample))
 
 
 def _starts(index: Tensor, size: int) -> Tensor:

@@ -165,7 +165,7 @@ def strengths_of(x: Tensor, fires: Tensor, directions: Tensor, ridge: float = 1e
     gram.diagonal(dim1=1, dim2=2).add_(pull[:, None] + (1 - fired))
     wanted = (rows @ x[..., None])[..., 0] + pull[:, None] * fired
     t = torch.linalg.solve(gram, wanted).clamp_min(0) * fired
-    return torch.zeros_like(x[:, :1]).repeat(1, fires.shape[1]).scatter_(1, latents, t)
+    return x.new_zeros(fires.shape).scatter_(1, latents, t)
 
 
 def run(config: Config) -> dict[str, Any]:

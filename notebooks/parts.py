@@ -8,6 +8,7 @@ import dataclasses
 import io
 import math
 import tempfile
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -270,20 +271,12 @@ def told_apart() -> str:
     )
 
 
-RECIPES = {
-    "sampled prefixes\n(the paper)": "toy",
-    "with restarts": "toy_restarts",
-    "with restarts,\nseeds not looked at before": "toy_restarts_unseen",
-    "expected prefixes": "toy_expected",
-}
-
-
 @_style
 def recipes(path: Path) -> None:
     """FVU of every Matryoshka seed by recipe; those that lost a feature are marked."""
     drawing = _figure(2.5)
     ax = drawing.subplots(gridspec_kw={"left": 0.19, "right": 0.9, "top": 0.87, "bottom": 0.17})
-    for row, folder in enumerate(RECIPES.values()):
+    for row, folder in enumerate(report.RECIPES.values()):
         runs = report.runs_of(report.read(f"{folder}/results.json"), "matryoshka")
         fvu = np.array([run["fvu"] for run in runs])
         short = np.array([run["clean_features"] < run["n_features"] for run in runs])
@@ -298,9 +291,10 @@ def recipes(path: Path) -> None:
             xycoords=("axes fraction", "data"), textcoords="offset points", va="center",
             color=INK,
         )  # fmt: skip
-    ax.set_yticks(range(len(RECIPES)), list(RECIPES))
+    labels = [textwrap.fill(name, 27) for name in report.RECIPES]
+    ax.set_yticks(range(len(labels)), labels)
     ax.tick_params(axis="y", length=0)
-    ax.set_ylim(len(RECIPES) - 0.5, -0.5)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.grid(True, axis="x")
     ax.set_xlabel("FVU on held-out samples (right: seeds at 20/20)")
     key = [

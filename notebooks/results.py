@@ -131,7 +131,7 @@ text(parts.failures(TOY))
 
 # %%
 text(
-    *(made_by(f"{folder}/results.json", "train_toy.py") for folder in parts.RECIPES.values()),
+    *(made_by(f"{folder}/results.json", "train_toy.py") for folder in report.RECIPES.values()),
     report.recipes,
 )
 figure(parts.recipes, alt="FVU of every Matryoshka seed by recipe, failed seeds marked")
@@ -259,14 +259,14 @@ for part, table in (
 # %%
 figure(report.refit_figure, alt="Best cosines by kind of feature before and after the refits")
 text(
-    *(made_by(f"{folder}/results.json", "train_toy.py") for folder in parts.RECIPES.values()),
+    *(made_by(f"{folder}/results.json", "train_toy.py") for folder in report.RECIPES.values()),
     report.refitted,
 )
 
 # %% [markdown]
 # Means over seeds; starred columns over the seeds whose Matryoshka SAE had 20/20 as trained: the
 # largest FVU, how many have all features over 0.95 and 0.99, and the lowest best cosine of all. In
-# those, refitting both pays back what Matryoshka costs, but for a FVU of less than 0.001. The
+# those, refitting both pays back what Matryoshka costs, but for an FVU below 0.0001. The
 # refits leave the vanilla SAE's directions where they are: what absorption has done lies in which
 # latents fire. They mend no failed seed, and count fewer clean features in some of them. On the
 # stand-in (section 3) refitting both does harm: there, whether a latent fires is not a half-space
