@@ -14,7 +14,6 @@ normalizer concerns the vanilla one as well.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from torch import Tensor
 import script
 import train_toy
 from gradients import Params
-from sae import Trainer
+from sae import Schedule, Trainer
 from script import setting
 
 
@@ -84,11 +83,8 @@ class OrderStays(Trainer):
 class NormalizerFromZero(Trainer):
     """Defect 3: an exponential mean that starts at 0: the first inputs are 100 times off."""
 
-    def _scaled(self, x: Tensor) -> Tensor:
-        mean_norm = self._state["mean_norm"]
-        share = 1 - self.config.norm_decay
-        mean_norm.lerp_(torch.linalg.vector_norm(x, dim=2).mean(dim=1), share)
-        return x * (math.sqrt(self.d_model) / mean_norm)[:, None, None]
+    def _schedule(self, step: int) -> Schedule:
+        return super()._schedule(step)._replace(norm_share=1 - self.config.norm_decay)
 
 
 class Original(MomentsStay, OrderStays, NormalizerFromZero):

@@ -39,7 +39,7 @@ import evaluate
 import script
 import tiny_model
 import train_toy
-from gradients import Workspace, write_gradient
+from gradients import Products, Workspace, write_gradient
 from sae import SAE, Trainer, TrainerConfig, seeded_generator
 from script import UserError, setting
 
@@ -235,20 +235,21 @@ class Case(NamedTuple):
         """Active latents an input."""
         return float(evaluate.l0(self.sae.encode(self.x)))
 
-    def trainer(self, n_prefixes: int, prefixes: Prefixes) -> Trainer:
-        """A trainer whose steps change nothing."""
-        config = dataclasses.replace(UNMOVED, prefixes=prefixes)
-        return Trainer(self.sae, config, [0], [n_prefixes])
+    def trainer(self, n_prefixes: int, **settings: Any) -> Trainer:
+        """A trainer whose steps change nothing. settings: a `TrainerConfig`'s."""
+        return Trainer(self.sae, dataclasses.replace(UNMOVED, **settings), [0], [n_prefixes])
 
-    def step(self, n_prefixes: int, prefixes: Prefixes = "sampled") -> Callable[[], object]:
+    def step(self, n_prefixes: int, **settings: Any) -> Callable[[], object]:
         """A call that takes one step."""
-        trainer = self.trainer(n_prefixes, prefixes)
+        trainer = self.trainer(n_prefixes, **settings)
         return lambda: trainer.step(self.x)
 
-    def five_products(self) -> Callable[[], object]:
+    def five_products(self, products: Products = "float32") -> Callable[[], object]:
         """The dense step's matrix products alone, on dense operands."""
-        W_enc, W_dec, x = self.sae.W_enc[0].detach(), self.sae.W_dec[0].detach(), self.x
-        acts = torch.rand(BATCH, self.sae.n_latents, device=x.device)
+        dtype = getattr(torch, products)
+        W_enc, W_dec = (W[0].detach().to(dtype) for W in (self.sae.W_enc, self.sae.W_dec))
+        x = self.x.to(dtype)
+        acts = torch.rand(BATCH, self.sae.n_latents, device=x.device, dtype=dtype)
         g_x, g_acts = torch.randn_like(x), torch.rand_like(acts)
 
         def call() -> None:
@@ -262,10 +263,11 @@ class Case(NamedTuple):
 
     def parts(self, n_prefixes: int) -> dict[str, Callable[[], object]]:
         """Calls that do a step's parts, one by one. The second contains the first."""
-        trainer = self.trainer(n_prefixes, "sampled")
+        trainer = self.trainer(n_prefixes)
         trainer.step(self.x)
         x, params, grads = self.x[None], trainer._params_by_name, trainer._grads_by_name
-        reach, sizes = trainer._reach()
+        by_place, ends = trainer._reaches[0], trainer._ends[0]
+        reach = trainer._to_latents(by_place)
         workspace, flat = Workspace(), trainer._grads
         acts = x.new_empty(self.sae.n_latents, BATCH)
         parts: dict[str, Callable[[], object]] = {
@@ -273,12 +275,12 @@ class Case(NamedTuple):
                 params.b_enc[0].T, params.W_enc[0], x[0].T, out=acts
             ).relu_(),
             "encode, decode and backward": lambda: write_gradient(
-                grads, params, x, reach, reach, "l1", sizes, workspace=workspace
+                grads, params, x, reach, reach, "l1", ends, workspace=workspace
             ),
             "clip": lambda: flat.mul_(torch.linalg.vector_norm(flat, dim=1).clamp_(1, 1)[:, None]),
-            "Adam": trainer._adam,
-            "scale the input": lambda: trainer._scaled(x),
-            "order the latents": trainer._reach,
+            "Adam": lambda: trainer._adam(UNMOVED.lr),
+            "scale the input": lambda: trainer._scaled(x, 0.01),
+            "order the latents": lambda: trainer._to_latents(by_place),
         }
         return {f"of these: {name}": torch.inference_mode()(part) for name, part in parts.items()}
 
@@ -330,9 +332,14 @@ def bench_step(repeats: int, device: torch.device, original: Any = None) -> Time
         "matryoshka, 10 prefixes": matryoshka.step(10),
         "2 prefixes": matryoshka.step(2),
         "100 prefixes": matryoshka.step(100),
-        "expected prefixes": matryoshka.step(10, "expected"),
+        "expected prefixes": matryoshka.step(10, prefixes="expected"),
         "vanilla, fresh": fresh.step(1),
         "matryoshka, 10 prefixes, fresh": fresh.step(10),
+        "bfloat16: five dense products": matryoshka.five_products("bfloat16"),
+        "bfloat16: vanilla": vanilla.step(1, products="bfloat16"),
+        "bfloat16: matryoshka, 10 prefixes": matryoshka.step(10, products="bfloat16"),
+        "bfloat16: vanilla, fresh": fresh.step(1, products="bfloat16"),
+        "bfloat16: matryoshka, 10 prefixes, fresh": fresh.step(10, products="bfloat16"),
     }
     variants |= matryoshka.parts(10)
     if original is not None:

@@ -1,4 +1,4 @@
-"""The gradient of the prefix loss, written out: one function, one line of mathematics, three ways.
+"""The gradient of the prefix loss, written out: one function, one line of mathematics, four ways.
 
 With x less b_dec, a = ReLU(x W_enc + b_enc), d_j a row of W_dec, s_j the reach of latent j, and
 p_j = sparsity_weight * s_j, the loss of a sample is
@@ -17,6 +17,12 @@ that contain j have over or left to explain,
 `blocks`  one residual a prefix and sample: dense products, for activations that are still dense.
 `runs`    one residual for each run of active latents of equal reach: only the encoder's product is
           dense. What training is, but for its beginning.
+`grouped` blocks again, for products of bfloat16 operands: all blocks of a kind in one grouped
+          product, whose edges are data. So nothing waits for a GPU, and no shape depends on the
+          prefixes: a step can be replayed as one CUDA graph.
+
+Products in bfloat16 round their operands to 8 bits of mantissa and sum in float32; what is learnt,
+its gradient and all else stay in float32. In `runs` that is the encoder's product alone.
 """
 
 import math
@@ -26,12 +32,15 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import grouped_mm
 
 Sparsity = Literal["l1", "log"]
+Products = Literal["float32", "bfloat16"]
 
 SMALL = 256  # latents up to which `gram` serves
-MOST_BLOCKS = 128  # reaches up to which `blocks` serves where activations are dense, else `gram`
-# Shares of active latents up to which `runs` is faster: with few reaches, and with more than that.
+MOST_BLOCKS = 128  # reaches up to which blocks serve where activations are dense, else `gram`
+# Shares of active latents up to which `runs` is faster: with few reaches, and with more than that;
+# with dense products in bfloat16, the latter for any number.
 SPARSE, FEW, SPARSE_OF_MANY = 0.1, 32, 0.04
 MOST_PAIRS = 2**26  # of runs that meet in a batch, up to which `runs` serves: a GiB of indices
 
@@ -69,7 +78,8 @@ class Stats(NamedTuple):
 class Workspace:
     """Memory that is used again from call to call.
 
-    On a CPU, the fresh pages of large tensors can cost more than the arithmetic on them.
+    On a CPU, the fresh pages of large tensors can cost more than the arithmetic on them. A GPU's
+    allocator keeps its pages, and a CUDA graph its own memory: there, every tensor is a fresh one.
     """
 
     def __init__(self) -> None:
@@ -77,6 +87,8 @@ class Workspace:
 
     def empty(self, name: str, like: Tensor, *shape: int) -> Tensor:
         """A tensor of that shape, uninitialised, as good as `name` is not asked for again."""
+        if like.is_cuda:
+            return like.new_empty(shape)
         n, held = math.prod(shape), self._held.get(name, like[:0].flatten())
         if held.numel() < n or (held.dtype, held.device) != (like.dtype, like.device):
             held = self._held[name] = like.new_empty(n + n // 8)
@@ -90,52 +102,71 @@ def write_gradient(
     reach: Tensor,
     price: Tensor,
     sparsity: Sparsity = "l1",
-    sizes: Sequence[Sequence[int]] | None = None,
-    way: Literal["gram", "blocks", "runs"] | None = None,
+    ends: Sequence[Tensor] | None = None,
+    way: Literal["gram", "blocks", "runs", "grouped"] | None = None,
     workspace: Workspace | None = None,
+    products: Products = "float32",
 ) -> Stats:
     """Writes the gradient of the loss above, a mean over the batch, into `grads`.
 
     x [n_saes, batch, d_model] is already scaled; reach [n_saes, n_latents] belongs to the latents
     as they are stored, in whatever order, its maximum 1; price [n_saes, n_latents] is
     sparsity_weight * reach. `sparsity` is "l1", or "log": log((a ||d|| + 0.1) / 0.1) in place of
-    a ||d||. sizes: of each SAE, how many latents share each reach, from the highest down; None
-    counts them, for which a GPU has to be waited for.
+    a ||d||. ends: of each SAE, how many latents have each reach or a higher one, from the highest
+    down, as integers [n_reaches]; None counts them, for which a GPU has to be waited for, as it has
+    where `blocks` finds them there.
 
-    The three ways differ in rounding alone; None takes the one that is fastest here. A workspace
-    that is passed again saves a CPU the pages of large intermediate tensors.
+    The ways differ in rounding alone; None takes the one that is fastest here. A workspace that is
+    passed again saves a CPU the pages of large intermediate tensors. Up to SMALL latents, products
+    are in float32 whatever is asked for; `grouped` in bfloat16 raises RuntimeError where d_model or
+    the batch is not a multiple of 8.
     """
     if way == "gram" or (way is None and reach.shape[1] <= SMALL):
         return _gram(grads, params, x, reach, price, sparsity)
     stats, workspace = [], workspace or Workspace()
     for i in range(len(x)):
         p = params.one(i)
-        # A row a latent: what belongs to one lies together, and can be read out of order.
-        acts = workspace.empty("acts", x, reach.shape[1], x.shape[1])  # [n_latents, batch]
-        torch.addmm(p.b_enc.T, p.W_enc, x[i].T, out=acts).relu_()
+        acts = _encode(p, x[i], products, workspace)
         signs = torch.sign(acts, out=workspace.empty("signs", x, *acts.shape))
         n_active = signs.sum(dim=1).sum(dtype=torch.float64)
         rest = (grads.one(i), p, x[i], reach[i], price[i], sparsity, workspace)
-        own = count_sizes(reach[i]) if sizes is None else sizes[i]
-        if way == "runs" or (way is None and _is_sparse(n_active, acts, len(own))):
+        own = count_ends(reach[i]) if ends is None else ends[i]
+        if way == "runs" or (way is None and _is_sparse(n_active, acts, len(own), products)):
             mean_square = _runs(acts, *rest)
-        elif way == "blocks" or len(own) <= MOST_BLOCKS:
-            mean_square = _blocks(acts, *rest, own)
-        else:
+        elif way is None and len(own) > MOST_BLOCKS:
             one = slice(i, i + 1)
             g, q = grads.slice(one), params.slice(one)
             mean_square = _gram(g, q, x[one], reach[one], price[one], sparsity).mean_square[0]
+        elif way == "grouped" or (way is None and products == "bfloat16"):
+            mean_square = _grouped(acts, *rest, own, products)
+        else:
+            mean_square = _blocks(acts, *rest, own)
         stats.append(Stats((n_active / x.shape[1]).to(x.dtype), mean_square))
     return Stats(*map(torch.stack, zip(*stats, strict=True)))
 
 
-def count_sizes(reach: Tensor) -> list[int]:
-    """How many latents share each reach, from the highest down. reach: [n_latents]."""
+def count_ends(reach: Tensor) -> Tensor:
+    """How many latents have each reach or a higher one, from the highest down: [n_reaches]."""
     ranked = reach.sort(descending=True).values
-    return torch.unique_consecutive(ranked, return_counts=True)[1].tolist()
+    return torch.unique_consecutive(ranked, return_counts=True)[1].cumsum(0)
 
 
-def _is_sparse(n_active: Tensor, acts: Tensor, n_reaches: int) -> bool:
+def _encode(params: Params, x: Tensor, products: Products, workspace: Workspace) -> Tensor:
+    """acts [n_latents, batch] in x's dtype, from x [batch, d_model] of one SAE.
+
+    A row a latent: what belongs to one lies together, and can be read out of order.
+    """
+    W_enc, b_enc = params.W_enc, params.b_enc.T
+    acts = workspace.empty("acts", x, len(W_enc), len(x))
+    if products == "float32":
+        return torch.addmm(b_enc, W_enc, x.T, out=acts).relu_()
+    x = x.bfloat16()
+    rounded = workspace.empty("W_enc", x, *W_enc.shape).copy_(W_enc)
+    product = torch.mm(rounded, x.T, out=workspace.empty("product", x, *acts.shape))
+    return torch.add(product, b_enc, out=acts).relu_()
+
+
+def _is_sparse(n_active: Tensor, acts: Tensor, n_reaches: int, products: Products) -> bool:
     """Whether few enough of acts [n_latents, batch] are active for `runs`.
 
     Never so on a GPU: reading that number would cost it more.
@@ -145,7 +176,7 @@ def _is_sparse(n_active: Tensor, acts: Tensor, n_reaches: int) -> bool:
     n_latents, batch = acts.shape
     active = float(n_active) / batch  # a sample
     n_pairs = batch * min(active, n_reaches) ** 2
-    share = SPARSE if n_reaches <= FEW else SPARSE_OF_MANY
+    share = SPARSE if n_reaches <= FEW and products == "float32" else SPARSE_OF_MANY
     return active <= share * n_latents and n_pairs <= MOST_PAIRS
 
 
@@ -155,6 +186,11 @@ def _sparsity_slopes(acts: Tensor, norms: Tensor, sparsity: Sparsity) -> tuple[T
         return torch.ones_like(norms), acts
     slope = 1 / (acts * norms + 0.1)
     return slope, acts * slope
+
+
+def _through_relu(g_acts: Tensor, acts: Tensor) -> None:
+    """Sets the gradient of activations to 0 where those are 0, in place."""
+    torch.ops.aten.threshold_backward.grad_input(g_acts, acts, 0, grad_input=g_acts)
 
 
 def _gram(
@@ -183,7 +219,7 @@ def _gram(
     pull = torch.bmm(ones, paid).mT * price / norms[..., None]
 
     g_acts = torch.baddbmm(slope, acts, gram * meet).baddbmm_(x_centred, W_dec_reached.mT, alpha=-1)
-    g_acts = torch.ops.aten.threshold_backward(g_acts, acts, 0)  # through the ReLU
+    _through_relu(g_acts, acts)
     torch.bmm(g_acts.mT, x, out=grads.W_enc)
     torch.bmm(ones, g_acts, out=grads.b_enc)
 
@@ -207,17 +243,16 @@ def _blocks(
     price: Tensor,
     sparsity: Sparsity,
     workspace: Workspace,
-    sizes: Sequence[int],
+    ends: Tensor,
 ) -> Tensor:
     """One residual a block of latents of equal reach: r = suffix sums of what prefixes leave over.
 
     The latents are sorted by reach, so that a block is a slice. One SAE: no leading dimension, and
     acts [n_latents, batch]. -> mean square of a_j ||d_j||.
     """
-    batch, sizes = len(x), list(sizes)
+    batch, sizes = len(x), ends.diff(prepend=ends.new_zeros(1)).tolist()
     ranked, order = reach.sort(descending=True, stable=True)
-    last = torch.tensor(sizes).cumsum(0).sub_(1).to(x.device)
-    weights = -ranked[last].diff(append=ranked.new_zeros(1))  # of each prefix: [n_blocks]
+    weights = -ranked[ends.to(x.device) - 1].diff(append=ranked.new_zeros(1))  # [n_blocks]
     W_dec: Tensor = params.W_dec
     where: slice | Tensor = slice(None)
     if len(sizes) > 1:
@@ -244,15 +279,61 @@ def _blocks(
     ):
         g_a.addmm_(d, residual.T)
         g_d.addmm_(a, residual)
-    g_acts = torch.ops.aten.threshold_backward(g_acts, acts, 0)  # through the ReLU
+    _through_relu(g_acts, acts)
 
     grads.W_enc[where] = g_acts @ x
     grads.b_enc[0, where] = g_acts.sum(1)
     grads.W_dec[where] = g_W_dec
     grads.b_dec[0] = residuals[0].sum(0)
     mean_square = torch.empty_like(reach)
-    mean_square[where] = acts.square().sum(1) / batch * norms.square()
+    mean_square[where] = acts.square_().sum(1) / batch * norms.square()
     return mean_square
+
+
+def _grouped(
+    acts: Tensor,
+    grads: Params,
+    params: Params,
+    x: Tensor,
+    reach: Tensor,
+    price: Tensor,
+    sparsity: Sparsity,
+    workspace: Workspace,
+    ends: Tensor,
+    products: Products,
+) -> Tensor:
+    """`_blocks`, with r_k = sum_q min(s_k, s_q) (what block q decodes to) - s_k x, all k at once.
+
+    One SAE: no leading dimension, and acts [n_latents, batch]. -> mean square of a_j ||d_j||.
+    """
+    dtype, batch, ends = getattr(torch, products), len(x), ends.to(x.device, torch.int32)
+    ranked, order = reach.sort(descending=True, stable=True)
+    shares = ranked[ends - 1] * (2 / batch)  # [n_blocks]
+    W_dec, price, d = params.W_dec[order], price[order], params.W_dec.to(dtype)[order]
+    acts = torch.index_select(acts, 0, order, out=workspace.empty("ranked", acts, *acts.shape))
+    a = workspace.empty("rounded acts", d, *acts.shape).copy_(acts)
+
+    blocks = grouped_mm(a.T, d, offs=ends)  # [n_blocks, batch, d_model]
+    decoded = workspace.empty("decoded", x, *blocks.shape).copy_(blocks)
+    residuals = workspace.empty("residuals", x, *blocks.shape)
+    torch.mm(torch.minimum(shares, shares[:, None]), decoded.flatten(1), out=residuals.flatten(1))
+    residuals.addcmul_(shares[:, None, None], x - params.b_dec, value=-1)
+    r = workspace.empty("rounded residuals", d, *blocks.shape).copy_(residuals)
+
+    norms = W_dec.norm(dim=1)
+    slope, paid = _sparsity_slopes(acts, norms[:, None], sparsity)
+    g_acts = workspace.empty("g_acts", x, *acts.shape).copy_(grouped_mm(d, r.mT, offs=ends))
+    g_acts += slope * (price * norms / batch)[:, None]
+    _through_relu(g_acts, acts)
+    pull = (paid.sum(1) * price / norms / batch)[:, None]
+
+    g_a = workspace.empty("rounded g_acts", d, *acts.shape).copy_(g_acts)
+    grads.W_enc.index_copy_(0, order, (g_a @ x.to(dtype)).to(x.dtype))
+    grads.b_enc[0].index_copy_(0, order, g_acts.sum(1))
+    grads.W_dec.index_copy_(0, order, (W_dec * pull).add_(grouped_mm(a, r, offs=ends)))
+    grads.b_dec[0] = residuals[0].sum(0)
+    mean_square = acts.square_().sum(1) / batch * norms.square()
+    return torch.empty_like(reach).index_copy_(0, order, mean_square)
 
 
 def _runs(

@@ -90,6 +90,7 @@ class Config:
     n_steps: int = as_in(train_tinystories.Config, "n_steps")
     batch_size: int = as_in(train_tinystories.Config, "batch_size")
     prefixes: str = as_in(train_tinystories.Config, "prefixes")
+    products: str = as_in(train_tinystories.Config, "products")
     refit: bool = as_in(train_tinystories.Config, "refit")
     sparsity: str = as_in(train_tinystories.Config, "sparsity")
     sparsity_weight: float = as_in(train_tinystories.Config, "sparsity_weight")
@@ -189,6 +190,7 @@ def train_config(
         n_steps=config.n_steps,
         batch_size=config.batch_size,
         prefixes=config.prefixes,
+        products=config.products,
         refit=config.refit,
         sparsity=config.sparsity,
         sparsity_weight=config.sparsity_weight,

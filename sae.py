@@ -25,7 +25,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import safetensors
@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 import gradients
-from gradients import Params, Sparsity, Workspace, write_gradient
+from cuda_graph import CudaGraph
+from gradients import Params, Products, Sparsity, Workspace, write_gradient
 
 
 def seeded_generator(seed: int, *stream: int) -> torch.Generator:
@@ -46,7 +47,6 @@ def seeded_generator(seed: int, *stream: int) -> torch.Generator:
 
 # One stream of random numbers a purpose, so that no two purposes of a seed share numbers.
 STREAM_INIT, STREAM_PREFIXES = 0, 1
-ZERO = torch.zeros(1, dtype=torch.int64)
 
 
 class SAE(nn.Module):
@@ -268,6 +268,7 @@ class TrainerConfig:
     max_grad_norm: float = 1.0
     norm_decay: float = 0.99  # of the running mean of the inputs' norm
     order_decay: float = 0.95  # of the running mean square that orders the latents
+    products: Products = "float32"  # operands of a step's matrix products; see gradients.py
 
     @property
     def n_warmup_steps(self) -> int:
@@ -289,6 +290,14 @@ class TrainerConfig:
         decay_steps = self.lr_decay * self.n_steps
         into_decay = max(0.0, step - (self.n_steps - decay_steps)) / max(decay_steps, 1e-9)
         return self.lr * min(1.0, step / max(warmup, 1)) * (1 - (1 - self.lr_end) * into_decay)
+
+
+class Schedule(NamedTuple):
+    """The numbers of a step that follow from how many were done: Python's, or 0-dim tensors."""
+
+    norm_share: float | Tensor  # of this batch in the running mean norm
+    lr: float | Tensor
+    next_weight: float | Tensor  # sparsity weight of the next step, if that is in the warm-up
 
 
 class Trainer:
@@ -341,10 +350,11 @@ class Trainer:
         self._grads_by_name = Params.of(self._grads, self.d_model, self.n_latents)
         self._workspace = Workspace()
         self._block = -1  # of steps, whose prefixes are drawn
+        self._graphs: dict[tuple[object, ...], CudaGraph] = {}
         if config.prefixes == "expected":
             reaches = [expected_reach(self.n_latents, k) for k in self.n_prefixes]
-            self._expected_sizes = [gradients.count_sizes(one) for one in reaches]
-            self._expected_reach = torch.stack(reaches).to(device, flat.dtype)
+            self._expected_ends = [gradients.count_ends(one) for one in reaches]
+            self._expected_reach = torch.stack(reaches).to(flat.dtype)
 
     @torch.inference_mode()
     def step(self, x: Tensor) -> dict[str, Tensor]:
@@ -353,9 +363,51 @@ class Trainer:
         Returns tensors on x's device, before the step: l0 [n_saes], sparsity_weight [n_saes],
         grad_norm [n_saes] (before clipping), mean_square [n_saes, n_latents] of a_j ||d_j||.
         """
+        config, t = self.config, self.n_steps_done
+        phase = (t + 1 < config.n_warmup_steps, config.restarts_at(t))
+        block, row = divmod(t, self.BLOCK)
+        if self._block != block:
+            self._draw(block)
+        reach, ends = self._reaches[row], self._ends[row]
+        if self._is_replayed:
+            metrics = self._replay([x, reach, self._schedules[row], *ends], *phase)
+        else:
+            metrics = self._step(x, reach, ends, self._schedule(t), *phase)
+        self.n_steps_done += 1
+        return metrics
+
+    @property
+    def _is_replayed(self) -> bool:
+        """Whether a step can be, and is worth being, one CUDA graph."""
+        return self._grads.is_cuda and self.config.products == "bfloat16"
+
+    def _replay(
+        self, inputs: Sequence[Tensor], in_warmup: bool, restarts: bool
+    ) -> dict[str, Tensor]:
+        """`_step`, of which there is one graph for each shape of x and phase of training."""
+
+        def step(x: Tensor, reach: Tensor, schedule: Tensor, *ends: Tensor) -> dict[str, Tensor]:
+            return self._step(x, reach, ends, Schedule(*schedule.unbind()), in_warmup, restarts)
+
+        key = (inputs[0].shape, in_warmup, restarts)
+        if key not in self._graphs:
+            self._graphs[key] = CudaGraph(step, inputs)
+        return self._graphs[key](inputs)
+
+    def _step(
+        self,
+        x: Tensor,
+        reach: Tensor,
+        ends: Sequence[Tensor],
+        schedule: Schedule,
+        in_warmup: bool,
+        restarts: bool,
+    ) -> dict[str, Tensor]:
+        """A step but for its count. reach [n_saes, n_latents] belongs to places; the prefixes'
+        ends, as `write_gradient` has them."""
         config, state = self.config, self._state
-        x = self._scaled(x.expand(len(self.seeds), -1, -1))
-        reach, sizes = self._reach()
+        x = self._scaled(x.expand(len(self.seeds), -1, -1), schedule.norm_share)
+        reach = self._to_latents(reach)
 
         stats = write_gradient(
             self._grads_by_name,
@@ -364,19 +416,19 @@ class Trainer:
             reach,
             state["sparsity_weight"][:, None] * reach,
             config.sparsity,
-            sizes,
+            ends,
             workspace=self._workspace,
+            products=config.products,
         )
         grad_norm = torch.linalg.vector_norm(self._grads, dim=1, keepdim=True)
         self._grads.mul_((config.max_grad_norm / (grad_norm + 1e-6)).clamp_(max=1))
-        self._adam()
+        self._adam(schedule.lr)
 
         state["mean_square"].lerp_(stats.mean_square, 1 - config.order_decay)
-        if config.restarts_at(self.n_steps_done):
+        if restarts:
             self._restart_last(x)
         weight = state["sparsity_weight"].clone()
-        self._control(stats.l0)
-        self.n_steps_done += 1
+        self._control(stats.l0, in_warmup, schedule.next_weight)
         return {
             "l0": stats.l0,
             "sparsity_weight": weight,
@@ -413,7 +465,7 @@ class Trainer:
         worth = torch.where(moves, worth, state["mean_square"].gather(1, last))
         state["mean_square"].scatter_(1, last, worth)
 
-    def _control(self, l0: Tensor) -> None:
+    def _control(self, l0: Tensor, in_warmup: bool, next_weight: float | Tensor) -> None:
         """Sets the next step's sparsity weight from this step's batch L0: [n_saes].
 
         "original": a linear warm-up, then up or down by 3e-4 of itself a step. That is slow, and
@@ -427,47 +479,56 @@ class Trainer:
         e clipped to +-1/2. The clip is the original's 3e-4 a step where there are 30,000 steps, and
         moves the weight by up to e^8 after the warm-up however many there are.
         """
-        config, state, t = self.config, self._state, self.n_steps_done
+        config, state = self.config, self._state
         weight, settled = state["sparsity_weight"], state["settled_weight"]
-        in_warmup = t + 1 < config.n_warmup_steps
         if config.l0_control == "original":
             if in_warmup:
-                weight.fill_(config.weight_in_warmup(t + 1))
+                weight.fill_(next_weight)
             else:
                 weight.mul_(1 - 3e-4 + 6e-4 * (l0 >= config.target_l0))
             return
         error = (l0 / config.target_l0 - 1).clamp_(-0.5, 0.5)
         warming_up = state["warming_up"].logical_and_((error > 0) & in_warmup)
         rate = (0.02 * error).clamp_(-10 / config.n_steps, 10 / config.n_steps)
-        risen = config.weight_in_warmup(t + 1) if in_warmup else config.sparsity_weight
+        risen = next_weight if in_warmup else config.sparsity_weight
         settled.copy_(torch.where(warming_up, risen, settled * rate.exp()))
         weight.copy_(torch.where(warming_up, settled, settled * (error / 2).exp()))
 
-    def _scaled(self, x: Tensor) -> Tensor:
+    def _scaled(self, x: Tensor, share: float | Tensor) -> Tensor:
         """x in units of its running mean norm / sqrt(d_model), after updating that mean.
 
         The mean is plain over the first steps and exponential after them, so that it is right from
         the first step on; the original starts it at 0 and needs about 200.
         """
         mean_norm = self._state["mean_norm"]
-        share = max(1 - self.config.norm_decay, 1 / (self.n_steps_done + 1))
         mean_norm.lerp_(torch.linalg.vector_norm(x, dim=2).mean(dim=1), share)
         return x * (math.sqrt(self.d_model) / mean_norm)[:, None, None]
 
-    def _reach(self) -> tuple[Tensor, list[list[int]] | None]:
-        """This step's reach of each latent where it is stored [n_saes, n_latents], and how many
-        latents share each reach, where that is worth knowing."""
+    def _schedule(self, step: int) -> Schedule:
+        """The numbers of step `step`, which counts from 0."""
+        config = self.config
+        return Schedule(
+            max(1 - config.norm_decay, 1 / (step + 1)),
+            config.learning_rate(step),
+            config.weight_in_warmup(step + 1),
+        )
+
+    def _draw(self, block: int) -> None:
+        """What a block of steps needs that follows from their numbers alone, where they read it."""
+        self._block, device = block, self._grads.device
         if self.config.prefixes == "expected":
-            return self._to_latents(self._expected_reach), self._expected_sizes
-        block, t = divmod(self.n_steps_done, self.BLOCK)
-        if self._block != block:
-            self._block, self._prefixes = block, self._draw_prefixes(block)
-            reaches = [reach(prefixes, self.n_latents) for prefixes in self._prefixes]
-            self._reaches = torch.stack(reaches, dim=1).to(self._state["params"].device)
-        sizes = None
-        if self.n_latents > gradients.SMALL:
-            sizes = [prefixes[t].diff(prepend=ZERO).tolist() for prefixes in self._prefixes]
-        return self._to_latents(self._reaches[t]), sizes
+            ends = [ends.expand(self.BLOCK, -1) for ends in self._expected_ends]
+            reaches = self._expected_reach.expand(self.BLOCK, -1, -1)
+        else:
+            ends = self._draw_prefixes(block)  # a prefix's length is where its latents end
+            reaches = torch.stack([reach(one, self.n_latents) for one in ends], dim=1)
+        self._reaches = reaches.to(device)  # [BLOCK, n_saes, n_latents]
+        if self._is_replayed:
+            steps = range(block * self.BLOCK, (block + 1) * self.BLOCK)
+            self._schedules = torch.tensor([self._schedule(t) for t in steps]).to(device)
+            ends = [one.to(device) for one in ends]
+        # a step's, one an SAE: [n_reaches] each
+        self._ends = list(zip(*(one.unbind() for one in ends), strict=True))
 
     def _to_latents(self, by_place: Tensor) -> Tensor:
         """What belongs to places [n_saes, n_latents], handed to the latents in them."""
@@ -492,7 +553,7 @@ class Trainer:
             for seed, n_prefixes in zip(self.seeds, self.n_prefixes, strict=True)
         ]
 
-    def _adam(self) -> None:
+    def _adam(self, lr: float | Tensor) -> None:
         state, (beta1, beta2) = self._state, self.config.betas
         adam(
             [state["params"]],
@@ -505,7 +566,7 @@ class Trainer:
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
-            lr=self.config.learning_rate(self.n_steps_done),
+            lr=lr,
             weight_decay=0.0,
             eps=1e-8,
             maximize=False,

@@ -57,6 +57,12 @@ class Config:
         "prefixes drawn each step, or the loss's exact mean over them",
         choices=["sampled", "expected"],
     )
+    products: str = setting(
+        "float32",
+        "operands of the matrix products; what is learnt is float32 either way, and a GPU is fast "
+        "in bfloat16 alone",
+        choices=["float32", "bfloat16"],
+    )
     refit: bool = setting(
         False, "write the SAEs with their decoders refitted, too, to OUT/refit; see refit.py"
     )
@@ -85,6 +91,10 @@ def check(config: Config) -> None:
     script.require_not_negative(config, "seed", "tokens")
     if config.batch_size == 1:
         raise UserError("--batch-size is 1: one activation has no variance to explain")
+    if config.products == "bfloat16" and config.batch_size % 8:
+        raise UserError(
+            f"--batch-size {config.batch_size}: --products bfloat16 takes multiples of 8"
+        )
     if config.n_prefixes > config.n_latents:
         raise UserError(
             f"--n-prefixes {config.n_prefixes} is more than there are latents: "
@@ -100,6 +110,10 @@ def check(config: Config) -> None:
 def make_trainer(config: Config, d_model: int, device: torch.device) -> Trainer:
     """A stack of the SAEs of `config`, from one initialisation, ready for its first step."""
     names = names_of(config)
+    if config.products == "bfloat16" and d_model % 8:
+        raise UserError(
+            f"--products bfloat16: activations have {d_model} dimensions, not a multiple of 8"
+        )
     return Trainer(
         SAE.stack([SAE(d_model, config.n_latents, config.seed) for _ in names]).to(device),
         TrainerConfig(
@@ -107,6 +121,7 @@ def make_trainer(config: Config, d_model: int, device: torch.device) -> Trainer:
             target_l0=config.target_l0,
             lr=config.lr,
             prefixes=config.prefixes,  # type: ignore[arg-type]
+            products=config.products,  # type: ignore[arg-type]
             sparsity=config.sparsity,  # type: ignore[arg-type]
             sparsity_weight=config.sparsity_weight,
             l0_control="steady",

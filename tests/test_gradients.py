@@ -246,16 +246,15 @@ def test_too_many_pairs_of_runs_are_left_to_another_way(monkeypatch):
         assert bool(taken) == expected
 
 
-def test_sizes_may_be_given_or_counted():
+def test_ends_may_be_given_or_counted():
     params, x, _ = large_case(6, sparse=False)
     prefixes = sample_prefixes(400, 10, seeded_generator(3))
-    sizes = prefixes.diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()
     order = torch.randperm(400, generator=seeded_generator(4))
     reached = torch.empty(2, 400)
     reached[:, order] = reach_by_place(prefixes, 400)
-    assert gradients.count_sizes(reached[0]) == sizes
+    assert torch.equal(gradients.count_ends(reached[0]), prefixes)
     given, counted = (Params(*(torch.empty_like(p) for p in tuple(params))) for _ in range(2))
-    write_gradient(given, params, x, reached, reached, sizes=[sizes, sizes])
+    write_gradient(given, params, x, reached, reached, ends=[prefixes, prefixes])
     write_gradient(counted, params, x, reached, reached)
     for ours, theirs in zip(given, counted, strict=True):
         assert torch.equal(ours, theirs)
@@ -273,3 +272,73 @@ def test_a_batch_on_which_nothing_fires(way):
     torch.testing.assert_close(grads.b_dec[:, 0], 2 * (params.b_dec[:, 0] - x.mean(1)))
     for part in (grads.W_enc, grads.b_enc, grads.W_dec):
         assert (part == 0).all()
+
+
+# ------------------------------------------------------------------------ products in bfloat16
+
+
+def error_in_norm(ours, exact):
+    return float((ours.double() - exact).norm() / exact.norm())
+
+
+def exact_gradient(params, x, reach, sparsity):
+    """All pairs of latents in float64: the gradient's four tensors, then what is reported."""
+    params = Params(*(p.double() for p in tuple(params)))
+    grads = Params(*(torch.empty_like(p) for p in tuple(params)))
+    reach = reach.double()
+    stats = write_gradient(grads, params, x.double(), reach, 0.3 * reach, sparsity, way="gram")
+    return [*grads, *stats]
+
+
+def poisoned(params):
+    """Tensors like those of params, in which what is not written can be seen."""
+    return Params(*(torch.full_like(p, torch.nan) for p in tuple(params)))
+
+
+@pytest.mark.parametrize("sparsity", ["l1", "log"])
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("n_reaches", [1, 10, 400])
+def test_grouped_products_agree_in_float32(n_reaches, sparse, sparsity):
+    params, x, _ = large_case(1, sparse)
+    reach = ((1 + torch.arange(400) % n_reaches) / n_reaches).expand(2, -1)
+    grads = poisoned(params)
+    stats = write_gradient(grads, params, x, reach, 0.3 * reach, sparsity, way="grouped")
+    exact = exact_gradient(params, x, reach, sparsity)
+    for ours, expected in zip([*grads, *stats], exact, strict=True):
+        assert error_in_norm(ours, expected) < 1e-5
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_products_in_bfloat16_are_off_by_its_rounding(sparse):
+    """2**-9 an operand; and the few latents that this moves over the ReLU's edge, whose gradients
+    come or go: the same ones in both ways, so those are nearer to each other than to the truth."""
+    params, x, reach = large_case(1, sparse)
+    exact = exact_gradient(params, x, reach, "l1")
+    results = []
+    for way in ("runs", "grouped"):
+        grads = poisoned(params)
+        stats = write_gradient(
+            grads, params, x, reach, 0.3 * reach, "l1", way=way, products="bfloat16"
+        )
+        results.append([*grads, *stats])
+        assert {tensor.dtype for tensor in results[-1]} == {torch.float32}
+        errors = [error_in_norm(*pair) for pair in zip(results[-1], exact, strict=True)]
+        assert max(errors[:2]) < 0.05  # of the encoder
+        assert max(errors[2:]) < 0.01
+        assert errors[0] > 1e-3  # bfloat16 it was
+    for runs, grouped in zip(*results, strict=True):
+        assert error_in_norm(runs, grouped.double()) < 0.01
+
+
+def test_in_bfloat16_the_dense_way_is_grouped(monkeypatch):
+    taken = []
+    for way in (*WAYS, "grouped"):
+        original = getattr(gradients, f"_{way}")
+        monkeypatch.setattr(
+            gradients, f"_{way}", lambda *a, o=original, w=way: taken.append(w) or o(*a)
+        )
+    for sparse in (True, False):
+        params, x, reach = large_case(2, sparse)
+        grads = poisoned(params)
+        write_gradient(grads, params, x, reach, reach, products="bfloat16")
+    assert taken == ["runs", "runs", "grouped", "grouped"]

@@ -387,7 +387,7 @@ def test_vanilla_is_one_prefix():
     trainer = make_trainer(seeds=(0,), n_prefixes=(1,))
     for x in batches(3):
         trainer.step(x)
-        assert (trainer._reach()[0] == 1).all()
+        assert (trainer._reaches == 1).all()
 
 
 def test_prefixes_differ_by_seed_step_and_block():
