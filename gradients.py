@@ -87,7 +87,7 @@ class Workspace:
 
     def empty(self, name: str, like: Tensor, *shape: int) -> Tensor:
         """A tensor of that shape, uninitialised, as good as `name` is not asked for again."""
-        if like.is_cuda:
+        if like.device.type != "cpu":
             return like.new_empty(shape)
         n, held = math.prod(shape), self._held.get(name, like[:0].flatten())
         if held.numel() < n or (held.dtype, held.device) != (like.dtype, like.device):
@@ -171,7 +171,7 @@ def _is_sparse(n_active: Tensor, acts: Tensor, n_reaches: int, products: Product
 
     Never so on a GPU: reading that number would cost it more.
     """
-    if acts.is_cuda:
+    if acts.device.type != "cpu":
         return False
     n_latents, batch = acts.shape
     active = float(n_active) / batch  # a sample

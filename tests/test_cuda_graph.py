@@ -1,0 +1,163 @@
+"""cuda_graph.py and the step that it replays: on a GPU where there is one, and without one by its
+rules: what is recorded sees no number of Python's again, and may read none back from the device."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import gradients
+import sae as sae_module
+from cuda_graph import CudaGraph
+from sae import SAE, Trainer, TrainerConfig, seeded_generator
+
+D_MODEL, N_LATENTS, BATCH, N_STEPS = 16, 400, 32, 60
+CONFIG = {"n_steps": N_STEPS, "target_l0": 20.0, "lr": 1e-3, "products": "bfloat16"}
+CONTROLS = [
+    {"l0_control": "original", "restart_every": 5},
+    {"l0_control": "steady", "sparsity": "log"},
+    {"l0_control": "steady", "prefixes": "expected"},
+]
+
+
+def make_trainer(device: str = "cpu", **config: object) -> Trainer:
+    stack = SAE.stack([SAE(D_MODEL, N_LATENTS, seed) for seed in (0, 1)]).to(device)
+    return Trainer(stack, TrainerConfig(**(CONFIG | config)), [0, 1], [10, 1])  # type: ignore[arg-type]
+
+
+def batches(n: int) -> Tensor:
+    return torch.randn(n, BATCH, D_MODEL, generator=seeded_generator(0))
+
+
+class Recorded(CudaGraph):
+    """A CudaGraph without a GPU: a list of operators is recorded and replayed.
+
+    As on a GPU, recording computes nothing, Python's numbers become constants, and reading a
+    tensor's value raises.
+    """
+
+    recorded: Sequence["Recorded"] = ()
+
+    def _call_aside(self) -> dict[str, Tensor]:
+        return self._function(*self._inputs)
+
+    def _record(self) -> None:
+        trace = make_fx(self._function, tracing_mode="fake", _allow_non_fake_inputs=True)
+        operators = trace(*self._inputs)
+        Recorded.recorded = [*Recorded.recorded, self]
+
+        class Graph:
+            def replay(_) -> None:
+                self._outputs = operators(*self._inputs)
+
+        self._graph = Graph()  # type: ignore[assignment]
+
+
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's way through a step, on the CPU."""
+    monkeypatch.setattr(gradients, "_is_sparse", lambda *_: False)
+    monkeypatch.setattr(sae_module, "CudaGraph", Recorded)
+    monkeypatch.setattr(Recorded, "recorded", [])
+
+
+@pytest.mark.parametrize("control", CONTROLS, ids=["original", "steady", "expected"])
+def test_a_replayed_step_is_the_step(
+    control: dict[str, object], without_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, through warm-up, restarts and a block's end."""
+    monkeypatch.setattr(Trainer, "BLOCK", 25)
+    monkeypatch.setattr(Trainer, "_is_replayed", True)
+    plain, replayed = make_trainer(**control), make_trainer(**control)
+    xs = batches(N_STEPS)
+    found = [replayed.step(x) for x in xs]
+    n_phases = len(replayed._graphs)
+    assert n_phases == (3 if "restart_every" in control else 2)
+    assert len(Recorded.recorded) == n_phases  # each was replayed
+    monkeypatch.setattr(Recorded, "WARM_UP", N_STEPS)  # never recorded
+    expected = [plain.step(x) for x in xs]
+    assert len(Recorded.recorded) == n_phases
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(replayed.state_dict()[name], tensor)
+
+
+def test_a_first_step_from_tensors_is_one_from_numbers(
+    without_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The learning rate and the like are Python's numbers on a CPU."""
+    numbers, tensors = make_trainer(), make_trainer()
+    (x,) = batches(1)
+    expected = numbers.step(x)
+    monkeypatch.setattr(Trainer, "_is_replayed", True)
+    for name, tensor in tensors.step(x).items():
+        torch.testing.assert_close(tensor, expected[name])
+    for name, tensor in numbers.state_dict().items():
+        torch.testing.assert_close(tensors.state_dict()[name], tensor)
+
+
+def test_what_a_replay_returned_stays(without_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "_is_replayed", True)
+    trainer = make_trainer()
+    found = [trainer.step(x) for x in batches(20)]
+    kept = [{name: tensor.clone() for name, tensor in metrics.items()} for metrics in found]
+    trainer.step(batches(1)[0])
+    for metrics, copy in zip(found, kept, strict=True):
+        assert all(torch.equal(metrics[name], copy[name]) for name in copy)
+    assert len({float(metrics["l0"][0]) for metrics in found}) > 1
+
+
+def test_replaying_goes_on_from_a_checkpoint(
+    without_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph keeps the addresses of the state: loading must not move it."""
+    monkeypatch.setattr(Trainer, "_is_replayed", True)
+    whole, first, second = (make_trainer() for _ in range(3))
+    xs = batches(40)
+    for x in xs:
+        whole.step(x)
+    for x in xs[:20]:
+        first.step(x)
+        second.step(x.flip(0) + 1)  # recorded, and elsewhere
+    second.load_state_dict(first.state_dict())
+    for x in xs[20:]:
+        second.step(x)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(second.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("n_reaches", [(10, 1), (N_LATENTS, 1)])
+@pytest.mark.parametrize("control", CONTROLS[:2], ids=["original", "steady"])
+def test_a_step_on_a_gpu_reads_nothing_back(
+    control: dict[str, object], n_reaches: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tensors that lie on no CPU and hold no values: reading one raises."""
+    monkeypatch.setattr(Trainer, "_adam", lambda *_: None)  # torch has none without values
+    stack = SAE.stack([SAE(D_MODEL, N_LATENTS, seed) for seed in (0, 1)]).to("meta")
+    config = TrainerConfig(**(CONFIG | control))  # type: ignore[arg-type]
+    trainer = Trainer(stack, config, [0, 1], [10, 1])
+    with torch.device("meta"):
+        x, reach = torch.empty(BATCH, D_MODEL), torch.empty(2, N_LATENTS)
+        ends = [torch.empty(n, dtype=torch.int64) for n in n_reaches]
+        schedule = sae_module.Schedule(*torch.empty(3).unbind())
+    with torch.inference_mode():
+        for in_warmup, restarts in ((True, False), (False, True)):
+            metrics = trainer._step(x, reach, ends, schedule, in_warmup, restarts)
+            assert {tensor.device.type for tensor in metrics.values()} == {"meta"}
+    with pytest.raises(RuntimeError):
+        float(metrics["l0"][0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("control", CONTROLS, ids=["original", "steady", "expected"])
+def test_replays_on_a_gpu(control: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    xs = batches(N_STEPS).cuda()
+    replayed, plain = make_trainer("cuda", **control), make_trainer("cuda", **control)
+    found = [replayed.step(x) for x in xs]
+    monkeypatch.setattr(CudaGraph, "WARM_UP", N_STEPS)
+    for ours, x in zip(found, xs, strict=True):
+        for name, tensor in plain.step(x).items():
+            torch.testing.assert_close(ours[name], tensor, rtol=2e-3, atol=1e-4)
