@@ -36,6 +36,7 @@ from torch.nn.functional import grouped_mm
 
 Sparsity = Literal["l1", "log"]
 Products = Literal["float32", "bfloat16"]
+Way = Literal["gram", "blocks", "runs", "grouped", "dense"]
 
 SMALL = 256  # latents up to which `gram` serves
 MOST_BLOCKS = 128  # reaches up to which blocks serve where activations are dense, else `gram`
@@ -103,7 +104,7 @@ def write_gradient(
     price: Tensor,
     sparsity: Sparsity = "l1",
     ends: Sequence[Tensor] | None = None,
-    way: Literal["gram", "blocks", "runs", "grouped"] | None = None,
+    way: Way | None = None,
     workspace: Workspace | None = None,
     products: Products = "float32",
 ) -> Stats:
@@ -116,12 +117,13 @@ def write_gradient(
     down, as integers [n_reaches]; None counts them, for which a GPU has to be waited for, as it has
     where `blocks` finds them there.
 
-    The ways differ in rounding alone; None takes the one that is fastest here. A workspace that is
-    passed again saves a CPU the pages of large intermediate tensors. Up to SMALL latents, products
-    are in float32 whatever is asked for; `grouped` in bfloat16 raises RuntimeError where d_model or
-    the batch is not a multiple of 8.
+    The ways differ in rounding alone; None takes the one that is fastest here, and "dense" that
+    which a GPU takes, where activations are sparse, too. A workspace that is passed again saves a
+    CPU the pages of large intermediate tensors. Up to SMALL latents, products are in float32
+    whatever is asked for; `grouped` in bfloat16 raises RuntimeError where d_model or the batch is
+    not a multiple of 8.
     """
-    if way == "gram" or (way is None and reach.shape[1] <= SMALL):
+    if way == "gram" or (way in (None, "dense") and reach.shape[1] <= SMALL):
         return _gram(grads, params, x, reach, price, sparsity)
     stats, workspace = [], workspace or Workspace()
     for i in range(len(x)):
@@ -133,11 +135,11 @@ def write_gradient(
         own = count_ends(reach[i]) if ends is None else ends[i]
         if way == "runs" or (way is None and _is_sparse(n_active, acts, len(own), products)):
             mean_square = _runs(acts, *rest)
-        elif way is None and len(own) > MOST_BLOCKS:
+        elif way in (None, "dense") and len(own) > MOST_BLOCKS:
             one = slice(i, i + 1)
             g, q = grads.slice(one), params.slice(one)
             mean_square = _gram(g, q, x[one], reach[one], price[one], sparsity).mean_square[0]
-        elif way == "grouped" or (way is None and products == "bfloat16"):
+        elif way == "grouped" or (way != "blocks" and products == "bfloat16"):
             mean_square = _grouped(acts, *rest, own, products)
         else:
             mean_square = _blocks(acts, *rest, own)
@@ -302,36 +304,41 @@ def _grouped(
     ends: Tensor,
     products: Products,
 ) -> Tensor:
-    """`_blocks`, with r_k = sum_q min(s_k, s_q) (what block q decodes to) - s_k x, all k at once.
+    """`_blocks`, with all residuals at once: r_k = sum_q min(s_k, s_q) (what block q decodes to),
+    x taken off the first block, which every other meets at its own reach.
 
     One SAE: no leading dimension, and acts [n_latents, batch]. -> mean square of a_j ||d_j||.
     """
-    dtype, batch, ends = getattr(torch, products), len(x), ends.to(x.device, torch.int32)
+    dtype, batch, n_blocks = getattr(torch, products), len(x), len(ends)
+    ends = ends.to(x.device, torch.int32)
     ranked, order = reach.sort(descending=True, stable=True)
-    shares = ranked[ends - 1] * (2 / batch)  # [n_blocks]
     W_dec, price, d = params.W_dec[order], price[order], params.W_dec.to(dtype)[order]
     acts = torch.index_select(acts, 0, order, out=workspace.empty("ranked", acts, *acts.shape))
     a = workspace.empty("rounded acts", d, *acts.shape).copy_(acts)
 
     blocks = grouped_mm(a.T, d, offs=ends)  # [n_blocks, batch, d_model]
-    decoded = workspace.empty("decoded", x, *blocks.shape).copy_(blocks)
-    residuals = workspace.empty("residuals", x, *blocks.shape)
-    torch.mm(torch.minimum(shares, shares[:, None]), decoded.flatten(1), out=residuals.flatten(1))
-    residuals.addcmul_(shares[:, None, None], x - params.b_dec, value=-1)
-    r = workspace.empty("rounded residuals", d, *blocks.shape).copy_(residuals)
+    blocks[0] -= x - params.b_dec
+    # Reaches are counted in prefixes: whole numbers, which rounding leaves alone.
+    counts = ranked[ends - 1] * n_blocks
+    meet = torch.minimum(counts, counts[:, None]).to(dtype)  # [n_blocks, n_blocks]
+    residuals = workspace.empty("residuals", d, *blocks.shape)
+    torch.mm(meet, blocks.flatten(1), out=residuals.flatten(1))
+    scale = 2 / (batch * n_blocks)
 
     norms = W_dec.norm(dim=1)
     slope, paid = _sparsity_slopes(acts, norms[:, None], sparsity)
-    g_acts = workspace.empty("g_acts", x, *acts.shape).copy_(grouped_mm(d, r.mT, offs=ends))
+    g_acts = workspace.empty("g_acts", x, *acts.shape)
+    g_acts.copy_(grouped_mm(d, residuals.mT, offs=ends)).mul_(scale)
     g_acts += slope * (price * norms / batch)[:, None]
     _through_relu(g_acts, acts)
-    pull = (paid.sum(1) * price / norms / batch)[:, None]
-
     g_a = workspace.empty("rounded g_acts", d, *acts.shape).copy_(g_acts)
+    g_W_dec = W_dec * (paid.sum(1) * price / norms / batch)[:, None]
+    g_W_dec.add_(grouped_mm(a, residuals, offs=ends), alpha=scale)
+
     grads.W_enc.index_copy_(0, order, (g_a @ x.to(dtype)).to(x.dtype))
     grads.b_enc[0].index_copy_(0, order, g_acts.sum(1))
-    grads.W_dec.index_copy_(0, order, (W_dec * pull).add_(grouped_mm(a, r, offs=ends)))
-    grads.b_dec[0] = residuals[0].sum(0)
+    grads.W_dec.index_copy_(0, order, g_W_dec)
+    grads.b_dec[0] = residuals[0].sum(0, dtype=x.dtype) * scale
     mean_square = acts.square_().sum(1) / batch * norms.square()
     return torch.empty_like(reach).index_copy_(0, order, mean_square)
 

@@ -269,6 +269,7 @@ class TrainerConfig:
     norm_decay: float = 0.99  # of the running mean of the inputs' norm
     order_decay: float = 0.95  # of the running mean square that orders the latents
     products: Products = "float32"  # operands of a step's matrix products; see gradients.py
+    dense: bool = False  # as on a GPU, whatever the activations; a CPU is slower for it
 
     @property
     def n_warmup_steps(self) -> int:
@@ -417,8 +418,9 @@ class Trainer:
             state["sparsity_weight"][:, None] * reach,
             config.sparsity,
             ends,
-            workspace=self._workspace,
-            products=config.products,
+            "dense" if config.dense else None,
+            self._workspace,
+            config.products,
         )
         grad_norm = torch.linalg.vector_norm(self._grads, dim=1, keepdim=True)
         self._grads.mul_((config.max_grad_norm / (grad_norm + 1e-6)).clamp_(max=1))

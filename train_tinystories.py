@@ -63,6 +63,10 @@ class Config:
         "in bfloat16 alone",
         choices=["float32", "bfloat16"],
     )
+    dense: bool = setting(
+        False,
+        "dense arithmetic on a CPU, too, as on a GPU: slower, but shows what that would compute",
+    )
     refit: bool = setting(
         False, "write the SAEs with their decoders refitted, too, to OUT/refit; see refit.py"
     )
@@ -122,6 +126,7 @@ def make_trainer(config: Config, d_model: int, device: torch.device) -> Trainer:
             lr=config.lr,
             prefixes=config.prefixes,  # type: ignore[arg-type]
             products=config.products,  # type: ignore[arg-type]
+            dense=config.dense,
             sparsity=config.sparsity,  # type: ignore[arg-type]
             sparsity_weight=config.sparsity_weight,
             l0_control="steady",

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import gradients
 import sae as sae_module
 from cuda_graph import CudaGraph
 from sae import SAE, Trainer, TrainerConfig, seeded_generator
 
 D_MODEL, N_LATENTS, BATCH, N_STEPS = 16, 400, 32, 60
-CONFIG = {"n_steps": N_STEPS, "target_l0": 20.0, "lr": 1e-3, "products": "bfloat16"}
+CONFIG = {"n_steps": N_STEPS, "target_l0": 20.0, "lr": 1e-3, "products": "bfloat16", "dense": True}
 CONTROLS = [
     {"l0_control": "original", "restart_every": 5},
     {"l0_control": "steady", "sparsity": "log"},
@@ -58,7 +57,6 @@ class Recorded(CudaGraph):
 @pytest.fixture
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU's way through a step, on the CPU."""
-    monkeypatch.setattr(gradients, "_is_sparse", lambda *_: False)
     monkeypatch.setattr(sae_module, "CudaGraph", Recorded)
     monkeypatch.setattr(Recorded, "recorded", [])
 
