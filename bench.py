@@ -64,19 +64,27 @@ class Config:
     )
 
 
+CALLS = 20
+
+
 def alternate(
     variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> Times:
-    """Milliseconds a call of each variant: its median, and its quartiles. They take turns."""
+    """Milliseconds a call of each variant: its median, and its quartiles. They take turns.
+
+    On a GPU, CALLS calls are timed at once, as training makes them: without waiting in between.
+    """
+    calls = CALLS if device.type == "cuda" else 1
     times: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(repeats + 1):  # the first round warms up
         for name, call in variants.items():
             _wait_for(device)
             start = time.perf_counter()
-            call()
+            for _ in range(calls):
+                call()
             _wait_for(device)
             if repeat:
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(1e3 * (time.perf_counter() - start) / calls)
     return {name: _quartiles(values) for name, values in times.items()}
 
 
@@ -357,16 +365,22 @@ def bench_step(repeats: int, device: torch.device, original: Any = None) -> Time
 
 def bench_growth(repeats: int, device: torch.device) -> Times:
     """Matryoshka steps and dense products, by size at L0 30, and by L0 at full size."""
-    variants: dict[str, Callable[[], object]] = {}
     times: Times = {}
     for n_latents in (3072, 6144, 12288, 24576, 49152):
         case = Case.placed(device, n_latents)
-        variants = {
+        sized = {
             f"{n_latents} latents": case.step(10),
+            f"{n_latents} latents, bfloat16": case.step(10, products="bfloat16"),
             f"{n_latents} latents, five products": case.five_products(),
         }
-        times |= alternate(variants, max(2, repeats - 2), device)
-    variants = {f"L0 {l0}": Case.placed(device, l0=l0).step(10) for l0 in (10, 30, 100, 300)}
+        times |= alternate(sized, max(2, repeats - 2), device)
+    variants: dict[str, Callable[[], object]] = {}
+    for l0 in (10, 30, 100, 300):
+        case = Case.placed(device, l0=l0)
+        variants |= {
+            f"L0 {l0}": case.step(10),
+            f"L0 {l0}, bfloat16": case.step(10, products="bfloat16"),
+        }
     return times | alternate(variants, repeats, device)
 
 

@@ -254,7 +254,9 @@ def _blocks(
     """
     batch, sizes = len(x), ends.diff(prepend=ends.new_zeros(1)).tolist()
     ranked, order = reach.sort(descending=True, stable=True)
-    weights = -ranked[ends.to(x.device) - 1].diff(append=ranked.new_zeros(1))  # [n_blocks]
+    # of each prefix, [n_blocks]; read one by one: an index would have to be copied to a GPU first
+    shares = torch.stack([ranked[end - 1] for end in ends.tolist()])
+    weights = -shares.diff(append=shares.new_zeros(1))
     W_dec: Tensor = params.W_dec
     where: slice | Tensor = slice(None)
     if len(sizes) > 1:

@@ -364,6 +364,7 @@ MODULES = (
     "cache_activations",
     "evaluate",
     "gradients",
+    "cuda_graph",
     "plots",
     "refit",
     "sae",

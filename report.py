@@ -226,6 +226,10 @@ STANDIN = (
     ("expected prefixes", "expected_seed{}", "matryoshka"),
     ("expected prefixes, refit", "expected_seed{}_refit", "matryoshka"),
     ("matryoshka, refit both", "seed{}_refit_both", "matryoshka"),
+    ("matryoshka, bfloat16", "bfloat16_seed{}", "matryoshka"),
+    ("vanilla, bfloat16", "bfloat16_seed{}", "vanilla"),
+    ("matryoshka, bfloat16, dense", "bfloat16_dense_seed{}", "matryoshka"),
+    ("vanilla, bfloat16, dense", "bfloat16_dense_seed{}", "vanilla"),
 )
 STANDIN_SEEDS = 3
 
@@ -291,14 +295,20 @@ def bench() -> str:
 def growth() -> str:
     """A step by the size of the dictionary, against the dense products of that size, and by L0."""
     times = read("bench/growth.json")["growth"]
+
+    def of(name: str) -> float | None:
+        return times[name]["median"] if name in times else None
+
     rows = []
-    for name, t in times.items():
-        if name.endswith("five products"):
+    for name in times:
+        if "," in name:  # a column of another's row
             continue
-        dense = times.get(f"{name}, five products")
-        ratio = f"{t['median'] / dense['median']:.2f}" if dense else "-"
-        rows.append([name, f"{t['median']:.0f}", f"{dense['median']:.0f}" if dense else "-", ratio])
-    return script.table(["", "step, ms", "five products, ms", "ratio"], rows)
+        step, rounded, dense = of(name), of(f"{name}, bfloat16"), of(f"{name}, five products")
+        assert step is not None
+        ms = ["-" if value is None else f"{value:.0f}" for value in (step, rounded, dense)]
+        rows.append([name, *ms, f"{step / dense:.2f}" if dense else "-"])
+    headers = ["", "step, ms", "in bfloat16, ms", "five products, ms", "step / products"]
+    return script.table(headers, rows)
 
 
 def data() -> str:

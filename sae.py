@@ -379,8 +379,13 @@ class Trainer:
 
     @property
     def _is_replayed(self) -> bool:
-        """Whether a step can be, and is worth being, one CUDA graph."""
-        return self._grads.is_cuda and self.config.products == "bfloat16"
+        """Whether a step can be one CUDA graph: on Hopper or Blackwell, in bfloat16.
+
+        Elsewhere PyTorch's grouped product reads where its blocks end back to the host.
+        """
+        if not self._grads.is_cuda or self.config.products == "float32":
+            return False
+        return torch.cuda.get_device_capability(self._grads.device)[0] in (9, 10)
 
     def _replay(
         self, inputs: Sequence[Tensor], in_warmup: bool, restarts: bool

@@ -44,7 +44,7 @@ def test_a_trained_sae_has_moved(small):
 
 def test_a_timed_step_changes_nothing_and_can_be_repeated(small):
     case = Case.placed(CPU, 300, 6)
-    trainer = case.trainer(10, "sampled")
+    trainer = case.trainer(10)
     before = trainer.sae
     for _ in range(3):
         trainer.step(case.x)

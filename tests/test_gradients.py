@@ -330,15 +330,17 @@ def test_products_in_bfloat16_are_off_by_its_rounding(sparse):
         assert error_in_norm(runs, grouped.double()) < 0.01
 
 
-def test_in_bfloat16_the_dense_way_is_grouped(monkeypatch):
+@pytest.mark.parametrize("products", ["float32", "bfloat16"])
+def test_the_dense_way_follows_from_the_products(products, monkeypatch):
+    """It is taken where activations are dense, or where it is asked for."""
     taken = []
     for way in (*WAYS, "grouped"):
         original = getattr(gradients, f"_{way}")
         monkeypatch.setattr(
             gradients, f"_{way}", lambda *a, o=original, w=way: taken.append(w) or o(*a)
         )
-    for sparse in (True, False):
+    for sparse, way in ((True, None), (False, None), (True, "dense")):
         params, x, reach = large_case(2, sparse)
-        grads = poisoned(params)
-        write_gradient(grads, params, x, reach, reach, products="bfloat16")
-    assert taken == ["runs", "runs", "grouped", "grouped"]
+        write_gradient(poisoned(params), params, x, reach, reach, way=way, products=products)
+    dense = "grouped" if products == "bfloat16" else "blocks"
+    assert taken == ["runs", "runs", dense, dense, dense, dense]

@@ -470,11 +470,13 @@ def test_killed_again_and_again_ends_with_the_same_bytes(
     assert results["runs"] == whole[1]
 
 
+@pytest.mark.parametrize("products", ["float32", "bfloat16"])
 def test_a_resume_is_exact_in_a_large_dictionary(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, products: str
 ) -> None:
     """Above 256 latents the gradient is written another way, chosen by how many are active."""
-    settings = {"n_latents": 300, "sparsity_weight": 20.0}
+    cache = write_cache(tmp_path / "cache", N_TOKENS, d_model=16)
+    settings = {"n_latents": 300, "sparsity_weight": 20.0, "products": products}
     run(config_for(cache, tmp_path / "whole", **settings))
     config = config_for(cache, tmp_path / "parts", **settings)
     for after in (20, 14):
@@ -491,6 +493,21 @@ def test_a_resume_is_exact_in_a_large_dictionary(
                 run(resumed(config))
     run(resumed(config))
     assert learnt(tmp_path / "parts") == learnt(tmp_path / "whole")
+
+
+def test_products_in_bfloat16_train_nearly_the_same_saes(tmp_path: Path) -> None:
+    """What is learnt is in float32, and FVU and L0 agree with those of float32 to 1%."""
+    cache = write_cache(tmp_path / "cache", N_TOKENS, d_model=16)
+    settings = {"n_latents": 300, "n_steps": 200, "target_l0": 20.0}
+    exact = run(config_for(cache, tmp_path / "float32", **settings))["runs"]
+    runs = run(config_for(cache, tmp_path / "bfloat16", products="bfloat16", **settings))["runs"]
+    for ours, theirs in zip(runs, exact, strict=True):
+        for name in ("final_l0", "training_fvu"):
+            assert abs(ours[name] / theirs[name] - 1) < 0.01
+        file = f"{ours['sae']}.safetensors"
+        rounded, sae = (SAE.load(tmp_path / folder / file) for folder in ("bfloat16", "float32"))
+        assert rounded.W_enc.dtype == torch.float32
+        assert not torch.equal(rounded.W_enc, sae.W_enc)
 
 
 def test_a_finished_run_is_returned_without_training(
@@ -594,6 +611,8 @@ def test_divergence_after_a_resume_names_the_metrics_of_before(
         ({"n_steps": -5}, "--n-steps is -5"),
         ({"batch_size": 0}, "--batch-size is 0"),
         ({"batch_size": 1}, "--batch-size is 1"),
+        ({"batch_size": 60, "products": "bfloat16"}, "--batch-size 60: --products bfloat16 takes"),
+        ({"products": "bfloat16"}, f"--products bfloat16: activations have {D_MODEL} dimensions"),
         ({"batch_size": N_TOKENS + 1}, f"holds {N_TOKENS} activations: too few for --batch-size"),
         ({"lr": 0.0}, "--lr is 0.0"),
         ({"lr": -1e-3}, "--lr is -0.001"),
@@ -660,6 +679,7 @@ def stopped_run(unfinished: Path, tmp_path: Path) -> Path:
         ({"batch_size": 64}, "--batch-size 128, not 64"),
         ({"sparsity": "log"}, "--sparsity l1, not log"),
         ({"sparsity_weight": 1.0}, "--sparsity-weight 1.2, not 1.0"),
+        ({"dense": True}, "--dense False, not True"),
         ({"seed": 1}, "--seed 0, not 1"),
     ],
 )
