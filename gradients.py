@@ -165,7 +165,7 @@ def _encode(params: Params, x: Tensor, products: Products, workspace: Workspace)
     x = x.bfloat16()
     rounded = workspace.empty("W_enc", x, *W_enc.shape).copy_(W_enc)
     product = torch.mm(rounded, x.T, out=workspace.empty("product", x, *acts.shape))
-    return torch.add(product, b_enc, out=acts).relu_()
+    return acts.copy_(product).add_(b_enc).relu_()
 
 
 def _is_sparse(n_active: Tensor, acts: Tensor, n_reaches: int, products: Products) -> bool:

@@ -347,6 +347,8 @@ def standin_commands() -> str:
             files.append((f"{folder}_training", "train_tinystories.py"))
             files += [(f"{folder}{how}", "evaluate.py") for how in ("", "_refit")]
         files.append((f"{seed}_refit_both", "evaluate.py"))
+        for folder in (f"bfloat16_{seed}", f"bfloat16_dense_{seed}"):
+            files += [(f"{folder}_training", "train_tinystories.py"), (folder, "evaluate.py")]
     return "\n".join(
         f"- {made_by(f'tinystories_standin/{name}.json', program)}" for name, program in files
     )
@@ -438,14 +440,14 @@ def speed(path: Path) -> None:
     growth = report.read("bench/growth.json")["growth"]
     shown = {name: t for name, t in times.items() if not name.startswith("of these")}
     yardstick = times["five dense products"]["median"]
-    drawing = _figure(3.4)
+    drawing = _figure(0.6 + 0.2 * len(shown))
     ax, right = drawing.subplots(
         1, 2, gridspec_kw={"left": 0.29, "right": 0.985, "top": 0.9, "bottom": 0.16,
                            "wspace": 0.24, "width_ratios": (1.35, 1)},
     )  # fmt: skip
     for row, (name, t) in enumerate(shown.items()):
         colour = COLOURS["vanilla" if "vanilla" in name else "matryoshka"]
-        if name == "five dense products":
+        if name.endswith("five dense products"):
             colour = FAINT
         strength = 0.4 if name.startswith("the original") else 0.85
         ax.barh(row, t["median"] / yardstick, 0.62, color=colour, alpha=strength)
@@ -464,10 +466,13 @@ def speed(path: Path) -> None:
 
     end = " latents, five products"
     sizes = [int(name.removesuffix(end)) for name in growth if name.endswith(end)]
-    for suffix, colour in ((" latents", COLOURS["matryoshka"]), (end, FAINT)):
+    for suffix, label, colour, alpha in (
+        (end, "products", FAINT, 1),
+        (" latents", "10 prefixes", COLOURS["matryoshka"], 0.85),
+        (" latents, bfloat16", "in bfloat16", COLOURS["matryoshka"], 0.5),
+    ):
         medians = [growth[f"{n}{suffix}"]["median"] for n in sizes]
-        right.plot(sizes, medians, "o-", color=colour, markersize=4, linewidth=1.8)
-        label = "products" if suffix == end else "10 prefixes"
+        right.plot(sizes, medians, "o-", color=colour, alpha=alpha, markersize=4, linewidth=1.8)
         right.annotate(
             label, (sizes[2], medians[2]), (-4, 6) if suffix == end else (5, -12),
             textcoords="offset points", ha="right" if suffix == end else "left", fontsize=7.5,

@@ -186,7 +186,8 @@ text(
 # The refit of the decoder lowers FVU and with it, slightly, the cross-entropy recovered: what fits
 # the activations better need not serve the model better. *Refit both* fits the encoder anew as well
 # and kills a third of the latents. Expected prefixes reconstruct alike before the refit, and
-# better after it in every seed, by little.
+# better after it in every seed, by little. *bfloat16* rounds the operands of training's matrix
+# products, of the encoder's alone where few latents fire, and of all with *dense*, as on a GPU.
 #
 # ### The first latents alone
 
@@ -224,7 +225,8 @@ text(STAND_IN.concepts())
 # matrix products that a dense implementation cannot do without: encode, decode, and three backward.
 # The gradient is written out by hand and skips what is silent (`gradients.py`). Bars without a word
 # fire 30 latents an input, on synthetic data (`bench.py` says which); *fresh* ones are at
-# initialisation, where half of all latents fire.
+# initialisation, where half of all latents fire. *bfloat16*: the products' operands are rounded to
+# it, and what is learnt is not (`--products bfloat16`).
 
 # %%
 figure(parts.speed, alt="Time of a training step by kind, and by the size of the dictionary")
