@@ -64,17 +64,14 @@ class Config:
     )
 
 
-CALLS = 20
-
-
 def alternate(
-    variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+    variants: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    calls: int = 1,
 ) -> Times:
-    """Milliseconds a call of each variant: its median, and its quartiles. They take turns.
-
-    On a GPU, CALLS calls are timed at once, as training makes them: without waiting in between.
-    """
-    calls = CALLS if device.type == "cuda" else 1
+    """Milliseconds a call of each variant: its median, and its quartiles. They take turns, of
+    `calls` calls at once."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(repeats + 1):  # the first round warms up
         for name, call in variants.items():
@@ -165,6 +162,11 @@ def bench_toy_whole() -> Times:
 D_MODEL, N_LATENTS, BATCH, L0 = 768, 3072, 1024, 30
 TRAINING_STEPS = 200
 UNMOVED = TrainerConfig(n_steps=10**6, target_l0=L0, lr=1e-12)  # too small to change anything
+
+
+def steps_at_once(device: torch.device) -> int:
+    """How many are timed together: a GPU's are not waited for one by one in training, either."""
+    return 20 if device.type == "cuda" else 1
 
 
 class Synthetic:
@@ -357,7 +359,7 @@ def bench_step(repeats: int, device: torch.device, original: Any = None) -> Time
             ("matryoshka, 10 prefixes, fresh", fresh, 10),
         ):
             variants[f"the original: {name}"] = original_step(original, case, n_prefixes)
-    times = alternate(variants, repeats, device)
+    times = alternate(variants, repeats, device, steps_at_once(device))
     times["vanilla"]["l0"] = vanilla.l0()
     times["matryoshka, 10 prefixes"]["l0"] = matryoshka.l0()
     return times
@@ -373,7 +375,7 @@ def bench_growth(repeats: int, device: torch.device) -> Times:
             f"{n_latents} latents, bfloat16": case.step(10, products="bfloat16"),
             f"{n_latents} latents, five products": case.five_products(),
         }
-        times |= alternate(sized, max(2, repeats - 2), device)
+        times |= alternate(sized, max(2, repeats - 2), device, steps_at_once(device))
     variants: dict[str, Callable[[], object]] = {}
     for l0 in (10, 30, 100, 300):
         case = Case.placed(device, l0=l0)
@@ -381,7 +383,7 @@ def bench_growth(repeats: int, device: torch.device) -> Times:
             f"L0 {l0}": case.step(10),
             f"L0 {l0}, bfloat16": case.step(10, products="bfloat16"),
         }
-    return times | alternate(variants, repeats, device)
+    return times | alternate(variants, repeats, device, steps_at_once(device))
 
 
 # ------------------------------------------------------------------------------------- the data

@@ -1,49 +1,62 @@
 """Work that a GPU replays: one launch in place of a hundred, where the host is what takes long."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+Function = Callable[..., dict[str, Tensor]]
+
 
 class CudaGraph:
-    """A function of tensors, called as one CUDA graph.
+    """A function of tensors, called as one CUDA graph, on the GPU of the first of them.
 
-    The function may change other tensors in place, as training does, but must not read a number
-    back from the GPU, and neither its shapes nor what it reads of Python may change between calls.
+    The function may change other tensors in place, as training does. It must not read a number back
+    from the GPU, and neither its shapes, nor where those tensors lie, nor what it reads of Python
+    may change between calls.
     """
 
     WARM_UP = 3  # plain calls before the graph is recorded, for libraries to set themselves up
 
-    def __init__(self, function: Callable[..., dict[str, Tensor]], inputs: Sequence[Tensor]):
-        self._function = function
+    def __init__(self, inputs: Sequence[Tensor]):
         self._inputs = [tensor.clone() for tensor in inputs]  # what the graph reads from
+        self._stream: torch.cuda.Stream | None = None
         self._n_calls = 0
 
-    def __call__(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The function of `inputs`, which have the shapes and dtypes of the first ones."""
+    def __call__(self, function: Function, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """`function` of `inputs`: the same function, and shapes and dtypes, from call to call."""
         for held, tensor in zip(self._inputs, inputs, strict=True):
             held.copy_(tensor)
         self._n_calls += 1
         if self._n_calls <= self.WARM_UP:
-            return self._call_aside()
+            return self._call(function)
         if self._n_calls == self.WARM_UP + 1:
-            self._record()
+            self._record(function)
         self._graph.replay()
         # The next replay overwrites what this one returns.
         return {name: tensor.clone() for name, tensor in self._outputs.items()}
 
-    def _call_aside(self) -> dict[str, Tensor]:
-        """A plain call on a stream of its own, as graphs are recorded on one."""
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            outputs = self._function(*self._inputs)
-        here.wait_stream(aside)
-        return outputs
+    def _call(self, function: Function) -> dict[str, Tensor]:
+        """A plain call, on the stream on which the graph will be recorded."""
+        with self._aside() as stream, torch.cuda.stream(stream):
+            return function(*self._inputs)
 
-    def _record(self) -> None:
+    def _record(self, function: Function) -> None:
         self._graph = torch.cuda.CUDAGraph()
         # thread_local: another thread may be moving the next batches to the GPU meanwhile
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._outputs = self._function(*self._inputs)
+        with (
+            self._aside() as stream,
+            torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"),
+        ):
+            self._outputs = function(*self._inputs)
+
+    @contextmanager
+    def _aside(self) -> Iterator[torch.cuda.Stream]:
+        """The GPU of the inputs, and a stream there that begins and ends with the current one."""
+        with torch.cuda.device(self._inputs[0].device):
+            self._stream = self._stream or torch.cuda.Stream()
+            here = torch.cuda.current_stream()
+            self._stream.wait_stream(here)
+            yield self._stream
+            here.wait_stream(self._stream)

@@ -21,8 +21,9 @@ that contain j have over or left to explain,
           product, whose edges are data. So nothing waits for a GPU, and no shape depends on the
           prefixes: a step can be replayed as one CUDA graph.
 
-Products in bfloat16 round their operands to 8 bits of mantissa and sum in float32; what is learnt,
-its gradient and all else stay in float32. In `runs` that is the encoder's product alone.
+Products in bfloat16 round their operands and results to 8 bits of mantissa; what is learnt, its
+gradient and all else stay in float32. In `runs` that is the encoder's product alone, and in `gram`
+none.
 """
 
 import math
@@ -119,26 +120,27 @@ def write_gradient(
 
     The ways differ in rounding alone; None takes the one that is fastest here, and "dense" that
     which a GPU takes, where activations are sparse, too. A workspace that is passed again saves a
-    CPU the pages of large intermediate tensors. Up to SMALL latents, products are in float32
-    whatever is asked for; `grouped` in bfloat16 raises RuntimeError where d_model or the batch is
-    not a multiple of 8.
+    CPU the pages of large intermediate tensors. Dense products are in float32 whatever is asked
+    for with up to SMALL latents or more than MOST_BLOCKS reaches; `grouped` in bfloat16 raises
+    RuntimeError where d_model or the batch is not a multiple of 8.
     """
     if way == "gram" or (way in (None, "dense") and reach.shape[1] <= SMALL):
         return _gram(grads, params, x, reach, price, sparsity)
     stats, workspace = [], workspace or Workspace()
     for i in range(len(x)):
-        p = params.one(i)
+        p, g = params.one(i), grads.one(i)
+        own = count_ends(reach[i]) if ends is None else ends[i]
         acts = _encode(p, x[i], products, workspace)
         signs = torch.sign(acts, out=workspace.empty("signs", x, *acts.shape))
         n_active = signs.sum(dim=1).sum(dtype=torch.float64)
-        rest = (grads.one(i), p, x[i], reach[i], price[i], sparsity, workspace)
-        own = count_ends(reach[i]) if ends is None else ends[i]
+        rest = (g, p, x[i], reach[i], price[i], sparsity, workspace)
         if way == "runs" or (way is None and _is_sparse(n_active, acts, len(own), products)):
             mean_square = _runs(acts, *rest)
         elif way in (None, "dense") and len(own) > MOST_BLOCKS:
             one = slice(i, i + 1)
-            g, q = grads.slice(one), params.slice(one)
-            mean_square = _gram(g, q, x[one], reach[one], price[one], sparsity).mean_square[0]
+            given = (grads.slice(one), params.slice(one), x[one], reach[one], price[one])
+            stats.append(Stats(*(tensor[0] for tensor in _gram(*given, sparsity))))
+            continue
         elif way == "grouped" or (way != "blocks" and products == "bfloat16"):
             mean_square = _grouped(acts, *rest, own, products)
         else:
@@ -314,17 +316,22 @@ def _grouped(
     dtype, batch, n_blocks = getattr(torch, products), len(x), len(ends)
     ends = ends.to(x.device, torch.int32)
     ranked, order = reach.sort(descending=True, stable=True)
-    W_dec, price, d = params.W_dec[order], price[order], params.W_dec.to(dtype)[order]
-    acts = torch.index_select(acts, 0, order, out=workspace.empty("ranked", acts, *acts.shape))
-    a = workspace.empty("rounded acts", d, *acts.shape).copy_(acts)
+    W_dec: Tensor = params.W_dec
+    where: slice | Tensor = slice(None)
+    if n_blocks > 1:
+        acts = torch.index_select(acts, 0, order, out=workspace.empty("ranked", acts, *acts.shape))
+        W_dec, price, where = W_dec[order], price[order], order
+    a, d = workspace.empty("rounded acts", x.to(dtype), *acts.shape).copy_(acts), W_dec.to(dtype)
 
-    blocks = grouped_mm(a.T, d, offs=ends)  # [n_blocks, batch, d_model]
-    blocks[0] -= x - params.b_dec
-    # Reaches are counted in prefixes: whole numbers, which rounding leaves alone.
-    counts = ranked[ends - 1] * n_blocks
-    meet = torch.minimum(counts, counts[:, None]).to(dtype)  # [n_blocks, n_blocks]
-    residuals = workspace.empty("residuals", d, *blocks.shape)
-    torch.mm(meet, blocks.flatten(1), out=residuals.flatten(1))
+    residuals = grouped_mm(a.T, d, offs=ends)  # of each block by itself: [n_blocks, batch, d_model]
+    residuals[0] -= x - params.b_dec
+    if n_blocks > 1:
+        # Reaches are counted in prefixes: whole numbers where those are sampled, and not rounded.
+        counts = ranked[ends - 1] * n_blocks
+        meet = torch.minimum(counts, counts[:, None]).to(dtype)  # [n_blocks, n_blocks]
+        mixed = workspace.empty("mixed", d, *residuals.shape)
+        torch.mm(meet, residuals.flatten(1), out=mixed.flatten(1))
+        residuals = mixed
     scale = 2 / (batch * n_blocks)
 
     norms = W_dec.norm(dim=1)
@@ -335,14 +342,14 @@ def _grouped(
     _through_relu(g_acts, acts)
     g_a = workspace.empty("rounded g_acts", d, *acts.shape).copy_(g_acts)
     g_W_dec = W_dec * (paid.sum(1) * price / norms / batch)[:, None]
-    g_W_dec.add_(grouped_mm(a, residuals, offs=ends), alpha=scale)
 
-    grads.W_enc.index_copy_(0, order, (g_a @ x.to(dtype)).to(x.dtype))
-    grads.b_enc[0].index_copy_(0, order, g_acts.sum(1))
-    grads.W_dec.index_copy_(0, order, g_W_dec)
+    grads.W_enc[where] = (g_a @ x.to(dtype)).to(x.dtype)
+    grads.b_enc[0, where] = g_acts.sum(1)
+    grads.W_dec[where] = g_W_dec.add_(grouped_mm(a, residuals, offs=ends), alpha=scale)
     grads.b_dec[0] = residuals[0].sum(0, dtype=x.dtype) * scale
-    mean_square = acts.square_().sum(1) / batch * norms.square()
-    return torch.empty_like(reach).index_copy_(0, order, mean_square)
+    mean_square = torch.empty_like(reach)
+    mean_square[where] = acts.square_().sum(1) / batch * norms.square()
+    return mean_square
 
 
 def _runs(

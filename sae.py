@@ -322,12 +322,14 @@ class Trainer:
         n_prefixes: Sequence[int],
     ):
         """`saes`: a stack as long as `seeds` and `n_prefixes`. Raises ValueError where it is not,
-        or where n_prefixes is not within 1 .. n_latents."""
+        where n_prefixes is not within 1 .. n_latents, or where d_model is not a multiple of 8 for
+        products in bfloat16."""
         if not len(saes.W_enc) == len(seeds) == len(n_prefixes) or saes.W_enc.dim() != 3:
             raise ValueError(
                 f"a stack of {tuple(saes.W_enc.shape)} for {len(seeds)} seeds and "
                 f"{len(n_prefixes)} numbers of prefixes: the three must be as many"
             )
+        self._require_eights("d_model", saes.d_model, config)
         self.config, self.seeds, self.n_prefixes = config, list(seeds), list(n_prefixes)
         self.d_model, self.n_latents = saes.d_model, saes.n_latents
         n_saes, device = len(seeds), saes.W_enc.device
@@ -354,8 +356,9 @@ class Trainer:
         self._graphs: dict[tuple[object, ...], CudaGraph] = {}
         if config.prefixes == "expected":
             reaches = [expected_reach(self.n_latents, k) for k in self.n_prefixes]
-            self._expected_ends = [gradients.count_ends(one) for one in reaches]
-            self._expected_reach = torch.stack(reaches).to(flat.dtype)
+            ends_on = device if self._is_replayed else torch.device("cpu")
+            self._expected_ends = [gradients.count_ends(one).to(ends_on) for one in reaches]
+            self._expected_reach = torch.stack(reaches).to(device, flat.dtype)
 
     @torch.inference_mode()
     def step(self, x: Tensor) -> dict[str, Tensor]:
@@ -363,8 +366,10 @@ class Trainer:
 
         Returns tensors on x's device, before the step: l0 [n_saes], sparsity_weight [n_saes],
         grad_norm [n_saes] (before clipping), mean_square [n_saes, n_latents] of a_j ||d_j||.
+        Raises ValueError where batch is not a multiple of 8 for products in bfloat16.
         """
         config, t = self.config, self.n_steps_done
+        self._require_eights("the batch", x.shape[-2], config)
         phase = (t + 1 < config.n_warmup_steps, config.restarts_at(t))
         block, row = divmod(t, self.BLOCK)
         if self._block != block:
@@ -377,13 +382,19 @@ class Trainer:
         self.n_steps_done += 1
         return metrics
 
+    @staticmethod
+    def _require_eights(what: str, size: int, config: TrainerConfig) -> None:
+        if config.products == "bfloat16" and size % 8:
+            raise ValueError(f"products in bfloat16: {what} is {size}, not a multiple of 8")
+
     @property
     def _is_replayed(self) -> bool:
-        """Whether a step can be one CUDA graph: on Hopper or Blackwell, in bfloat16.
+        """Whether a step can be one CUDA graph: in bfloat16, on compute capability 9 or 10.
 
-        Elsewhere PyTorch's grouped product reads where its blocks end back to the host.
+        Those are H100, H200 and B200. Elsewhere PyTorch's grouped product reads where its blocks
+        end back to the host.
         """
-        if not self._grads.is_cuda or self.config.products == "float32":
+        if not self._grads.is_cuda or self.config.products == "float32" or torch.version.hip:
             return False
         return torch.cuda.get_device_capability(self._grads.device)[0] in (9, 10)
 
@@ -397,8 +408,8 @@ class Trainer:
 
         key = (inputs[0].shape, in_warmup, restarts)
         if key not in self._graphs:
-            self._graphs[key] = CudaGraph(step, inputs)
-        return self._graphs[key](inputs)
+            self._graphs[key] = CudaGraph(inputs)
+        return self._graphs[key](step, inputs)
 
     def _step(
         self,
@@ -525,11 +536,11 @@ class Trainer:
         self._block, device = block, self._grads.device
         if self.config.prefixes == "expected":
             ends = [ends.expand(self.BLOCK, -1) for ends in self._expected_ends]
-            reaches = self._expected_reach.expand(self.BLOCK, -1, -1)
+            self._reaches = self._expected_reach.expand(self.BLOCK, -1, -1)
         else:
             ends = self._draw_prefixes(block)  # a prefix's length is where its latents end
             reaches = torch.stack([reach(one, self.n_latents) for one in ends], dim=1)
-        self._reaches = reaches.to(device)  # [BLOCK, n_saes, n_latents]
+            self._reaches = reaches.to(device)  # [BLOCK, n_saes, n_latents]
         if self._is_replayed:
             steps = range(block * self.BLOCK, (block + 1) * self.BLOCK)
             self._schedules = torch.tensor([self._schedule(t) for t in steps]).to(device)

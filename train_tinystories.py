@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import evaluate
+import gradients
 import refit
 import script
 from cache_activations import ActivationCache
@@ -59,8 +60,8 @@ class Config:
     )
     products: str = setting(
         "float32",
-        "operands of the matrix products; what is learnt is float32 either way, and a GPU is fast "
-        "in bfloat16 alone",
+        "operands of training's matrix products; what is learnt is float32. bfloat16 takes more "
+        "than 256 latents, and multiples of 8 for --batch-size and the activations' dimensions",
         choices=["float32", "bfloat16"],
     )
     dense: bool = setting(
@@ -98,6 +99,10 @@ def check(config: Config) -> None:
     if config.products == "bfloat16" and config.batch_size % 8:
         raise UserError(
             f"--batch-size {config.batch_size}: --products bfloat16 takes multiples of 8"
+        )
+    if config.products == "bfloat16" and config.n_latents <= gradients.SMALL:
+        raise UserError(
+            f"--n-latents {config.n_latents}: --products bfloat16 takes more than {gradients.SMALL}"
         )
     if config.n_prefixes > config.n_latents:
         raise UserError(
@@ -228,7 +233,9 @@ class Run:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if metadata["tensors_hash"] != tensors_hash(tensors):
                 raise ValueError("its checksum is not the recorded one")
-            saved, of_cache = json.loads(metadata["config"]), metadata["cache_hash"]
+            # A setting that is younger than the checkpoint had its default's effect.
+            saved = dataclasses.asdict(Config()) | json.loads(metadata["config"])
+            of_cache = metadata["cache_hash"]
             self.metrics_bytes = int(metadata["metrics_bytes"])
             self.seconds, self.waited = float(metadata["seconds"]), float(metadata["waited"])
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -1,6 +1,8 @@
 """cuda_graph.py and the step that it replays: on a GPU where there is one, and without one by its
 rules: what is recorded sees no number of Python's again, and may read none back from the device."""
 
+import gc
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -9,7 +11,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import sae as sae_module
-from cuda_graph import CudaGraph
+from cuda_graph import CudaGraph, Function
 from sae import SAE, Trainer, TrainerConfig, seeded_generator
 
 D_MODEL, N_LATENTS, BATCH, N_STEPS = 16, 400, 32, 60
@@ -39,11 +41,11 @@ class Recorded(CudaGraph):
 
     recorded: Sequence["Recorded"] = ()
 
-    def _call_aside(self) -> dict[str, Tensor]:
-        return self._function(*self._inputs)
+    def _call(self, function: Function) -> dict[str, Tensor]:
+        return function(*self._inputs)
 
-    def _record(self) -> None:
-        trace = make_fx(self._function, tracing_mode="fake", _allow_non_fake_inputs=True)
+    def _record(self, function: Function) -> None:
+        trace = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)
         operators = trace(*self._inputs)
         Recorded.recorded = [*Recorded.recorded, self]
 
@@ -127,6 +129,37 @@ def test_replaying_goes_on_from_a_checkpoint(
         assert torch.equal(second.state_dict()[name], tensor)
 
 
+def test_a_trainer_goes_with_its_last_name(
+    without_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No cycle through its graphs: their memory is a GPU's, and is wanted at once."""
+    monkeypatch.setattr(Trainer, "_is_replayed", True)
+    gc.disable()
+    try:
+        trainer = make_trainer()
+        for x in batches(5):
+            trainer.step(x)
+        gone = weakref.ref(trainer)
+        monkeypatch.setattr(Recorded, "recorded", [])
+        del trainer
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("size", ["d_model", "batch"])
+def test_sizes_that_bfloat16_cannot_have_are_refused(size: str) -> None:
+    d_model = 20 if size == "d_model" else 16
+
+    def train() -> None:
+        stack = SAE.stack([SAE(d_model, N_LATENTS)])
+        trainer = Trainer(stack, TrainerConfig(**CONFIG), [0], [10])  # type: ignore[arg-type]
+        trainer.step(torch.ones(20, d_model))
+
+    with pytest.raises(ValueError, match=f"{size} is 20, not a multiple of 8"):
+        train()
+
+
 @pytest.mark.parametrize("products", ["bfloat16", "float32"])
 @pytest.mark.parametrize("n_reaches", [(10, 1), (N_LATENTS, 1)])
 @pytest.mark.parametrize("control", CONTROLS[:2], ids=["original", "steady"])
@@ -164,7 +197,7 @@ def test_replays_on_a_gpu(control: dict[str, object], monkeypatch: pytest.Monkey
     xs = batches(N_STEPS).cuda()
     replayed, plain = make_trainer("cuda", **control), make_trainer("cuda", **control)
     if not replayed._is_replayed:
-        pytest.skip("neither Hopper nor Blackwell")
+        pytest.skip("not of compute capability 9 or 10")
     found = [replayed.step(x) for x in xs]
     monkeypatch.setattr(CudaGraph, "WARM_UP", N_STEPS)
     for ours, x in zip(found, xs, strict=True):

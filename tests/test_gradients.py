@@ -344,3 +344,15 @@ def test_the_dense_way_follows_from_the_products(products, monkeypatch):
         write_gradient(poisoned(params), params, x, reach, reach, way=way, products=products)
     dense = "grouped" if products == "bfloat16" else "blocks"
     assert taken == ["runs", "runs", dense, dense, dense, dense]
+
+
+def test_all_pairs_are_of_float32_in_every_figure():
+    """Where every reach differs and activations are dense, nothing is of rounded products."""
+    params, x, _ = large_case(4, sparse=False)
+    reach = (torch.arange(1, 401) / 400).expand(2, -1)
+    results = []
+    for products in ("float32", "bfloat16"):
+        grads = poisoned(params)
+        results.append([*grads, *write_gradient(grads, params, x, reach, reach, products=products)])
+    for exact, ours in zip(*results, strict=True):
+        assert torch.equal(exact, ours)

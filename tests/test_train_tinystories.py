@@ -612,7 +612,11 @@ def test_divergence_after_a_resume_names_the_metrics_of_before(
         ({"batch_size": 0}, "--batch-size is 0"),
         ({"batch_size": 1}, "--batch-size is 1"),
         ({"batch_size": 60, "products": "bfloat16"}, "--batch-size 60: --products bfloat16 takes"),
-        ({"products": "bfloat16"}, f"--products bfloat16: activations have {D_MODEL} dimensions"),
+        ({"products": "bfloat16"}, "--n-latents 20: --products bfloat16 takes more than 256"),
+        (
+            {"products": "bfloat16", "n_latents": 300},
+            f"--products bfloat16: activations have {D_MODEL} dimensions",
+        ),
         ({"batch_size": N_TOKENS + 1}, f"holds {N_TOKENS} activations: too few for --batch-size"),
         ({"lr": 0.0}, "--lr is 0.0"),
         ({"lr": -1e-3}, "--lr is -0.001"),
@@ -707,6 +711,22 @@ def test_a_checkpoint_on_another_cache_is_refused(
     before = contents(stopped_run)
     assert "--cache" in refused(resumed(config_for(another, stopped_run)), capsys)
     assert contents(stopped_run) == before
+
+
+def test_a_checkpoint_from_before_a_setting_existed_goes_on(
+    cache: Path, tmp_path: Path, stopped_run: Path
+) -> None:
+    path = stopped_run / "checkpoint.safetensors"
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    older = json.loads(metadata["config"])
+    del older["products"], older["dense"]
+    metadata["config"] = json.dumps(older)
+    safetensors.torch.save_file(tensors, path, metadata)
+    run(config_for(cache, tmp_path / "whole"))
+    run(resumed(config_for(cache, stopped_run)))
+    assert learnt(stopped_run) == learnt(tmp_path / "whole")
 
 
 def test_where_the_cache_lies_and_how_often_to_save_may_change(
