@@ -66,6 +66,8 @@ def test_numbers_in_prose_are_what_results_say():
     )
     grown = f"grows by {large - small:.0f} ms, the five products by {many - few:,.0f} ms"
     assert f"{grown}; as a ratio, {large / small:.1f} times against {many / few:.1f} times" in prose
+    rounded = times["49152 latents, bfloat16"] / times["3072 latents, bfloat16"]
+    assert f"In bfloat16 that is {rounded:.1f} times." in prose
 
     steps = report.read("bench/step.json")["step"]
     for name in ("vanilla", "matryoshka, 10 prefixes"):
@@ -75,9 +77,16 @@ def test_numbers_in_prose_are_what_results_say():
     )
     assert 0.44 < encode / whole < 0.6  # "half of the step"
     names = ("matryoshka, 10 prefixes", "vanilla", "matryoshka, 10 prefixes, fresh")
-    slower = [steps[f"the original: {name}"]["median"] / steps[name]["median"] for name in names]
-    x, y, z = (f"{ratio:.1f}" for ratio in slower)
-    assert f"{x} times less time at ten prefixes, {y} at one, and {z} where both are fresh" in prose
+    original, ours, rounded = (
+        np.array([steps[kind + name]["median"] for name in names])
+        for kind in ("the original: ", "", "bfloat16: ")
+    )
+    x, y, z = (f"{ratio:.1f}" for ratio in original / ours)
+    slower = f"{x} times less time at ten prefixes, {y} at one, and {z} where both are fresh"
+    x, y, z = (f"{ratio:.1f}" for ratio in original / rounded)
+    assert f"{slower} (in bfloat16 {x}, {y} and {z})" in prose
+    trained, _, fresh = (f"{ratio:.2f}" for ratio in rounded / ours)
+    assert f"step takes {trained} of the time and a fresh one's {fresh}" in prose
 
     counts = [report.read("toy_ablation/ablation.json")["variants"][v] for v in ("none", "all")]
     none, everything = (c["matryoshka"]["clean_features"]["20"] for c in counts)
@@ -96,6 +105,20 @@ def test_numbers_in_prose_are_what_results_say():
     assert abs(ours.mean() - expected.mean()) < ours.std(ddof=1)  # "within the spread"
     assert (expected_refit < refit).all()  # "in every seed, by about a hundredth"
     assert 0.005 < 1 - expected_refit.mean() / refit.mean() < 0.015
+    change = {
+        key: max(
+            abs(100 * (ours[key] / exact[key] - 1))
+            for folder in ("bfloat16_seed{}", "bfloat16_dense_seed{}")
+            for sae in ("matryoshka", "vanilla")
+            for ours, exact in zip(
+                report.standin_runs(folder, sae), report.standin_runs("seed{}", sae), strict=True
+            )
+        )
+        for key in ("fvu", "l0")
+    }
+    changed = f"change FVU by at most {change['fvu']:.2f}% in any seed and L0 by at most"
+    assert f"{changed} {change['l0']:.2f}%" in prose
+    assert max(change.values()) < 1
     both = report.standin_runs("seed{}_refit_both", "matryoshka")
     assert 0.3 < np.mean([run["dead_share"] for run in both]) < 1 / 3
     assert f"L0 falls to {np.mean([run['l0'] for run in both]):.1f}" in prose
