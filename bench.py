@@ -11,7 +11,8 @@ densely: encode, decode, and three in the backward pass.
 At full size the data is synthetic: 3,072 known directions, 30 of them active in an input, with
 frequencies falling from common to rare. SAEs start on those directions and are trained until they
 fire 30 latents an input; where the size or the L0 varies, that would take too long, and they are
-only placed there. "Fresh" ones are as initialised: half of their latents fire.
+only placed there. "Fresh" ones are as initialised: half of their latents fire. "bfloat16": with the
+matrix products' operands rounded to it, as `--products bfloat16` of train_tinystories.py has them.
 Writes a JSON file with every median, its quartiles, and where it was measured.
 """
 

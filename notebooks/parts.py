@@ -474,9 +474,9 @@ def speed(path: Path) -> None:
         medians = [growth[f"{n}{suffix}"]["median"] for n in sizes]
         right.plot(sizes, medians, "o-", color=colour, alpha=alpha, markersize=4, linewidth=1.8)
         right.annotate(
-            label, (sizes[2], medians[2]), (-4, 6) if suffix == end else (5, -12),
-            textcoords="offset points", ha="right" if suffix == end else "left", fontsize=7.5,
-            color=colour,
+            label, (sizes[2], medians[2]), (5, -12) if "bfloat16" in suffix else (-4, 6),
+            textcoords="offset points", ha="left" if "bfloat16" in suffix else "right",
+            fontsize=7.5, color=colour,
         )  # fmt: skip
     right.set_xscale("log", base=2)
     right.set_yscale("log")
