@@ -128,24 +128,23 @@ def write_gradient(
         return _gram(grads, params, x, reach, price, sparsity)
     stats, workspace = [], workspace or Workspace()
     for i in range(len(x)):
-        p, g = params.one(i), grads.one(i)
-        own = count_ends(reach[i]) if ends is None else ends[i]
+        p, own = params.one(i), count_ends(reach[i]) if ends is None else ends[i]
         acts = _encode(p, x[i], products, workspace)
         signs = torch.sign(acts, out=workspace.empty("signs", x, *acts.shape))
         n_active = signs.sum(dim=1).sum(dtype=torch.float64)
-        rest = (g, p, x[i], reach[i], price[i], sparsity, workspace)
+        l0 = (n_active / x.shape[1]).to(x.dtype)
+        rest = (grads.one(i), p, x[i], reach[i], price[i], sparsity, workspace)
         if way == "runs" or (way is None and _is_sparse(n_active, acts, len(own), products)):
             mean_square = _runs(acts, *rest)
         elif way in (None, "dense") and len(own) > MOST_BLOCKS:
             one = slice(i, i + 1)
             given = (grads.slice(one), params.slice(one), x[one], reach[one], price[one])
-            stats.append(Stats(*(tensor[0] for tensor in _gram(*given, sparsity))))
-            continue
+            l0, mean_square = (tensor[0] for tensor in _gram(*given, sparsity))
         elif way == "grouped" or (way != "blocks" and products == "bfloat16"):
             mean_square = _grouped(acts, *rest, own, products)
         else:
             mean_square = _blocks(acts, *rest, own)
-        stats.append(Stats((n_active / x.shape[1]).to(x.dtype), mean_square))
+        stats.append(Stats(l0, mean_square))
     return Stats(*map(torch.stack, zip(*stats, strict=True)))
 
 
