@@ -1,4 +1,4 @@
-"""The gradient of the prefix loss, written out: one function, one line of mathematics, four ways.
+"""The gradient of the prefix loss, written out: one function, one line of mathematics, three ways.
 
 With x less b_dec, a = ReLU(x W_enc + b_enc), d_j a row of W_dec, s_j the reach of latent j, and
 p_j = sparsity_weight * s_j, the loss of a sample is
@@ -17,9 +17,10 @@ that contain j have over or left to explain,
 `blocks`  one residual a prefix and sample: dense products, for activations that are still dense.
 `runs`    one residual for each run of active latents of equal reach: only the encoder's product is
           dense. What training is, but for its beginning.
-`grouped` blocks again, for products of bfloat16 operands: all blocks of a kind in one grouped
-          product, whose edges are data. So nothing waits for a GPU, and no shape depends on the
-          prefixes: a step can be replayed as one CUDA graph.
+
+In bfloat16, or where it is asked for, blocks are `grouped`: all products of a kind are one grouped
+product, whose edges are data. So nothing waits for a GPU, and no shape depends on the prefixes: a
+step can be replayed as one CUDA graph.
 
 Products in bfloat16 round their operands and results to 8 bits of mantissa; what is learnt, its
 gradient and all else stay in float32. In `runs` that is the encoder's product alone, and in `gram`
@@ -121,8 +122,8 @@ def write_gradient(
     The ways differ in rounding alone; None takes the one that is fastest here, and "dense" that
     which a GPU takes, where activations are sparse, too. A workspace that is passed again saves a
     CPU the pages of large intermediate tensors. Dense products are in float32 whatever is asked
-    for with up to SMALL latents or more than MOST_BLOCKS reaches; `grouped` in bfloat16 raises
-    RuntimeError where d_model or the batch is not a multiple of 8.
+    for with up to SMALL latents or more than MOST_BLOCKS reaches; in bfloat16 `blocks` are grouped,
+    which raises RuntimeError where d_model or the batch is not a multiple of 8.
     """
     if way == "gram" or (way in (None, "dense") and reach.shape[1] <= SMALL):
         return _gram(grads, params, x, reach, price, sparsity)
@@ -140,10 +141,9 @@ def write_gradient(
             one = slice(i, i + 1)
             given = (grads.slice(one), params.slice(one), x[one], reach[one], price[one])
             l0, mean_square = (tensor[0] for tensor in _gram(*given, sparsity))
-        elif way == "grouped" or (way != "blocks" and products == "bfloat16"):
-            mean_square = _grouped(acts, *rest, own, products)
         else:
-            mean_square = _blocks(acts, *rest, own)
+            grouped = way == "grouped" or products == "bfloat16"
+            mean_square = _blocks(acts, *rest, own, products, grouped)
         stats.append(Stats(l0, mean_square))
     return Stats(*map(torch.stack, zip(*stats, strict=True)))
 
@@ -247,108 +247,102 @@ def _blocks(
     sparsity: Sparsity,
     workspace: Workspace,
     ends: Tensor,
+    products: Products,
+    grouped: bool,
 ) -> Tensor:
-    """One residual a block of latents of equal reach: r = suffix sums of what prefixes leave over.
+    """One residual a block of latents of equal reach: r, what the prefixes that contain it have
+    over, in the mean.
 
     The latents are sorted by reach, so that a block is a slice. One SAE: no leading dimension, and
     acts [n_latents, batch]. -> mean square of a_j ||d_j||.
     """
-    batch, sizes = len(x), ends.diff(prepend=ends.new_zeros(1)).tolist()
+    batch, dtype = len(x), torch.bfloat16 if products == "bfloat16" else x.dtype
     ranked, order = reach.sort(descending=True, stable=True)
-    # of each prefix, [n_blocks]; read one by one: an index would have to be copied to a GPU first
-    shares = torch.stack([ranked[end - 1] for end in ends.tolist()])
-    weights = -shares.diff(append=shares.new_zeros(1))
     W_dec: Tensor = params.W_dec
     where: slice | Tensor = slice(None)
-    if len(sizes) > 1:
+    if len(ends) > 1:
         acts = torch.index_select(acts, 0, order, out=workspace.empty("ranked", acts, *acts.shape))
         W_dec, price, where = W_dec[order], price[order], order
 
-    before = params.b_dec - x
-    residuals = workspace.empty("residuals", x, len(sizes), *x.shape)  # [n_blocks, batch, d_model]
+    norms = W_dec.norm(dim=1)
+    slope, paid = _sparsity_slopes(acts, norms[:, None], sparsity)
+    slope = slope * (price * norms / batch)[:, None]  # [n_latents, batch], or [n_latents, 1]
+    g_acts = workspace.empty("g_acts", x, *acts.shape).copy_(slope)
+    g_W_dec = W_dec * (paid.sum(1) * price / norms / batch)[:, None]
+    add = _add_grouped if grouped else _add_sliced
+    total = add(
+        g_acts, g_W_dec, acts.to(dtype), W_dec.to(dtype), params.b_dec - x, ranked, ends, workspace
+    )
+    _through_relu(g_acts, acts)
+
+    grads.W_enc[where] = (g_acts.to(dtype) @ x.to(dtype)).to(x.dtype)
+    grads.b_enc[0, where] = g_acts.sum(1)
+    grads.W_dec[where] = g_W_dec
+    grads.b_dec[0] = total
+    mean_square = torch.empty_like(reach)
+    mean_square[where] = acts.square_().sum(1) / batch * norms.square()
+    return mean_square
+
+
+def _add_sliced(
+    g_acts: Tensor,
+    g_W_dec: Tensor,
+    acts: Tensor,
+    W_dec: Tensor,
+    before: Tensor,
+    ranked: Tensor,
+    ends: Tensor,
+    workspace: Workspace,
+) -> Tensor:
+    """Adds 2 <d_j, r> / batch to g_acts and the sum of 2 a_j r / batch to g_W_dec, block by block:
+    r = suffix sums of what prefixes have over, `before` the first latent -x. -> the first block's
+    sum of 2 r / batch, [d_model]."""
+    batch, sizes = len(before), ends.diff(prepend=ends.new_zeros(1)).tolist()
+    # of each prefix, [n_blocks]; read one by one: an index would have to be copied to a GPU first
+    shares = torch.stack([ranked[end - 1] for end in ends.tolist()])
+    weights = -shares.diff(append=shares.new_zeros(1))
+    residuals = workspace.empty("residuals", before, len(sizes), *before.shape)
     blocks = list(zip(residuals, acts.split(sizes), W_dec.split(sizes), strict=True))
     for residual, a, d in blocks:
         before = torch.addmm(before, a.T, d, out=residual)
     residuals[-1].mul_(weights[-1] * (2 / batch))
     for k in reversed(range(len(sizes) - 1)):
         torch.addcmul(residuals[k + 1], residuals[k], weights[k] * (2 / batch), out=residuals[k])
-
-    norms = W_dec.norm(dim=1)
-    slope, paid = _sparsity_slopes(acts, norms[:, None], sparsity)
-    pull = paid.sum(1) * price / norms / batch
-    g_acts = slope * (price * norms / batch)[:, None]  # [n_latents, batch], or [n_latents, 1]
-    g_acts = g_acts.expand_as(acts).contiguous()
-    g_W_dec = W_dec * pull[:, None]
     for (residual, a, d), g_a, g_d in zip(
         blocks, g_acts.split(sizes), g_W_dec.split(sizes), strict=True
     ):
         g_a.addmm_(d, residual.T)
         g_d.addmm_(a, residual)
-    _through_relu(g_acts, acts)
-
-    grads.W_enc[where] = g_acts @ x
-    grads.b_enc[0, where] = g_acts.sum(1)
-    grads.W_dec[where] = g_W_dec
-    grads.b_dec[0] = residuals[0].sum(0)
-    mean_square = torch.empty_like(reach)
-    mean_square[where] = acts.square_().sum(1) / batch * norms.square()
-    return mean_square
+    return residuals[0].sum(0)
 
 
-def _grouped(
+def _add_grouped(
+    g_acts: Tensor,
+    g_W_dec: Tensor,
     acts: Tensor,
-    grads: Params,
-    params: Params,
-    x: Tensor,
-    reach: Tensor,
-    price: Tensor,
-    sparsity: Sparsity,
-    workspace: Workspace,
+    W_dec: Tensor,
+    before: Tensor,
+    ranked: Tensor,
     ends: Tensor,
-    products: Products,
+    workspace: Workspace,
 ) -> Tensor:
-    """`_blocks`, with all residuals at once: r_k = sum_q min(s_k, s_q) (what block q decodes to),
-    x taken off the first block, which every other meets at its own reach.
-
-    One SAE: no leading dimension, and acts [n_latents, batch]. -> mean square of a_j ||d_j||.
-    """
-    dtype, batch, n_blocks = getattr(torch, products), len(x), len(ends)
-    ends = ends.to(x.device, torch.int32)
-    ranked, order = reach.sort(descending=True, stable=True)
-    W_dec: Tensor = params.W_dec
-    where: slice | Tensor = slice(None)
-    if n_blocks > 1:
-        acts = torch.index_select(acts, 0, order, out=workspace.empty("ranked", acts, *acts.shape))
-        W_dec, price, where = W_dec[order], price[order], order
-    a, d = workspace.empty("rounded acts", x.to(dtype), *acts.shape).copy_(acts), W_dec.to(dtype)
-
-    residuals = grouped_mm(a.T, d, offs=ends)  # of each block by itself: [n_blocks, batch, d_model]
-    residuals[0] -= x - params.b_dec
+    """`_add_sliced`, with all blocks at once: r_k = sum_q min(s_k, s_q) (what block q decodes to),
+    x taken off the first block, which every other meets at its own reach."""
+    batch, n_blocks = len(before), len(ends)
+    ends = ends.to(acts.device, torch.int32)
+    residuals = grouped_mm(acts.T, W_dec, offs=ends)  # by itself, each: [n_blocks, batch, d_model]
+    residuals[0] += before
     if n_blocks > 1:
         # Reaches are counted in prefixes: whole numbers where those are sampled, and not rounded.
         counts = ranked[ends - 1] * n_blocks
-        meet = torch.minimum(counts, counts[:, None]).to(dtype)  # [n_blocks, n_blocks]
-        mixed = workspace.empty("mixed", d, *residuals.shape)
+        meet = torch.minimum(counts, counts[:, None]).to(acts.dtype)  # [n_blocks, n_blocks]
+        mixed = workspace.empty("mixed", acts, *residuals.shape)
         torch.mm(meet, residuals.flatten(1), out=mixed.flatten(1))
         residuals = mixed
     scale = 2 / (batch * n_blocks)
-
-    norms = W_dec.norm(dim=1)
-    slope, paid = _sparsity_slopes(acts, norms[:, None], sparsity)
-    g_acts = workspace.empty("g_acts", x, *acts.shape)
-    g_acts.copy_(grouped_mm(d, residuals.mT, offs=ends)).mul_(scale)
-    g_acts += slope * (price * norms / batch)[:, None]
-    _through_relu(g_acts, acts)
-    g_a = workspace.empty("rounded g_acts", d, *acts.shape).copy_(g_acts)
-    g_W_dec = W_dec * (paid.sum(1) * price / norms / batch)[:, None]
-
-    grads.W_enc[where] = (g_a @ x.to(dtype)).to(x.dtype)
-    grads.b_enc[0, where] = g_acts.sum(1)
-    grads.W_dec[where] = g_W_dec.add_(grouped_mm(a, residuals, offs=ends), alpha=scale)
-    grads.b_dec[0] = residuals[0].sum(0, dtype=x.dtype) * scale
-    mean_square = torch.empty_like(reach)
-    mean_square[where] = acts.square_().sum(1) / batch * norms.square()
-    return mean_square
+    g_acts.add_(grouped_mm(W_dec, residuals.mT, offs=ends), alpha=scale)
+    g_W_dec.add_(grouped_mm(acts, residuals, offs=ends), alpha=scale)
+    return residuals[0].sum(0, dtype=g_acts.dtype) * scale
 
 
 def _runs(

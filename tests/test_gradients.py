@@ -334,16 +334,16 @@ def test_products_in_bfloat16_are_off_by_its_rounding(sparse):
 def test_the_dense_way_follows_from_the_products(products, monkeypatch):
     """It is taken where activations are dense, or where it is asked for."""
     taken = []
-    for way in (*WAYS, "grouped"):
-        original = getattr(gradients, f"_{way}")
+    for name in ("_runs", "_add_sliced", "_add_grouped"):
+        original = getattr(gradients, name)
         monkeypatch.setattr(
-            gradients, f"_{way}", lambda *a, o=original, w=way: taken.append(w) or o(*a)
+            gradients, name, lambda *a, o=original, n=name: taken.append(n) or o(*a)
         )
     for sparse, way in ((True, None), (False, None), (True, "dense")):
         params, x, reach = large_case(2, sparse)
         write_gradient(poisoned(params), params, x, reach, reach, way=way, products=products)
-    dense = "grouped" if products == "bfloat16" else "blocks"
-    assert taken == ["runs", "runs", dense, dense, dense, dense]
+    dense = "_add_grouped" if products == "bfloat16" else "_add_sliced"
+    assert taken == ["_runs", "_runs", dense, dense, dense, dense]
 
 
 def test_all_pairs_are_of_float32_in_every_figure():
