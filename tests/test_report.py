@@ -82,9 +82,12 @@ def test_numbers_in_prose_are_what_results_say():
         for kind in ("the original: ", "", "bfloat16: ")
     )
     x, y, z = (f"{ratio:.1f}" for ratio in original / ours)
-    slower = f"{x} times less time at ten prefixes, {y} at one, and {z} where both are fresh"
+    assert f"ours takes {x} times less time at ten prefixes" in prose
+    low = steps["the original: matryoshka, 10 prefixes"]["q1"] / ours[0]
+    assert f"({low:.1f} times less than its lower quartile: it spreads widely)" in prose
+    slower = f", {y} at one, and {z} where both are fresh; in bfloat16"
     x, y, z = (f"{ratio:.1f}" for ratio in original / rounded)
-    assert f"{slower} (in bfloat16 {x}, {y} and {z})" in prose
+    assert f"{slower} {x}, {y} and {z}." in prose
     trained, _, fresh = (f"{ratio:.2f}" for ratio in rounded / ours)
     assert f"step takes {trained} of the time and a fresh one's {fresh}" in prose
 
