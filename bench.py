@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 import cache_activations
 import evaluate
+import gradients
 import script
 import tiny_model
 import train_toy
@@ -280,11 +281,8 @@ class Case(NamedTuple):
         by_place, ends = trainer._reaches[0], trainer._ends[0]
         reach = trainer._to_latents(by_place)
         workspace, flat = Workspace(), trainer._grads
-        acts = x.new_empty(self.sae.n_latents, BATCH)
         parts: dict[str, Callable[[], object]] = {
-            "encode": lambda: torch.addmm(
-                params.b_enc[0].T, params.W_enc[0], x[0].T, out=acts
-            ).relu_(),
+            "encode": lambda: gradients._encode(params.one(0), x[0], "float32", workspace),
             "encode, decode and backward": lambda: write_gradient(
                 grads, params, x, reach, reach, "l1", ends, workspace=workspace
             ),
