@@ -31,7 +31,7 @@ from cache_activations import ActivationCache
 from sae import SAE
 from script import UserError, setting
 
-SAMPLES_AT_ONCE = 1024  # whose firing directions are held: [n, most that fire, d_model]
+SAMPLES_AT_ONCE = 512  # whose firing directions are held: [n, most that fire, d_model]
 RIDGE = 1e-6  # of the mean square activation: keeps the rows of latents that never fire
 
 
@@ -73,7 +73,7 @@ class LeastSquares:
         self.count += len(u)
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """W [n, n_targets], b [n_targets] in float32.
+        """W [n, n_targets], b [n_targets] in float64.
 
         Raises ValueError where nothing was added, or where that does not settle W and b.
         """
@@ -84,17 +84,31 @@ class LeastSquares:
         pull = ridge * torch.where(mean_square > 0, mean_square, 1.0)  # u may be 0 throughout
         gram.diagonal()[:-1] += pull
         cross[:-1] += pull * self.prior
-        try:
-            solution = torch.linalg.solve(gram, cross).float()
-        except torch.linalg.LinAlgError:
-            raise ValueError("least squares has no one solution: it needs a ridge over 0") from None
-        if not solution.isfinite().all():
-            raise ValueError("the fit is not finite: the SAE or the activations are not")
+        solution = solve_gram(gram, cross)
         return solution[:-1], solution[-1]
 
 
+def solve_gram(gram: Tensor, cross: Tensor) -> Tensor:
+    """The X [n, n_targets] of gram @ X = cross, for a Gram matrix [n, n]; all float64.
+
+    Rows and columns are scaled to a diagonal of 1, so that no unit of u matters. Then a pivot of
+    the Cholesky factor, squared, is the share of a u that those before it do not explain. Raises
+    ValueError where that is no more than rounding: another machine would find another X.
+    """
+    if not (gram.isfinite().all() and cross.isfinite().all()):
+        raise ValueError("the fit is not finite: the SAE or the activations are not")
+    scale = gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()[:, None]
+    factor, failed = torch.linalg.cholesky_ex(gram * scale * scale.T)
+    rounding = len(gram) * torch.finfo(torch.float64).eps
+    if failed or factor.diagonal().square().min() <= rounding:
+        raise ValueError("least squares has no one solution: it needs a larger ridge")
+    return scale * torch.cholesky_solve(scale * cross, factor)
+
+
 def _replace(sae: SAE, **tensors: Tensor) -> SAE:
-    return SAE.from_tensors({**sae.state_dict(), **tensors})
+    """A copy of `sae` with other tensors, in the number format of those that they replace."""
+    state = sae.state_dict()
+    return SAE.from_tensors({**state, **{k: v.to(state[k].dtype) for k, v in tensors.items()}})
 
 
 @torch.no_grad()
@@ -136,7 +150,7 @@ def refit_both(sae: SAE, read: Callable[[], Iterable[Tensor]], ridge: float = RI
         acts = sae.encode(x)
         total += acts.sum(dim=0)
         n_fired += (acts > 0).sum(dim=0)
-        problem.add((acts > 0).float(), x * sae.scale)
+        problem.add(acts > 0, x * sae.scale)
     directions, b_dec = problem.solve(ridge)
     unit = (total / n_fired.clamp_min(1)).clamp_min(1e-12).float()  # mean activation where it fires
 
@@ -154,18 +168,20 @@ def strengths_of(x: Tensor, fires: Tensor, directions: Tensor, ridge: float = 1e
     """t [n, n_latents] >= 0, zero where `fires` is not, with t @ directions nearest to x [n, d].
 
     Least squares over the firing latents of each sample, clipped at 0 afterwards. The ridge, a
-    share of the mean squared length of a direction that fires, pulls towards 1.
+    share of the mean squared length of a direction that fires, pulls towards 1. Where latents can
+    hardly be told apart the ridge alone decides between them, so what is solved for is t - 1, in
+    float64: it is 0 where nothing tells them apart. t is float64.
     """
     most = max(1, int(fires.sum(dim=1).max()))
-    fired, latents = fires.float().topk(most, dim=1)  # [n, most]: 1 or 0, and which
-    rows = directions[latents] * fired[..., None]  # [n, most, d]
-    squares = directions.square().sum(dim=1)[latents] * fired
-    pull = ridge * squares.sum(dim=1) / fired.sum(dim=1).clamp_min(1)
+    fired, latents = fires.double().topk(most, dim=1)  # [n, most]: 1 or 0, and which
+    rows = directions.double()[latents] * fired[..., None]  # [n, most, d]
+    left = x.double() - rows.sum(dim=1)  # [n, d], what strengths of 1 leave
     gram = rows @ rows.mT
-    gram.diagonal(dim1=1, dim2=2).add_(pull[:, None] + (1 - fired))
-    wanted = (rows @ x[..., None])[..., 0] + pull[:, None] * fired
-    t = torch.linalg.solve(gram, wanted).clamp_min(0) * fired
-    return x.new_zeros(fires.shape).scatter_(1, latents, t)
+    pull = ridge * gram.diagonal(dim1=1, dim2=2).sum(dim=1) / fired.sum(dim=1).clamp_min(1)
+    pull = torch.where(pull > 0, pull, ridge)[:, None]  # all that fires may have no direction
+    gram.diagonal(dim1=1, dim2=2).add_(pull * fired + (1 - fired))
+    t = (1 + torch.linalg.solve(gram, (rows @ left[..., None])[..., 0])).clamp_min(0) * fired
+    return t.new_zeros(fires.shape).scatter_(1, latents, t)
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -62,21 +62,53 @@ def test_nothing_to_fit_is_refused():
         refit_decoder(make_sae(), [])
 
 
-def test_strengths_are_least_squares_over_what_fires():
+def brute_strengths(x, fires, directions, ridge):
+    """A sample at a time, in float64: the ridge's pull towards 1 is a row of its own a latent."""
+    x, directions, found = x.double().numpy(), directions.double().numpy(), np.zeros(fires.shape)
+    for one, on, t in zip(x, fires.numpy(), found, strict=True):
+        rows = directions[on]
+        pull = np.sqrt(ridge * np.square(rows).sum() / max(1, on.sum()))
+        design = np.concatenate([rows.T, pull * np.eye(len(rows))])
+        wanted = np.concatenate([one, np.full(len(rows), pull)])
+        t[on] = np.linalg.lstsq(design, wanted, rcond=None)[0].clip(min=0)
+    return found
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-4, 0.3])
+def test_strengths_are_least_squares_over_what_fires(ridge):
     directions, x = rand(9, 6), rand(50, 6, seed=1)
     fires = rand(50, 9, seed=2) > 0.8
     fires[0] = False
-    ours = strengths_of(x, fires, directions, ridge=0.0)
+    ours = strengths_of(x, fires, directions, ridge)
     assert (ours[~fires] == 0).all()
-    for t, one, on in zip(ours, x.double().numpy(), fires.numpy(), strict=True):
-        expected = np.linalg.lstsq(directions[on].T.double().numpy(), one, rcond=None)[0]
-        np.testing.assert_allclose(t[on], expected.clip(min=0), atol=1e-4)
+    np.testing.assert_allclose(ours, brute_strengths(x, fires, directions, ridge), atol=1e-9)
 
 
-def test_strengths_of_latents_that_nothing_tells_apart_are_shared():
-    """Two equal directions: the ridge makes the problem solvable, and asks for equal strengths."""
-    t = strengths_of(torch.tensor([[2.0, 0.0]]), torch.tensor([[True, True]]), torch.eye(2)[[0, 0]])
-    torch.testing.assert_close(t, torch.ones(1, 2))
+def test_strengths_of_latents_that_hardly_anything_tells_apart_are_those_of_float64():
+    """Directions 1e-4 apart, and more of them than dimensions: the ridge is all that decides."""
+    one = rand(1, 6)
+    directions = 100 * (one + 1e-4 * rand(12, 6, seed=1))
+    x, fires = 100 * (3 * one + rand(40, 6, seed=2)), rand(40, 12, seed=3) > -0.5
+    ours = strengths_of(x, fires, directions)
+    np.testing.assert_allclose(ours, brute_strengths(x, fires, directions, 1e-4), atol=1e-7)
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_strengths_of_latents_that_nothing_tells_apart_are_shared(n):
+    """Equal directions: the ridge makes the problem solvable, and asks for equal strengths."""
+    fires = torch.ones(1, n, dtype=torch.bool)
+    for length in (2.0**-10, 1.0, 2.0**10):
+        directions = length * torch.eye(3)[[0] * n]
+        x = directions.sum(0, keepdim=True)
+        torch.testing.assert_close(strengths_of(x, fires, directions), torch.ones(1, n).double())
+        twice = strengths_of(2 * x, fires, directions)
+        torch.testing.assert_close(twice, twice.mean().expand(1, n), rtol=1e-9, atol=0)
+        assert twice.mean().item() == pytest.approx(2, abs=1e-3)
+
+
+def test_strengths_of_latents_without_a_direction_are_1():
+    t = strengths_of(torch.ones(1, 2), torch.ones(1, 3, dtype=torch.bool), torch.zeros(3, 2))
+    assert t.tolist() == [[1.0, 1.0, 1.0]]
 
 
 def hedged_case():
@@ -159,12 +191,25 @@ def test_what_is_not_settled_is_refused():
     sae, x = make_sae(5), rand(300, 6, seed=5)
     with torch.no_grad():
         sae.b_enc[2] = -1e3
-    with pytest.raises(ValueError, match="a ridge over 0"):
+    with pytest.raises(ValueError, match="a larger ridge"):
         refit_decoder(sae, [x], ridge=0.0)
     with torch.no_grad():
         sae.W_enc[0, 0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         refit_decoder(sae, [x])
+
+
+def test_a_fit_that_rounding_alone_settles_is_refused():
+    """Two latents that fire alike have no decoder of their own, in whatever units they are."""
+    sae, x = make_sae(6), rand(300, 6, seed=6)
+    with torch.no_grad():
+        sae.W_enc[:, 3], sae.b_enc[3] = 0.25 * sae.W_enc[:, 7], 0.25 * sae.b_enc[7]
+    with pytest.raises(ValueError, match="a larger ridge"):
+        refit_decoder(sae, [x], ridge=0.0)
+    refit_decoder(sae, [x])
+    with torch.no_grad():
+        sae.W_enc[:, 3], sae.b_enc[3] = 1e-6 * rand(6), 1e-7
+    refit_decoder(sae, [x], ridge=0.0)  # a latent of small activations is no such latent
 
 
 def test_nothing_to_refit_both_on_is_refused():
@@ -216,13 +261,13 @@ def test_the_command(tmp_path, capsys):
         (tmp_path / "stack.safetensors", [], "a stack"),
         (ours, ["--ridge", "inf"], "not finite"),
         (ours, ["--out", str(tmp_path)], "is a folder"),
-        (tmp_path / "dead.safetensors", ["--ridge", "0"], "a ridge over 0"),
+        (tmp_path / "dead.safetensors", ["--ridge", "0"], "a larger ridge"),
     ):
         with pytest.raises(SystemExit) as stopped:
             refit.main(["--sae", str(bad), "--cache", str(tmp_path / "cache"), *more])
         error = capsys.readouterr().err
         assert stopped.value.code == 2
         assert named in error
-        if "ridge over 0" in named:  # found after the progress bar
+        if "ridge" in named:  # found after the progress bar
             error = error.splitlines(keepends=True)[-1]
         assert error.count("\n") == 1
