@@ -722,13 +722,11 @@ class ActivationCache:
         n_buffers = max(1, round(n_chunks / CHUNKS_PER_BUFFER))  # of one size, give or take one
         for n_pass in itertools.count(start_step // steps):
             left = steps * batch_size
-            chunks = np.random.default_rng([seed, n_pass, 0]).permutation(n_chunks)
+            chunks = _shuffle(seed, n_pass, 0).permutation(n_chunks)
             for b, buffer in enumerate(np.array_split(chunks, n_buffers), start=1):
                 n_used = min(left, self._buffer_size(buffer))
                 if skip < n_used:
-                    order = np.random.default_rng([seed, n_pass, b]).permutation(
-                        self._buffer_size(buffer)
-                    )
+                    order = _shuffle(seed, n_pass, b).permutation(self._buffer_size(buffer))
                     yield buffer, order[skip:n_used]
                 skip, left = max(0, skip - n_used), left - n_used
 
@@ -765,6 +763,11 @@ class ActivationCache:
             return resident, torch.from_numpy(index[order]).to(device)
 
         return load
+
+
+def _shuffle(seed: int, n_pass: int, part: int) -> np.random.Generator:
+    """The generator of one part of a pass: 0 for its chunks, b for what is in its b-th buffer."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(n_pass, part)))
 
 
 # ------------------------------------------------------------------------------------ the script

@@ -40,8 +40,15 @@ from gradients import Params, Products, Sparsity, Workspace, write_gradient
 
 
 def seeded_generator(seed: int, *stream: int) -> torch.Generator:
-    """A CPU generator that is a function of `seed` and `stream` alone; streams are independent."""
-    state = np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0]
+    """A CPU generator that is a function of `seed` and `stream` alone; streams are independent.
+
+    Any two different (seed, *stream) give different generators: NumPy keeps a spawn key apart from
+    the entropy. It reads both as words of 32 bits, so the numbers have limits. Raises ValueError
+    unless `seed` is within 0 .. 2^128 - 1 and each of `stream` within 0 .. 2^32 - 1.
+    """
+    if not (0 <= seed < 2**128 and all(0 <= part < 2**32 for part in stream)):
+        raise ValueError(f"seed {seed}, stream {stream}: outside 0 .. 2^128 - 1 or 0 .. 2^32 - 1")
+    state = np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
 
 
