@@ -231,3 +231,16 @@ def test_ctrl_c_stops_every_process_at_once(tmp_path, seeds):
     assert "interrupted: 0 of" in err
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+def test_figures_do_not_depend_on_which_kernels_the_cpu_would_choose(tmp_path):
+    # Each limit is what MKL would see on an older CPU; without `fix_kernels` the bits differ.
+    found = []
+    for limit in ("", "AVX2", "SSE4_2"):
+        environment = {k: v for k, v in os.environ.items() if k not in ("MKL_CBWR",)}
+        out = tmp_path / (limit or "none")
+        args = ["--steps", 100, "--n-eval", 500, "--refit", "--out", out]
+        result = cli(*args, env=environment | {"MKL_ENABLE_INSTRUCTIONS": limit})
+        assert result.returncode == 0, result.stderr
+        found.append(figures(json.loads((out / "results.json").read_text())))
+    assert found[0] == found[1] == found[2]
