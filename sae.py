@@ -21,6 +21,7 @@ Autoencoders" (arXiv 2503.17547).
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -40,16 +41,14 @@ from gradients import Params, Products, Sparsity, Workspace, write_gradient
 
 
 def seeded_generator(seed: int, *stream: int) -> torch.Generator:
-    """A CPU generator that is a function of `seed` and `stream` alone; streams are independent.
+    """A CPU generator that is a function of `seed` and `stream` alone, whatever their size.
 
-    Any two different (seed, *stream) give different generators: NumPy keeps a spawn key apart from
-    the entropy. It reads both as words of 32 bits, so the numbers have limits. Raises ValueError
-    unless `seed` is within 0 .. 2^128 - 1 and each of `stream` within 0 .. 2^32 - 1.
+    Streams are as independent as PyTorch allows: it takes 32 bits of a seed, so two of them share
+    their numbers with a probability of 2^-32.
     """
-    if not (0 <= seed < 2**128 and all(0 <= part < 2**32 for part in stream)):
-        raise ValueError(f"seed {seed}, stream {stream}: outside 0 .. 2^128 - 1 or 0 .. 2^32 - 1")
-    state = np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state))
+    name = " ".join(str(int(part)) for part in (seed, *stream))
+    digest = hashlib.sha256(name.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 # One stream of random numbers a purpose, so that no two purposes of a seed share numbers.
