@@ -9,10 +9,13 @@ splices reconstructions into the model. Statistics are summed in float64.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
+import os
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,13 +37,19 @@ def fvu(x: Tensor, x_hat: Tensor) -> Tensor:
 
         FVU = sum_i ||x_i - x_hat_i||^2 / sum_i ||x_i - mean(x)||^2
 
-    x: [..., n, d]; x_hat: [..., n, d], in the units of x. Either may lack leading dimensions.
+    x: [..., n, d]; x_hat: [..., n, d], in the units of x. Either may lack leading dimensions, and
+    be of any float format. (Sequences [batch, seq, d] would be `batch` separate answers: flatten
+    them to [batch * seq, d].)
     Returns float64 [...]; 0 is perfect, 1 is as good as the mean. Where the samples are all the
-    same it is inf, or nan if they are also reconstructed. Raises `ValueError` where n or d differ.
+    same there is no variance and FVU is not defined: inf is returned, or nan if they are also
+    reconstructed, or there are none. Raises `ValueError` where n or d differ, or there is no n.
     """
-    if x.shape[-2:] != x_hat.shape[-2:]:
+    if x.shape[-2:] != x_hat.shape[-2:] or x.dim() < 2:
         raise ValueError(f"x is {list(x.shape)}, x_hat {list(x_hat.shape)}: [n, d] must be equal")
-    return _sum_of_squares(x - x_hat) / _sum_of_squares(x - x.mean(-2, True, dtype=torch.float64))
+    x = x.double()
+    centred = x - x[..., :1, :]  # exactly 0 where all are the same, which x - mean is not
+    centred = centred - centred.mean(-2, True)
+    return _sum_of_squares(x - x_hat) / _sum_of_squares(centred)
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
@@ -51,7 +60,7 @@ def _sum_of_squares(x: Tensor) -> Tensor:
 def l0(acts: Tensor) -> Tensor:
     """How many latents fire on a sample, on average: mean_i #{j : acts_ij > 0}.
 
-    acts: [..., n, n_latents]. Returns float64 [...], in latents a sample.
+    acts: [..., n, n_latents], of any format. Returns float64 [...], in latents a sample.
     """
     return (acts > 0).sum((-2, -1)).double() / acts.shape[-2]
 
@@ -82,8 +91,10 @@ def decoder_cosines(W_dec: Tensor, directions: Tensor) -> Tensor:
 
 
 def _unit_rows(rows: Tensor) -> Tensor:
-    """Rows scaled to norm 1, in float64; rows of zeros stay so."""
+    """Rows scaled to norm 1, in float64; rows of zeros stay so. However small: no underflow."""
     rows = rows.double()
+    largest = rows.abs().amax(dim=-1, keepdim=True)
+    rows = rows / torch.where(largest > 0, largest, 1.0)
     norms = rows.norm(dim=-1, keepdim=True)
     return rows / torch.where(norms > 0, norms, 1.0)
 
@@ -172,6 +183,9 @@ NAMES = ("matryoshka", "vanilla")  # NAME.safetensors in a run's folder
 STREAM_HALVES = 30  # of random numbers: which rows choose absorption's latents
 BATCH = 4096  # activations scored at once
 ROWS_AT_ONCE = 16  # rows of a language-model pass: 16 x 128 x 10,000 log-probabilities are 82 MB
+NOTHING_TO_EXPLAIN = 1e-12  # of the mean square: float32 arithmetic rounds as much
+MATTERS = 0.1  # by how much FVU without outliers must differ, as a share, to be named
+OUTLIER = 10.0  # times the median norm: a token as many times as heavy as OUTLIER^2 others
 MIN_FIRES = 5  # of a latent whose precision is to be believed
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
@@ -182,19 +196,24 @@ def prefix_lengths(n_latents: int) -> list[int]:
 
 
 def prefix_errors(sae: SAE, x: Tensor, acts: Tensor, prefixes: Sequence[int]) -> Tensor:
-    """What is left when only the first m latents reconstruct: sum_i ||x_i - x_hat_i(m)||^2.
+    """What is left when only the first m latents reconstruct: ||x_i - x_hat_i(m)||^2.
 
     x: [n, d_model]; acts: [n, n_latents], of the latents as saved: in order. prefixes: rising.
     Each latent is decoded once: what a prefix adds is taken off what the one before it left.
-    Returns float64 [n_prefixes], in the squared units of x.
+    Returns float64 [n_prefixes, n], in the squared units of x.
     """
     left = x - sae.decode(acts, 0)  # [n, d_model]
     errors, done = [], 0
     for prefix in prefixes:
         left = left - acts[:, done:prefix] @ sae.W_dec[done:prefix] / sae.scale
-        errors.append(_sum_of_squares(left))
+        errors.append(_squared_norms(left))
         done = prefix
     return torch.stack(errors)
+
+
+def _squared_norms(x: Tensor) -> Tensor:
+    """Of the rows of x [n, d], in float64: [n]."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).square()
 
 
 def highest_cosines(W_dec: Tensor, chunk: int = 1024) -> Tensor:
@@ -213,8 +232,78 @@ def highest_cosines(W_dec: Tensor, chunk: int = 1024) -> Tensor:
     return torch.cat(best)
 
 
+class Moments:
+    """Number, mean and variance of streamed activations, in float64.
+
+    Sums are about the mean of the first batch: about 0, the variance of activations far from it
+    would be a small difference of large sums.
+    """
+
+    n = 0
+
+    def add(self, x: Tensor) -> None:
+        """x: [n, d], of any float format."""
+        x = x.double()
+        if self.n == 0 and len(x):
+            self.about = x.mean(0)
+            self.sum, self.squares = torch.zeros_like(self.about), x.new_zeros(())
+        if len(x):
+            self.n += len(x)
+            self.sum += (x - self.about).sum(0)
+            self.squares += _sum_of_squares(x - self.about)
+
+    @property
+    def mean(self) -> Tensor:
+        """float64 [d]. There must be activations."""
+        return self.about + self.sum / self.n
+
+    @property
+    def variance(self) -> float:
+        """sum_i ||x_i - mean||^2; 0 where there are no activations."""
+        return float(self.squares - self.sum.square().sum() / self.n) if self.n else 0.0
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether float32 could hardly tell the activations apart: then FVU is not defined."""
+        if self.n == 0:
+            return True
+        total = self.variance + self.n * float(self.mean.square().sum())
+        return not self.variance > NOTHING_TO_EXPLAIN * total
+
+
+def norms_of(cache: ActivationCache, device: torch.device) -> Tensor:
+    """The activations' norms, float64 [n_tokens]. Raises `UserError` where one is not finite."""
+    norms = [_squared_norms(b.acts).sqrt().cpu() for b in cache.sequential(BATCH, device)]
+    found = torch.cat(norms)
+    if not found.isfinite().all():
+        at = int((~found.isfinite()).nonzero()[0])
+        raise UserError(f"{cache.folder}: activation {at} is not finite; cache again")
+    return found
+
+
+def outliers_among(norms: Tensor) -> Tensor:
+    """Which of the norms [n] are over OUTLIER times their median: bool [n]."""
+    median = float(np.median(norms.numpy()))
+    return norms > OUTLIER * median if median > 0 else torch.zeros_like(norms, dtype=torch.bool)
+
+
+def norm_spread(norms: Tensor) -> dict[str, Any]:
+    """What of the norms [n] tells whether a few tokens decide a sum of squares.
+
+    Their median, in the data's units; the 99.9th percentile and the largest over that, None where
+    it is 0; how many are `outliers_among` them.
+    """
+    median, high, largest = np.quantile(norms.numpy(), [0.5, 0.999, 1.0]).tolist()
+    return {
+        "median": median,
+        "p99_9_over_median": high / median if median else None,
+        "max_over_median": largest / median if median else None,
+        "outliers": int(outliers_among(norms).sum()),
+    }
+
+
 class Statistics:
-    """Sums over activations: of the data, and of one SAE on it.
+    """Sums over activations of one SAE on them.
 
     `members`: bool [n_concepts, d_vocab], which token ids belong to a concept. `first_half`: bool
     [n_rows], the rows on which absorption's latents are chosen.
@@ -225,9 +314,8 @@ class Statistics:
         self.sae, self.prefixes = sae, prefix_lengths(sae.n_latents)
         self.members, self.first_half = members.to(device), first_half.to(device)
         self.n = 0  # activations
-        self.x_sum = torch.zeros(sae.d_model, dtype=torch.float64, device=device)
-        self.x_squares = torch.zeros((), dtype=torch.float64, device=device)
         self.errors = torch.zeros(len(self.prefixes), dtype=torch.float64, device=device)
+        self.inlier_error = torch.zeros((), dtype=torch.float64, device=device)
         self.fired = torch.zeros(sae.n_latents, dtype=torch.int64, device=device)
         # on the first half of the rows:
         self.half_fired = torch.zeros_like(self.fired)
@@ -237,13 +325,14 @@ class Statistics:
         self.half_members = torch.zeros(len(members), dtype=torch.int64, device=device)
 
     @torch.inference_mode()
-    def add(self, batch: cache_activations.Batch) -> None:
+    def add(self, batch: cache_activations.Batch, is_outlier: Tensor) -> None:
+        """is_outlier: bool [n], of the activations of `batch`."""
         x = batch.acts  # [n, d_model]
         acts = self.sae.encode(x)  # [n, n_latents]
         self.n += len(x)
-        self.x_sum += x.sum(0, dtype=torch.float64)
-        self.x_squares += _sum_of_squares(x)
-        self.errors += prefix_errors(self.sae, x, acts, self.prefixes)
+        errors = prefix_errors(self.sae, x, acts, self.prefixes)
+        self.errors += errors.sum(1)
+        self.inlier_error += errors[-1, ~is_outlier].sum()
         fires = acts > 0
         self.fired += fires.sum(0)
         chosen = self.first_half[batch.rows]
@@ -252,21 +341,16 @@ class Statistics:
         self.half_hits += is_member.float() @ fires.float()  # counts below 2^24: exact
         self.half_members += is_member.sum(1)
 
-    @property
-    def mean(self) -> Tensor:
-        """The mean activation: float64 [d_model]."""
-        return self.x_sum / self.n
+    def summary(self, every: Moments, inliers: Moments) -> dict[str, Any]:
+        """FVU, L0, dead share, FVU by prefix, and on how many tokens each latent fired.
 
-    @property
-    def variance(self) -> float:
-        """sum_i ||x_i - mean||^2."""
-        return float(self.x_squares - self.x_sum.square().sum() / self.n)
-
-    def summary(self) -> dict[str, Any]:
-        """FVU, L0, dead share, FVU by prefix, and on how many tokens each latent fired."""
-        fvus = (self.errors / self.variance).tolist()
+        `every`, `inliers`: of the activations, and of those that are no outliers.
+        """
+        fvus = (self.errors / every.variance).tolist()
+        alone = None if inliers.is_constant else float(self.inlier_error) / inliers.variance
         return {
             "fvu": fvus[-1],
+            "fvu_without_outliers": alone,
             "l0": int(self.fired.sum()) / self.n,
             "dead_share": float((self.fired == 0).double().mean()),
             "fvu_by_prefix": {"prefix": self.prefixes, "fvu": fvus},
@@ -376,7 +460,7 @@ def absorption(
         other = ~statistics[0].first_half[batch.rows]
         is_member = statistics[0].members[:, batch.tok_ids[other]]
         for s, detectors, count in zip(statistics, chosen, counts, strict=True):
-            fires = s.sae.encode(batch.acts[other]) > 0
+            fires = s.sae.encode(batch.acts)[other] > 0  # encoded as before: alike to the bit
             count += torch.stack(count_absorbed(fires, is_member, detectors))
     return [
         [
@@ -417,7 +501,7 @@ def load_concepts(path: Path) -> dict[str, list[int]]:
         ids = {name: list(concept["ids"]) for name, concept in concepts.items()}
     except OSError as error:
         raise UserError(f"--concepts {path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f'--concepts {path}: expected {{"concepts": {{NAME: {{"ids": [...]}}}}}} '
             f"({type(error).__name__}: {error})"
@@ -603,8 +687,14 @@ class Config:
     device: str = setting("auto", "torch device; auto: the GPU where there is one")
 
 
-def load_saes(folder: Path, device: torch.device) -> dict[str, SAE]:
-    """The SAEs of a run, by name. Raises `UserError` where there are none."""
+def load_saes(
+    folder: Path, device: torch.device, trained: Mapping[str, Any] | None = None
+) -> dict[str, SAE]:
+    """The SAEs of a run, by name, in float32. `trained` is its results.json.
+
+    A file that is not of that run, but of an older one in its folder, is left out, with a line on
+    stderr. Raises `UserError` where a file is not the one that was recorded, or none is left.
+    """
     paths = {name: folder / f"{name}.safetensors" for name in NAMES}
     paths = {name: path for name, path in paths.items() if path.exists()}
     if not paths:
@@ -612,17 +702,35 @@ def load_saes(folder: Path, device: torch.device) -> dict[str, SAE]:
             f"{folder} holds no {' or '.join(f'{name}.safetensors' for name in NAMES)}: run "
             f"train_tinystories.py --out {folder}, to its end"
         )
-    try:
-        saes = {name: SAE.load(path, device) for name, path in paths.items()}
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from None
-    for name, sae in saes.items():
-        if sae.W_enc.dim() != 2 or sae.n_latents < 2:
-            raise UserError(
-                f"{paths[name]}: W_enc is {list(sae.W_enc.shape)}, not of one SAE of 2 "
-                "latents or more"
-            )
+    of_run = {run["sae"]: run for run in trained["runs"]} if trained else {n: {} for n in NAMES}
+    for name in NAMES:
+        if (name in paths) != (name in of_run) and trained:
+            why = "is not of this run (results.json)" if name in paths else "is missing"
+            print(f"not scored: {folder / name}.safetensors {why}", file=sys.stderr)
+    saes = {name: load_sae(paths[name], of_run[name], device) for name in paths if name in of_run}
+    if not saes:
+        raise UserError(f"{folder} holds no SAE of the run that its results.json is of")
     return saes
+
+
+def load_sae(path: Path, recorded: Mapping[str, Any], device: torch.device) -> SAE:
+    """One SAE, in float32. Raises `UserError` where `recorded` has another checksum of its file."""
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        sae = SAE.load(path, device).float()
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
+    if recorded.get("file_sha256", digest) != digest:
+        raise UserError(
+            f"{path} is not the file that results.json beside it is of: its checksum is another; "
+            "train again, or move it to a folder of its own"
+        )
+    if sae.W_enc.dim() != 2 or sae.n_latents < 2:
+        raise UserError(
+            f"{path}: W_enc is {list(sae.W_enc.shape)}, not of one SAE of 2 latents or more"
+        )
+    return sae
 
 
 def training_results(folder: Path) -> dict[str, Any]:
@@ -632,19 +740,24 @@ def training_results(folder: Path) -> dict[str, Any]:
         return {}
     try:
         results = json.loads(path.read_text())
-        results["config"]["target_l0"], results["cache"]["make"]  # what is read of it
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__})") from None
+        # what is read of it
+        float(results["config"]["target_l0"])
+        str(results["config"]["cache"]), dict(results["cache"]["make"])
+        {run["sae"]: run["sae"].lower() for run in results["runs"]}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged, or not train_tinystories.py's ({type(error).__name__}: {error})"
+        ) from None
     return results
 
 
 def check_cache(
     cache: ActivationCache, saes: Mapping[str, SAE], trained: Mapping[str, Any]
-) -> bool | None:
-    """Whether the cache's tokens were not trained on; None where the run does not say.
-
-    Raises `UserError` where it is too small, or of another width, layer or model than the SAEs'.
-    """
+) -> None:
+    """Raises `UserError` where the cache is too small, or of another width, layer or model than
+    the SAEs'."""
     for name, sae in saes.items():
         if sae.d_model != cache.d_model:
             raise UserError(
@@ -656,80 +769,137 @@ def check_cache(
         )
     make = trained.get("cache", {}).get("make", {})
     cache.require(**{key: make[key] for key in ("layer", "weights_hash") if key in make})
-    if not make:
+
+
+def is_held_out(cache: ActivationCache, trained: Mapping[str, Any]) -> bool | None:
+    """Whether the cache's activations were not trained on; None where that is not known.
+
+    A shard trained on, by its checksum, settles it, and so do the same dataset and split, however
+    the dataset's path is spelled. Another split of that dataset was not trained on. Another
+    dataset might be a copy: that is settled only where the checksums trained on are known.
+    """
+    if not trained:
         return None
-    return any(make.get(key) != cache.make.get(key) for key in ("dataset", "split"))
+    make, known = trained["cache"]["make"], trained_shards(trained)
+    same_dataset = _same_place(make.get("dataset"), cache.make["dataset"])
+    if known & {shard.acts_sha256 for shard in cache.shards} or (
+        same_dataset and make.get("split") == cache.make["split"]
+    ):
+        return False
+    return True if same_dataset or known else None
 
 
-def load_model(config: Config, cache: ActivationCache, device: torch.device) -> TinyModel:
-    """The cache's language model. Raises `UserError` where its weights are not the cache's."""
-    model = TinyModel.from_pretrained(config.model or cache.make["model"], device=device)
-    cache.require(weights_hash=model.weights_hash)
-    return model
+def trained_shards(trained: Mapping[str, Any]) -> set[str]:
+    """Checksums of the shards that were trained on: as results.json records them, or else of the
+    training cache, if it is where it was. Empty where they are not known."""
+    recorded, folder = trained["cache"], Path(trained["config"]["cache"])
+    if "acts_sha256" in recorded:
+        return set(recorded["acts_sha256"])
+    try:
+        manifest = cache_activations.read_record(folder / cache_activations.MANIFEST)
+    except UserError:
+        return set()
+    if manifest.make != recorded["make"]:
+        return set()
+    return {shard.acts_sha256 for shard in manifest.shards}
 
 
-@torch.inference_mode()
-def run(config: Config) -> dict[str, Any]:
-    """Scores the SAEs of `config.run`; writes evaluation.json and the figures to `config.out`.
+def _same_place(a: str | None, b: str) -> bool:
+    """Whether two names of a dataset are one folder or, if they are none, one name."""
+    return a is not None and os.path.realpath(a) == os.path.realpath(b)
 
-    Returns what evaluation.json holds. Raises `UserError` where the input is wrong.
+
+class Inputs(NamedTuple):
+    """What a run reads, checked."""
+
+    saes: dict[str, SAE]
+    trained: dict[str, Any]  # results.json, or {}
+    cache: ActivationCache
+    model: TinyModel
+    concepts: dict[str, list[int]]
+    dataset: str
+
+
+FILES = ("evaluation.json", "fvu_by_prefix.png", "density_histograms.png", "training_curves.png")
+
+
+def read_inputs(config: Config, device: torch.device) -> Inputs:
+    """Everything that can be wrong with the input is found here, before anything is computed.
+
+    Raises `UserError`.
     """
     script.require_positive(config, "n_tokens")
     script.require_not_negative(config, "seed")
     if not 0 <= config.min_precision <= 1:
-        raise UserError(f"--min-precision is {config.min_precision}: it is a share, 0 to 1")
-    device = script.pick_device(config.device)
+        raise UserError(f"--min-precision must be between 0 and 1, got {config.min_precision}")
     folder, out = Path(config.run), Path(config.out or config.run)
     concepts = load_concepts(Path(config.concepts or Path(__file__).with_name("concepts.json")))
-    saes = load_saes(folder, device)
     trained = training_results(folder)
+    saes = load_saes(folder, device, trained)
     cache = ActivationCache(config.cache)
-    held_out = check_cache(cache, saes, trained)
-    model = load_model(config, cache, device)
-    members = membership(concepts, model.d_vocab)
+    check_cache(cache, saes, trained)
+    model = TinyModel.from_pretrained(config.model or cache.make["model"], device=device)
+    cache.require(weights_hash=model.weights_hash)
+    membership(concepts, model.d_vocab)
     dataset = config.dataset or cache.make["dataset"]
-    next(rows_of(cache, dataset, 1, model.d_vocab))  # a wrong one is refused now, not at the end
-    metrics = folder / "metrics.jsonl"
-    curves = training_curves(metrics) if trained and metrics.exists() else None
+    next(rows_of(cache, dataset, 1, model.d_vocab))
+    if trained and (folder / "metrics.jsonl").exists():
+        training_curves(folder / "metrics.jsonl")
     script.make_folder(out)
+    for path in (out / name for name in FILES):
+        if path.is_dir():
+            raise UserError(f"--out {out}: {path} is a folder; the results need that name")
     cache.verify()
+    return Inputs(saes, trained, cache, model, concepts, dataset)
 
-    started = time.perf_counter()
+
+@torch.inference_mode()
+def run(
+    config: Config, show: Callable[[dict[str, Any]], object] = lambda results: None
+) -> dict[str, Any]:
+    """Scores the SAEs of `config.run`; writes evaluation.json and the figures to `config.out`.
+
+    Returns what evaluation.json holds; calls `show` with it first, so that a full disk does not
+    lose it. Raises `UserError` where the input is wrong or the results cannot be written.
+    """
+    device = script.pick_device(config.device)
+    inputs = read_inputs(config, device)
+    results = score(config, inputs, device)
+    show(results)
+    folder, out = Path(config.run), Path(config.out or config.run)
+    script.write_json(out / FILES[0], results)
+    draw(results, out)
+    if inputs.trained and (folder / "metrics.jsonl").exists():
+        curves = training_curves(folder / "metrics.jsonl")
+        draw_curves(out, curves, inputs.trained["config"]["target_l0"])
+    return results
+
+
+def score(config: Config, inputs: Inputs, device: torch.device) -> dict[str, Any]:
+    """What evaluation.json holds. Raises `UserError` where the activations leave it undefined."""
+    started, cache, saes = time.perf_counter(), inputs.cache, inputs.saes
+    members = membership(inputs.concepts, inputs.model.d_vocab)
     first_half = halves(cache.manifest.n_rows, config.seed)
     statistics = [Statistics(sae, members, first_half) for sae in saes.values()]
-    with tqdm(total=cache.n_tokens, unit=" tokens", desc="reconstruction") as bar:
-        for batch in cache.sequential(BATCH, device):
-            for s in statistics:
-                s.add(batch)
-            bar.update(len(batch.acts))
-    if not statistics[0].variance > 0:
-        raise UserError(f"{cache.folder}: its activations are all the same: nothing to explain")
-    absorbed = absorption(statistics, cache, list(concepts), config.min_precision)
-    n_batches = cache.manifest.n_rows * min(1, config.n_tokens / cache.n_tokens) / ROWS_AT_ONCE
-    rows = tqdm(
-        rows_of(cache, dataset, config.n_tokens, model.d_vocab),
-        total=math.ceil(n_batches),
-        unit=" batches",
-        desc="cross-entropy",
-    )
-    losses = splice_losses(
-        model,
-        list(saes.values()),
-        statistics[0].mean,
-        rows,
-        cache.make["layer"],
-        cache.make["keep_begin"],
-    )
-    results = {
+    norms = norms_of(cache, device)
+    every, inliers = reconstruct(statistics, cache, outliers_among(norms), device)
+    absorbed = absorption(statistics, cache, list(inputs.concepts), config.min_precision)
+    losses = cross_entropy(config, inputs, every.mean)
+    return {
         "config": dataclasses.asdict(config),
         "environment": script.environment(device),
-        "cache": {"make": cache.make, "n_tokens": cache.n_tokens, "held_out": held_out},
+        "cache": {
+            "make": cache.make,
+            "n_tokens": cache.n_tokens,
+            "held_out": is_held_out(cache, inputs.trained),
+        },
+        "norms": norm_spread(norms),
         "seconds": round(time.perf_counter() - started, 2),
         "cross_entropy": {key: losses[key] for key in ("clean", "mean", "predictions", "replaced")},
         "runs": [
             {
                 "sae": name,
-                **s.summary(),
+                **s.summary(every, inliers),
                 "cross_entropy": losses["saes"][i],
                 "loss_recovered": losses["recovered"][i],
                 **cosine_summary(s.sae),
@@ -739,11 +909,50 @@ def run(config: Config) -> dict[str, Any]:
             for i, (name, s) in enumerate(zip(saes, statistics, strict=True))
         ],
     }
-    script.write_json(out / "evaluation.json", results)
-    draw(results, out)
-    if curves:
-        draw_curves(out, curves, trained["config"]["target_l0"])
-    return results
+
+
+def reconstruct(
+    statistics: Sequence[Statistics],
+    cache: ActivationCache,
+    is_outlier: Tensor,
+    device: torch.device,
+) -> tuple[Moments, Moments]:
+    """Adds the cache to the `statistics`; returns its moments, and those without outliers.
+
+    is_outlier: bool [n_tokens]. Raises `UserError` where FVU is not defined: activations that are
+    all the same leave no variance to explain, reconstructions that are not finite no error.
+    """
+    every, is_outlier = Moments(), is_outlier.to(device)
+    inliers = Moments() if is_outlier.any() else every
+    with tqdm(total=cache.n_tokens, unit=" tokens", desc="reconstruction") as bar:
+        for batch in cache.sequential(BATCH, device):
+            outlier = is_outlier[every.n : every.n + len(batch.acts)]
+            every.add(batch.acts)
+            if inliers is not every:
+                inliers.add(batch.acts[~outlier])
+            for s in statistics:
+                s.add(batch, outlier)
+            bar.update(len(batch.acts))
+    if every.is_constant:
+        raise UserError(f"{cache.folder}: its activations are all the same: FVU is not defined")
+    if not all(s.errors.isfinite().all() for s in statistics):
+        raise UserError(f"an SAE's reconstructions of {cache.folder} are not finite")
+    return every, inliers
+
+
+def cross_entropy(config: Config, inputs: Inputs, mean: Tensor) -> dict[str, Any]:
+    """`splice_losses` on the first rows of the cache's dataset; `mean` is that of the cache."""
+    cache = inputs.cache
+    n_batches = cache.manifest.n_rows * min(1, config.n_tokens / cache.n_tokens) / ROWS_AT_ONCE
+    rows = tqdm(
+        rows_of(cache, inputs.dataset, config.n_tokens, inputs.model.d_vocab),
+        total=math.ceil(n_batches),
+        unit=" batches",
+        desc="cross-entropy",
+    )
+    make = cache.make
+    saes = list(inputs.saes.values())
+    return splice_losses(inputs.model, saes, mean, rows, make["layer"], make["keep_begin"])
 
 
 def cosine_summary(sae: SAE) -> dict[str, Any]:
@@ -789,17 +998,23 @@ def training_curves(path: Path) -> tuple[list[int], dict[str, dict[str, list[flo
 
     Raises `UserError` where it is damaged.
     """
+    keys = ("l0", "fvu", "sparsity_weight")
     try:
         records = [json.loads(line) for line in path.read_text().splitlines()]
-        names = dict.fromkeys(record["sae"] for record in records)
-        keys = ("l0", "fvu", "sparsity_weight")
+        by_sae = {r["sae"]: [q for q in records if q["sae"] == r["sae"]] for r in records}
+        steps = {name: [int(r["step"]) for r in of] for name, of in by_sae.items()}
         curves = {
-            name: {key: [r[key] for r in records if r["sae"] == name] for key in keys}
-            for name in names
+            name: {key: [float(r[key]) for r in of] for key in keys} for name, of in by_sae.items()
         }
-        return [r["step"] for r in records if r["sae"] == records[0]["sae"]], curves
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__})") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+    if not steps or not set(steps) <= set(NAMES) or len(set(map(tuple, steps.values()))) > 1:
+        raise UserError(
+            f"{path} is damaged: it should have a line an SAE ({', '.join(NAMES)}) and step"
+        )
+    return next(iter(steps.values())), curves
 
 
 def shown(value: float | None, form: str) -> str:
@@ -827,7 +1042,34 @@ def summary(results: Mapping[str, Any]) -> str:
     return (
         f"{script.table(headers, rows)}\n\n{tokens}, {was[cache['held_out']]}. Cross-entropy on "
         f"{ce['predictions']:,} predictions: {ce['clean']:.3f} nats clean, {ce['mean']:.3f} with "
-        f"the mean, " + ", ".join(f"{r['cross_entropy']:.3f} {r['sae']}" for r in results["runs"])
+        f"the mean, "
+        + ", ".join(f"{r['cross_entropy']:.3f} {r['sae']}" for r in results["runs"])
+        + f".\n{norm_line(results)}"
+    )
+
+
+def norm_line(results: Mapping[str, Any]) -> str:
+    """How the activations' norms spread and, where outliers decide FVU, FVU without them."""
+    norms = results["norms"]
+    if norms["p99_9_over_median"] is None:
+        return "The median of the activations' norms is 0."
+    line = (
+        f"Norms: the 99.9th percentile is {norms['p99_9_over_median']:.2f} times the median, the "
+        f"largest {norms['max_over_median']:.2f} times."
+    )
+    alone = {r["sae"]: r["fvu_without_outliers"] for r in results["runs"]}
+    matters = any(
+        alone[r["sae"]] is None or abs(alone[r["sae"]] - r["fvu"]) > MATTERS * r["fvu"]
+        for r in results["runs"]
+    )
+    if not (norms["outliers"] and matters):
+        return line
+    without = ", ".join(
+        f"{'not defined' if f is None else format(f, '.4f')} {sae}" for sae, f in alone.items()
+    )
+    return (
+        f"{line}\nFVU IS DECIDED BY {norms['outliers']:,} OF {results['cache']['n_tokens']:,} "
+        f"TOKENS, of over {OUTLIER:g} times the median norm. Without them: {without}."
     )
 
 
@@ -851,9 +1093,7 @@ def concept_table(results: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     with script.main_guard():
         config = script.parse(Config, __doc__, argv)
-        results = run(config)
-        print(concept_table(results) + "\n")
-        print(summary(results))
+        run(config, lambda results: print(f"{concept_table(results)}\n\n{summary(results)}"))
 
 
 if __name__ == "__main__":

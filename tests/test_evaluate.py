@@ -1,10 +1,13 @@
 """The metrics against closed forms, and against loops in float64 written here."""
 
+import errno
 import hashlib
 import itertools
 import json
 import math
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +81,10 @@ def test_fvu_of_constant_samples_and_of_wrong_shapes():
     ones = torch.ones(10, 3)
     assert fvu(ones, ones + 1) == math.inf
     assert fvu(ones, ones).isnan()
+    tenths = torch.full((10, 3), 0.1)  # their sum rounds, and so does their mean
+    assert fvu(tenths, tenths + 1) == math.inf
+    assert fvu(tenths, tenths).isnan()
+    assert fvu(ones[:0], ones[:0]).isnan()
     for wrong in (torch.ones(10, 1), torch.ones(1, 3), torch.ones(3)):  # would broadcast
         with pytest.raises(ValueError, match="must be equal"):
             fvu(ones, wrong)
@@ -239,7 +246,8 @@ def test_fvu_by_prefix_is_each_prefixs_own_decode():
     acts = sae.encode(x)
     found = evaluate.prefix_errors(sae, x, acts, [1, 2, 4, 8, 13])
     assert found.dtype == torch.float64
-    for error, prefix in zip(found.tolist(), [1, 2, 4, 8, 13], strict=True):
+    assert found.shape == (5, 60)
+    for error, prefix in zip(found.sum(1).tolist(), [1, 2, 4, 8, 13], strict=True):
         decoded = sae.decode(acts, prefix)
         by_loop = fvu_by_loop(x.tolist(), decoded.tolist())
         variance = (x.double() - x.double().mean(0)).square().sum().item()
@@ -434,6 +442,7 @@ def test_clean_loss_is_the_models_own(model):
 
 # ---------------------------------------------------------------------------------- from end to end
 
+AT_ONCE = 100  # activations: several batches, the last one short
 CONCEPTS = {"frequent": list(range(20, 60)), "end": [END], "absent": [9000]}
 
 
@@ -488,8 +497,13 @@ def config_for(made: Path, to: Path, **changed: Any) -> evaluate.Config:
 def scored(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `run` returned; its files are in the folder that its config names."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "BATCH", 100)  # several batches, the last one short
+        patch.setattr(evaluate, "BATCH", AT_ONCE)
         return evaluate.run(config_for(made, tmp_path_factory.mktemp("scored")))
+
+
+def encoded(sae: SAE, x: torch.Tensor) -> torch.Tensor:
+    """In the batches of a run: what is just above 0 in another is not the same on every CPU."""
+    return torch.cat([sae.encode(part) for part in x.split(AT_ONCE)]).detach()
 
 
 def test_a_run_scores_as_the_pure_functions_do(made, scored):
@@ -499,7 +513,7 @@ def test_a_run_scores_as_the_pure_functions_do(made, scored):
     assert [r["sae"] for r in scored["runs"]] == ["matryoshka", "vanilla"]
     for result in scored["runs"]:
         sae = SAE.load(made / "run" / f"{result['sae']}.safetensors").requires_grad_(False)
-        acts = sae.encode(x)
+        acts = encoded(sae, x)
         assert result["fvu"] == pytest.approx(fvu(x, sae(x)).item(), rel=1e-5)
         assert result["l0"] == pytest.approx(l0(acts).item())
         assert result["dead_share"] == pytest.approx(dead_share(acts).item())
@@ -523,7 +537,7 @@ def test_a_runs_absorption_is_of_the_other_half(made, scored):
     member = torch.stack([torch.isin(tok_ids, torch.tensor(ids)) for ids in CONCEPTS.values()])
     for result in scored["runs"]:
         sae = SAE.load(made / "run" / f"{result['sae']}.safetensors")
-        fires = sae.encode(x) > 0
+        fires = encoded(sae, x) > 0
         chosen = evaluate.choose_detectors(
             **counts_on(fires[first], member[:, first]), min_precision=0.3
         )
@@ -618,8 +632,8 @@ def test_bad_settings_and_paths_are_refused(made, tmp_path):
         ({"cache": str(tmp_path)}, "holds no finished cache"),
         ({"n_tokens": 0}, "--n-tokens is 0"),
         ({"seed": -1}, "--seed is -1"),
-        ({"min_precision": 1.1}, "--min-precision is 1.1"),
-        ({"min_precision": float("nan")}, "--min-precision is nan"),
+        ({"min_precision": 1.1}, "--min-precision must be between 0 and 1, got 1.1"),
+        ({"min_precision": float("nan")}, "--min-precision must be between 0 and 1, got nan"),
         ({"model": "nowhere.pt"}, "nowhere.pt"),
         ({"dataset": "nowhere"}, "nowhere"),
         ({"concepts": "nowhere.json"}, "nowhere.json cannot be read"),
@@ -698,15 +712,335 @@ def test_a_damaged_run_is_refused(made, tmp_path, name):
     assert name in refused(config_for(made, tmp_path / "out", run=str(tmp_path / "run")))
 
 
-def test_identical_activations_are_refused(made, tmp_path):
-    shutil.copytree(made / "validation", tmp_path / "cache")
-    manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
+def cache_of(made: Path, to: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """A copy of the validation cache whose activations, [n, d_model], are `change`d."""
+    shutil.copytree(made / "validation", to)
+    cache = ActivationCache(to)
+    acts = change(cache.acts(0, cache.n_tokens)).to(cache.dtype).contiguous()
+    manifest = json.loads((to / "manifest.json").read_text())
     for shard in manifest["shards"]:
-        acts = tmp_path / "cache" / f"{shard['name']}.acts"
-        acts.write_bytes(bytes(acts.stat().st_size))
-        shard["acts_sha256"] = hashlib.sha256(acts.read_bytes()).hexdigest()
-    (tmp_path / "cache" / "manifest.json").write_text(json.dumps(manifest))
-    assert "all the same" in refused(config_for(made, tmp_path, cache=str(tmp_path / "cache")))
+        mine, acts = acts[: shard["n_tokens"]], acts[shard["n_tokens"] :]
+        (to / f"{shard['name']}.acts").write_bytes(mine.view(torch.uint8).numpy().tobytes())
+        shard["acts_sha256"] = hashlib.sha256(mine.view(torch.uint8).numpy()).hexdigest()
+    (to / "manifest.json").write_text(json.dumps(manifest))
+    return to
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1000.1])
+def test_identical_activations_are_refused(made, tmp_path, value):
+    cache = cache_of(made, tmp_path / "cache", lambda acts: torch.full_like(acts, value))
+    named = refused(config_for(made, tmp_path, cache=str(cache)))
+    assert "all the same: FVU is not defined" in named
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_activations_that_are_not_finite_are_refused(made, tmp_path, value):
+    def broken(acts: torch.Tensor) -> torch.Tensor:
+        acts[123, 4] = value
+        return acts
+
+    cache = cache_of(made, tmp_path / "cache", broken)
+    named = refused(config_for(made, tmp_path, cache=str(cache)))
+    assert "activation 123 is not finite" in named
+
+
+def test_reconstructions_that_are_not_finite_are_refused(made, tmp_path):
+    sae = SAE.load(made / "run" / "vanilla.safetensors").requires_grad_(False)
+    sae.W_dec.fill_(3e38)
+    (tmp_path / "run").mkdir()
+    sae.save(tmp_path / "run" / "vanilla.safetensors")
+    named = refused(config_for(made, tmp_path / "out", run=str(tmp_path / "run")))
+    assert "reconstructions" in named
+    assert "not finite" in named
+
+
+def test_a_damaged_shard_is_refused(made, tmp_path):
+    shutil.copytree(made / "validation", tmp_path / "cache")
+    path = sorted((tmp_path / "cache").glob("*.acts"))[1]
+    raw = bytearray(path.read_bytes())
+    raw[77] ^= 1
+    path.write_bytes(raw)
+    named = refused(config_for(made, tmp_path / "out", cache=str(tmp_path / "cache")))
+    assert f"shard {path.stem} is damaged" in named
+
+
+def test_moments_of_activations_far_from_0_are_those_of_float64():
+    x = 1e4 + 1e-2 * randn(500, 3)
+    moments = evaluate.Moments()
+    for part in x.split(120):
+        moments.add(part)
+        moments.add(part[:0])
+    exact = x.double()
+    assert moments.n == 500
+    torch.testing.assert_close(moments.mean, exact.mean(0), rtol=1e-15, atol=0)
+    expected = (exact - exact.mean(0)).square().sum().item()
+    assert moments.variance == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize(("spread", "constant"), [(1e-8, True), (1e-4, False), (1.0, False)])
+def test_moments_are_constant_where_float32_tells_nothing_apart(spread, constant):
+    """By the variance's share of the mean square, whatever the units: 1e-16, 1e-8, 0.5."""
+    for unit in (1e-20, 1.0, 1e20):
+        moments = evaluate.Moments()
+        moments.add(unit * (1 + spread * randn(500, 3, dtype=torch.float64)))
+        assert moments.is_constant is constant
+    assert evaluate.Moments().is_constant
+
+
+@given(st.integers(0, 2**32), st.integers(1, 60))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_the_norms_spread_is_the_sorted_lists(seed, n):
+    norms = randn(n, seed=seed, dtype=torch.float64).exp()
+    norms[0] *= 1000
+    found = evaluate.norm_spread(norms)
+    ordered = sorted(norms.tolist())
+    at = [0.5 * (n - 1), 0.999 * (n - 1)]
+    median, high = (
+        ordered[int(i)] + (i % 1) * (ordered[min(int(i) + 1, n - 1)] - ordered[int(i)]) for i in at
+    )
+    assert found["median"] == pytest.approx(median)
+    assert found["p99_9_over_median"] == pytest.approx(high / median)
+    assert found["max_over_median"] == pytest.approx(ordered[-1] / median)
+    assert found["outliers"] == sum(norm > 10 * median for norm in ordered)
+
+
+def test_the_spread_of_norms_that_are_mostly_0():
+    found = evaluate.norm_spread(torch.tensor([0.0, 0.0, 0.0, 5.0]).double())
+    assert found == {
+        "median": 0.0,
+        "p99_9_over_median": None,
+        "max_over_median": None,
+        "outliers": 0,
+    }
+
+
+def test_fvu_without_the_tokens_that_decide_it_is_said(made, tmp_path):
+    """Five tokens of 300 times the norm: they are reconstructed ill, and nothing else counts."""
+
+    def heavy(acts: torch.Tensor) -> torch.Tensor:
+        acts[100:105] *= -300
+        return acts
+
+    cache_path = cache_of(made, tmp_path / "cache", heavy)
+    results = evaluate.run(config_for(made, tmp_path / "out", cache=str(cache_path)))
+    cache = ActivationCache(cache_path)
+    x = cache.acts(0, cache.n_tokens).float()
+    norms = x.double().norm(dim=1)
+    keep = norms <= 10 * norms.quantile(0.5)
+    assert results["norms"]["outliers"] == int((~keep).sum()) == 5
+    assert results["norms"]["max_over_median"] == pytest.approx(
+        (norms.max() / norms.quantile(0.5)).item()
+    )
+    printed = evaluate.summary(results)
+    assert f"FVU IS DECIDED BY 5 OF {len(x):,} TOKENS" in printed
+    for result in results["runs"]:
+        sae = SAE.load(made / "run" / f"{result['sae']}.safetensors").requires_grad_(False)
+        alone = fvu(x[keep], sae(x[keep])).item()
+        assert result["fvu_without_outliers"] == pytest.approx(alone, rel=1e-4)
+        assert result["fvu"] == pytest.approx(fvu(x, sae(x)).item(), rel=1e-4)
+        assert result["fvu"] != pytest.approx(alone, rel=0.1)
+        assert f"{alone:.4f} {result['sae']}" in printed
+
+
+def test_where_no_token_decides_fvu_only_the_norms_are_said(scored):
+    assert scored["norms"]["outliers"] == 0
+    for result in scored["runs"]:
+        assert result["fvu_without_outliers"] == result["fvu"]
+    last = evaluate.summary(scored).splitlines()[-1]
+    assert last.startswith("Norms: the 99.9th percentile is ")
+    assert f"{scored['norms']['max_over_median']:.2f} times." in last
+    few = {**scored, "norms": {**scored["norms"], "outliers": 1}}
+    assert "DECIDED" not in evaluate.norm_line(few)  # it makes no difference
+    few["runs"] = [{**run, "fvu_without_outliers": 1.2 * run["fvu"]} for run in few["runs"]]
+    assert "DECIDED" in evaluate.norm_line(few)
+    few["runs"] = [{**run, "fvu_without_outliers": None} for run in few["runs"]]
+    assert "not defined vanilla" in evaluate.norm_line(few)
+    zero = {**scored["norms"], "p99_9_over_median": None}
+    assert "is 0" in evaluate.norm_line({**scored, "norms": zero})
+
+
+# ------------------------------------------------------------------------ what was trained on
+
+
+def test_a_cache_was_trained_on_by_its_content_however_its_path_is_spelled(made, tmp_path):
+    trained = evaluate.training_results(made / "run")
+
+    def held_out(folder: Path, **make: Any) -> bool | None:
+        cache = ActivationCache(folder)
+        cache.make.update(make)
+        return evaluate.is_held_out(cache, trained)
+
+    assert held_out(made / "validation") is True
+    assert held_out(made / "train") is False
+    assert held_out(made / "train", dataset="elsewhere", split="other") is False  # by checksums
+    spelled = str(made / "train" / ".." / ".." / made.name)
+    assert held_out(made / "validation", dataset=spelled, split="train") is False
+    (tmp_path / "link").symlink_to(made)
+    assert held_out(made / "validation", dataset=str(tmp_path / "link"), split="train") is False
+    assert held_out(made / "validation", dataset="elsewhere") is True  # no checksum in common
+
+    trained["config"]["cache"] = "gone"
+    assert held_out(made / "train", dataset=spelled) is False
+    assert held_out(made / "validation") is True  # another split of the same dataset
+    assert held_out(made / "train", dataset="elsewhere") is None  # it might be a copy
+    acts = [shard.acts_sha256 for shard in ActivationCache(made / "train").shards]
+    trained["cache"]["acts_sha256"] = acts[-1:]
+    assert held_out(made / "train", dataset="elsewhere") is False
+    assert held_out(made / "validation", dataset="elsewhere") is True
+    assert evaluate.is_held_out(ActivationCache(made / "train"), {}) is None
+
+
+def test_a_training_cache_that_was_made_anew_since_says_nothing(made):
+    trained = evaluate.training_results(made / "run")
+    assert evaluate.trained_shards(trained)
+    trained["cache"]["make"]["layer"] = 7
+    assert evaluate.trained_shards(trained) == set()
+
+
+def test_an_older_runs_file_is_left_out_and_another_file_is_refused(made, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(made / "run", run)
+    results = json.loads((run / "results.json").read_text())
+
+    def scored_names() -> list[str]:
+        (run / "results.json").write_text(json.dumps(results))
+        trained = evaluate.training_results(run)
+        return list(evaluate.load_saes(run, torch.device("cpu"), trained))
+
+    for one in results["runs"]:
+        path = run / f"{one['sae']}.safetensors"
+        one["file_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert scored_names() == ["matryoshka", "vanilla"]
+    assert capsys.readouterr().err == ""
+    whole, results["runs"] = results["runs"], results["runs"][:1]
+    left_out = {"matryoshka": "vanilla", "vanilla": "matryoshka"}[results["runs"][0]["sae"]]
+    assert scored_names() == [results["runs"][0]["sae"]]
+    error = capsys.readouterr().err
+    assert f"not scored: {run / left_out}.safetensors is not of this run" in error
+
+    results["runs"] = whole
+    whole[0]["file_sha256"] = "0" * 64
+    with pytest.raises(UserError, match="its checksum is another"):
+        scored_names()
+    (run / f"{whole[0]['sae']}.safetensors").unlink()
+    assert scored_names() == [whole[1]["sae"]]
+    assert "is missing" in capsys.readouterr().err
+    results["runs"] = whole[:1]
+    with pytest.raises(UserError, match="no SAE of the run"):
+        scored_names()
+
+
+# ------------------------------------------------------------------------------ files, full disks
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["results.json", "metrics.jsonl", "matryoshka.safetensors", "evaluation.json", "concepts.json"],
+)
+def test_a_folder_where_a_file_should_be_is_refused(made, tmp_path, name):
+    run = tmp_path / "run"
+    shutil.copytree(made / "run", run)
+    (run / name).unlink(missing_ok=True)
+    (run / name).mkdir()
+    changed = {"concepts": str(run / name)} if name == "concepts.json" else {}
+    assert str(run / name) in refused(config_for(made, run, run=str(run), **changed))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("results.json", "[]"),
+        ("results.json", "null"),
+        ("results.json", "[" * 100_000),
+        ("results.json", '{"config": {"target_l0": 1}, "cache": {"make": {}}, "runs": []}'),
+        (
+            "results.json",
+            '{"config": {"target_l0": 1, "cache": ""}, "cache": {"make": {}}, "runs": [3]}',
+        ),
+        ("metrics.jsonl", ""),
+        ("metrics.jsonl", "[1, 2]\n"),
+        ("metrics.jsonl", "\xff"),
+        ("metrics.jsonl", '{"sae": "vanilla", "step": 1, "l0": "a", "fvu": 1}\n'),
+        (
+            "metrics.jsonl",
+            '{"sae": "other", "step": 1, "l0": 1, "fvu": 1, "sparsity_weight": 1}\n',
+        ),
+    ],
+)
+def test_a_foreign_file_is_refused(made, tmp_path, name, text):
+    run = tmp_path / "run"
+    shutil.copytree(made / "run", run)
+    (run / name).write_bytes(text.encode("latin-1"))
+    named = refused(config_for(made, tmp_path / "out", run=str(run)))
+    assert str(run / name) in named
+    assert "\n" not in named
+
+
+def test_metrics_that_lack_a_line_are_refused(made, tmp_path):
+    lines = (made / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(lines[:-1]))
+    with pytest.raises(UserError, match="a line an SAE"):
+        evaluate.training_curves(path)
+    path.write_text("".join(lines[:-2]))
+    steps, curves = evaluate.training_curves(path)
+    assert len(steps) == len(curves["vanilla"]["fvu"]) == len(lines) // 2 - 1
+
+
+def test_a_full_disk_is_one_line_and_loses_no_results(made, tmp_path, monkeypatch, capsys):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    argv = [f"--run={made / 'run'}", f"--cache={made / 'validation'}", f"--out={tmp_path}"]
+    argv += [f"--concepts={made / 'concepts.json'}", "--device=cpu", "--n-tokens=1"]
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(argv)
+    printed, error = capsys.readouterr()
+    assert stopped.value.code == 2
+    expected = f"error: cannot write {tmp_path / 'evaluation.json'} (No space left on device)"
+    assert error.splitlines()[-1] == expected
+    assert "| matryoshka" in printed
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------- number formats
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_metrics_of_other_formats_are_those_of_their_numbers_in_float64(dtype):
+    x, x_hat = (3 + randn(40, 6)).to(dtype), (3 + randn(40, 6, seed=1)).to(dtype)
+    expected = fvu_by_loop(x.double().tolist(), x_hat.double().tolist())
+    assert fvu(x, x_hat).item() == pytest.approx(expected, rel=1e-12)
+    assert fvu(x, x_hat.float()).item() == pytest.approx(expected, rel=1e-12)
+    assert fvu(x, x_hat).dtype == l0(x).dtype == dead_share(x).dtype == torch.float64
+    cosines = decoder_cosines(x, x_hat)
+    torch.testing.assert_close(cosines, decoder_cosines(x.double(), x_hat.double()))
+    moments, doubled = evaluate.Moments(), evaluate.Moments()
+    moments.add(x)
+    doubled.add(x.double())
+    assert moments.variance == doubled.variance
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_saes_of_other_formats_are_scored_in_float32(made, tmp_path, dtype):
+    sae = SAE.load(made / "run" / "vanilla.safetensors").to(dtype)
+    (tmp_path / "run").mkdir()
+    sae.save(tmp_path / "run" / "vanilla.safetensors")
+    [found] = evaluate.run(config_for(made, tmp_path, run=str(tmp_path / "run")))["runs"]
+    x = ActivationCache(made / "validation").acts(0, 10**9).float()
+    assert found["fvu"] == pytest.approx(fvu(x, sae.float()(x)).item(), rel=1e-5)
+
+
+def test_samples_without_a_dimension_for_them_are_refused():
+    with pytest.raises(ValueError, match="must be equal"):
+        fvu(torch.ones(3), torch.ones(3))
+
+
+def test_cosines_of_rows_whose_square_underflows():
+    tiny = torch.tensor([[3e-200, 4e-200]], dtype=torch.float64)
+    assert decoder_cosines(tiny, torch.tensor([[1.0, 0.0]])).item() == pytest.approx(0.6)
 
 
 # ---------------------------------------------------------------------------------------- concepts
