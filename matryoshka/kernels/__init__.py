@@ -1,0 +1,39 @@
+"""The gradient of the Matryoshka loss: by autograd, or written out, which is many times faster.
+
+With x less b_dec, a the activations, d_j row j of W_dec, s_j the reach of latent j, and
+p_j = sparsity_weight * s_j, the loss of a sample (sae.py has its first form) is
+
+    ||x||^2 - 2 sum_j s_j a_j <d_j, x> + sum_ij min(s_i, s_j) a_i a_j <d_i, d_j>
+            + sum_j p_j a_j ||d_j||
+
+and everything follows from the residual of latent j: the mean, over the prefixes that contain it,
+of what they decode to less x,
+
+    r_j = sum_i min(s_i, s_j) a_i d_i - s_j x
+    d loss / d a_j = 2 <d_j, r_j> + p_j ||d_j||
+    d loss / d d_j = 2 a_j r_j    + p_j a_j d_j / ||d_j||
+
+Each module has one way to compute this, and all agree to rounding:
+
+`autograd`   PyTorch's gradient of `sae.matryoshka_loss`. Slow, and right for whatever is new.
+`all_pairs`  forms no residual, but all pairs of latents: small dictionaries, stacked by the hundred.
+`by_prefix`  one residual a prefix and sample: dense products, for activations that are still dense.
+             On a GPU in bfloat16, all products of a kind are one grouped product.
+`sparse`     one residual for each run of active latents of equal reach: only the encoder's product
+             is dense. This is what training on a CPU is, but for its beginning.
+
+`write_gradient` takes one of them by `choose`, and says which it took.
+"""
+
+from matryoshka.kernels.dispatch import Gradient, write_gradient
+from matryoshka.kernels.layout import MatmulDtype, Objective, Params, Stats, Workspace
+
+__all__ = [
+    "Gradient",
+    "MatmulDtype",
+    "Objective",
+    "Params",
+    "Stats",
+    "Workspace",
+    "write_gradient",
+]

@@ -1,0 +1,55 @@
+"""The gradient from all pairs of latents, of a whole stack of small SAEs at once.
+
+With G = W_dec W_dec^T, C = acts^T acts and shared_ij = min(s_i, s_j), the derivative of the loss's
+quadratic term is 2 acts (shared * G) to acts, and 2 (shared * C) W_dec to W_dec.
+"""
+
+import torch
+
+from matryoshka.kernels.layout import (
+    MIN_NORM,
+    Objective,
+    Params,
+    Stats,
+    sparsity_slopes,
+    zero_where_silent,
+)
+from sae import ACTIVATIONS
+
+
+def write(grads: Params, params: Params, objective: Objective) -> Stats:
+    """Writes the gradient; see `write_gradient`."""
+    W_enc, b_enc, W_dec, b_dec = params
+    x, batch = objective.x, objective.x.shape[1]
+    ones = x.new_ones(len(x), 1, batch)  # sums over the batch are products: no copies
+    reach = objective.reach[..., None] * (2 / batch)  # [n_saes, n_latents, 1]
+    price = objective.price[..., None] / batch
+
+    preacts = torch.baddbmm(b_enc, x, W_enc.mT)
+    acts = ACTIVATIONS[objective.activation](preacts)  # [n_saes, batch, n_latents]
+    x_centred = x - b_dec
+    shared = torch.minimum(reach, reach.mT)  # [n_saes, n_latents, n_latents]
+    gram = torch.bmm(W_dec, W_dec.mT)
+    norms = gram.diagonal(dim1=1, dim2=2).sqrt()  # [n_saes, n_latents]
+    W_dec_reached = W_dec * reach
+
+    slope, weighted = sparsity_slopes(acts, norms[:, None], objective.sparsity)
+    slope = price.mT * norms[:, None] * slope
+    shrink = torch.bmm(ones, weighted).mT * price / norms.clamp_min(MIN_NORM)[..., None]
+
+    g_acts = torch.baddbmm(slope, acts, gram * shared)
+    g_acts.baddbmm_(x_centred, W_dec_reached.mT, alpha=-1)
+    zero_where_silent(g_acts, acts)
+    torch.bmm(g_acts.mT, x, out=grads.W_enc)
+    torch.bmm(ones, g_acts, out=grads.b_enc)
+
+    correlation = torch.bmm(acts.mT, acts)  # [n_saes, n_latents, n_latents]
+    linear = torch.bmm(acts.mT, x_centred).mul_(-reach).addcmul_(W_dec, shrink)
+    torch.baddbmm(linear, correlation * shared, W_dec, out=grads.W_dec)
+    sum_acts, sum_x = torch.bmm(ones, acts), torch.bmm(ones, x_centred)
+    torch.baddbmm(sum_x, sum_acts, W_dec_reached, beta=-2 / batch, out=grads.b_dec)
+
+    # ord 0 counts what is not zero, without a copy in another dtype
+    l0 = torch.linalg.vector_norm(acts, ord=0, dim=(1, 2)) / batch
+    mean_square = correlation.diagonal(dim1=1, dim2=2) * norms.square() / batch
+    return Stats(l0, mean_square, ("all_pairs",) * len(x))

@@ -1,0 +1,102 @@
+"""The gradient by dense products, one residual a block of latents of equal reach.
+
+The residual of a block is the mean, over the prefixes that contain it, of what they decode to less
+x. Latents are sorted by reach, so that a block is a slice.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grouped_mm
+
+from matryoshka.kernels.layout import MIN_NORM, Task, sparsity_slopes, zero_where_silent
+
+
+def write(task: Task, dtype: torch.dtype, grouped: bool) -> Tensor:
+    """Writes one SAE's gradient. -> mean square of a_j ||d_j|| [n_latents].
+
+    dtype: what the operands of products are rounded to. grouped: all products of a kind are one
+    grouped product, for which no number is read back from a GPU.
+    """
+    grads, x, acts, price, batch = task.grads, task.x, task.acts, task.price, len(task.x)
+    ranked, order = task.reach.sort(descending=True, stable=True)
+    W_dec = task.params.W_dec
+    where: slice | Tensor = slice(None)
+    if len(task.ends) > 1:
+        acts = torch.index_select(
+            acts, 0, order, out=task.workspace.empty("ranked", acts, *acts.shape)
+        )
+        W_dec, price, where = W_dec[order], price[order], order
+
+    norms = W_dec.norm(dim=1)
+    slope, weighted = sparsity_slopes(acts, norms[:, None], task.sparsity)
+    slope = slope * (price * norms / batch)[:, None]  # [n_latents, batch], or [n_latents, 1]
+    g_acts = task.workspace.empty("g_acts", x, *acts.shape).copy_(slope)
+    shrink = weighted.sum(1) * price / norms.clamp_min(MIN_NORM) / batch
+    g_W_dec = W_dec * shrink[:, None]
+    blocks = Blocks(acts.to(dtype), W_dec.to(dtype), ranked, task)
+    add = blocks.add_grouped if grouped else blocks.add_sliced
+    total = add(g_acts, g_W_dec)
+    zero_where_silent(g_acts, acts)
+
+    grads.W_enc[where] = (g_acts.to(dtype) @ x.to(dtype)).to(x.dtype)
+    grads.b_enc[0, where] = g_acts.sum(1)
+    grads.W_dec[where] = g_W_dec
+    grads.b_dec[0] = total
+    mean_square = torch.empty_like(task.reach)
+    mean_square[where] = acts.square_().sum(1) / batch * norms.square()
+    return mean_square
+
+
+class Blocks:
+    """Latents sorted by reach, and the products of each block with its residual.
+
+    `add_*` adds 2 <d_j, r> / batch to g_acts [n_latents, batch] and the sum over the batch of
+    2 a_j r / batch to g_W_dec [n_latents, d_model], and returns the first block's sum of
+    2 r / batch: the gradient of b_dec, [d_model].
+    """
+
+    def __init__(self, acts: Tensor, W_dec: Tensor, ranked: Tensor, task: Task):
+        """acts [n_latents, batch], W_dec and their reaches `ranked` [n_latents], which fall."""
+        self.acts, self.W_dec, self.ranked = acts, W_dec, ranked
+        self.ends, self.workspace = task.ends, task.workspace
+        self.minus_x = task.params.b_dec - task.x  # what no latents at all leave, less x
+
+    def add_sliced(self, g_acts: Tensor, g_W_dec: Tensor) -> Tensor:
+        """Block by block: residuals are suffix sums of what each prefix leaves."""
+        left, ends = self.minus_x, self.ends
+        batch, sizes = len(left), ends.diff(prepend=ends.new_zeros(1)).tolist()
+        # of each prefix, [n_blocks]; read one by one: an index would be copied to a GPU first
+        shares = torch.stack([self.ranked[end - 1] for end in ends.tolist()])
+        weights = -shares.diff(append=shares.new_zeros(1))
+        residuals = self.workspace.empty("residuals", left, len(sizes), *left.shape)
+        blocks = list(zip(residuals, self.acts.split(sizes), self.W_dec.split(sizes), strict=True))
+        for residual, a, d in blocks:
+            left = torch.addmm(left, a.T, d, out=residual)
+        residuals[-1].mul_(weights[-1] * (2 / batch))
+        for k in reversed(range(len(sizes) - 1)):
+            own = weights[k] * (2 / batch)
+            torch.addcmul(residuals[k + 1], residuals[k], own, out=residuals[k])
+        g_blocks = zip(blocks, g_acts.split(sizes), g_W_dec.split(sizes), strict=True)
+        for (residual, a, d), g_a, g_d in g_blocks:
+            g_a.addmm_(d, residual.T)
+            g_d.addmm_(a, residual)
+        return residuals[0].sum(0)
+
+    def add_grouped(self, g_acts: Tensor, g_W_dec: Tensor) -> Tensor:
+        """All blocks at once: r_k = sum_q min(s_k, s_q) (what block q decodes to), x taken off
+        the first block, which every other shares prefixes with at its own reach."""
+        batch, n_blocks = len(self.minus_x), len(self.ends)
+        ends = self.ends.to(self.acts.device, torch.int32)
+        residuals = grouped_mm(self.acts.T, self.W_dec, offs=ends)  # [n_blocks, batch, d_model]
+        residuals[0] += self.minus_x
+        if n_blocks > 1:
+            # Reaches are counted in prefixes: whole numbers where those are sampled, not rounded.
+            counts = self.ranked[ends - 1] * n_blocks
+            shared = torch.minimum(counts, counts[:, None]).to(self.acts.dtype)
+            mixed = self.workspace.empty("mixed", self.acts, *residuals.shape)
+            torch.mm(shared, residuals.flatten(1), out=mixed.flatten(1))
+            residuals = mixed
+        scale = 2 / (batch * n_blocks)
+        g_acts.add_(grouped_mm(self.W_dec, residuals.mT, offs=ends), alpha=scale)
+        g_W_dec.add_(grouped_mm(self.acts, residuals, offs=ends), alpha=scale)
+        return residuals[0].sum(0, dtype=g_acts.dtype) * scale

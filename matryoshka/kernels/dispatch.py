@@ -1,0 +1,113 @@
+"""Which kernel computes a gradient, and the call of it."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from matryoshka.kernels import all_pairs, autograd, by_prefix, sparse
+from matryoshka.kernels.layout import MatmulDtype, Objective, Params, Stats, Task, Workspace, encode
+
+Kernel = Literal["autograd", "all_pairs", "by_prefix", "grouped", "sparse"]
+# "auto" takes the fastest; "dense" what a GPU takes, whatever is active, on a CPU, too.
+Gradient = Literal["auto", "dense", "autograd"]
+
+MAX_LATENTS_OF_ALL_PAIRS = 256
+# Reaches up to which `by_prefix` serves where activations are dense: a residual each. Then
+# `all_pairs` does.
+MAX_REACHES_OF_BY_PREFIX = 128
+# Shares of active latents up to which `sparse` is faster: with up to so many reaches, and with
+# more than that; the latter also where dense products are in bfloat16.
+SPARSE_SHARE, FEW_REACHES, SPARSE_SHARE_OF_MANY = 0.1, 32, 0.04
+MAX_PAIRS_OF_RUNS = 2**26  # in a batch, up to which `sparse` serves: a GiB of indices
+
+
+def write_gradient(
+    grads: Params,
+    params: Params,
+    objective: Objective,
+    gradient: Gradient | Kernel = "auto",
+    matmul_dtype: MatmulDtype = "float32",
+    workspace: Workspace | None = None,
+) -> Stats:
+    """Writes the gradient of the objective's loss, a mean over the batch, into `grads`.
+
+    `gradient` may name a kernel, for tests; kernels differ in rounding alone. A workspace that is
+    passed again saves a CPU the pages of large intermediate tensors. In bfloat16 the operands and
+    results of dense products are rounded to it, in `sparse` the encoder's alone, in `all_pairs`
+    none; RuntimeError is raised where d_model or the batch is not a multiple of 8.
+    """
+    if gradient == "autograd":
+        return autograd.write(grads, params, objective)
+    n_saes, n_latents = objective.reach.shape
+    automatic = gradient in ("auto", "dense")
+    if gradient == "all_pairs" or (automatic and n_latents <= MAX_LATENTS_OF_ALL_PAIRS):
+        return all_pairs.write(grads, params, objective)
+    workspace, all_stats = workspace or Workspace(), []
+    for i in range(n_saes):
+        task = task_of(i, grads, params, objective, matmul_dtype, workspace)
+        n_active = count_active(task.acts, workspace)
+        kernel = choose(gradient, n_active, task, matmul_dtype) if automatic else gradient
+        if kernel == "all_pairs":
+            one = slice(i, i + 1)
+            stats = all_pairs.write(grads.slice(one), params.slice(one), objective.slice(i))
+            all_stats.append((stats.l0[0], stats.mean_square[0], kernel))
+            continue
+        if kernel == "sparse":
+            mean_square = sparse.write(task)
+        else:
+            dtype = torch.bfloat16 if matmul_dtype == "bfloat16" else task.x.dtype
+            mean_square = by_prefix.write(task, dtype, grouped=kernel == "grouped")
+        l0 = (n_active / task.x.shape[0]).to(task.x.dtype)
+        all_stats.append((l0, mean_square, kernel))
+    l0s, mean_squares, kernels = zip(*all_stats, strict=True)
+    return Stats(torch.stack(l0s), torch.stack(mean_squares), kernels)
+
+
+def task_of(
+    i: int,
+    grads: Params,
+    params: Params,
+    objective: Objective,
+    matmul_dtype: MatmulDtype,
+    workspace: Workspace,
+) -> Task:
+    """SAE i's part of the objective, its activations computed."""
+    p, x = params.one(i), objective.x[i]
+    ends = objective.ends_of(i)
+    acts = encode(p, x, objective.activation, matmul_dtype, workspace)
+    reach, price = objective.reach[i], objective.price[i]
+    return Task(grads.one(i), p, acts, x, reach, price, ends, objective.sparsity, workspace)
+
+
+def count_active(acts: Tensor, workspace: Workspace) -> Tensor:
+    """How many of acts [n_latents, batch] are not 0: a float64 tensor []."""
+    signs = torch.sign(acts, out=workspace.empty("signs", acts, *acts.shape))
+    return signs.sum(dim=1).sum(dtype=torch.float64)
+
+
+def choose(gradient: Gradient, n_active: Tensor, task: Task, matmul_dtype: MatmulDtype) -> Kernel:
+    """The fastest kernel for one SAE of a dictionary that is too large for `all_pairs`."""
+    n_reaches = len(task.ends)
+    if gradient == "auto" and _is_sparse(n_active, task.acts, n_reaches, matmul_dtype):
+        return "sparse"
+    if n_reaches > MAX_REACHES_OF_BY_PREFIX:
+        return "all_pairs"
+    return "grouped" if matmul_dtype == "bfloat16" else "by_prefix"
+
+
+def _is_sparse(
+    n_active: Tensor, acts: Tensor, n_reaches: int, matmul_dtype: MatmulDtype
+) -> bool:
+    """Whether few enough of acts [n_latents, batch] are active for `sparse`.
+
+    Never so on a GPU: reading that number would cost it more.
+    """
+    if acts.device.type != "cpu":
+        return False
+    n_latents, batch = acts.shape
+    active = float(n_active) / batch  # a sample
+    n_pairs = batch * min(active, n_reaches) ** 2
+    few = n_reaches <= FEW_REACHES and matmul_dtype == "float32"
+    share = SPARSE_SHARE if few else SPARSE_SHARE_OF_MANY
+    return active <= share * n_latents and n_pairs <= MAX_PAIRS_OF_RUNS

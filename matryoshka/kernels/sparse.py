@@ -1,0 +1,137 @@
+"""The gradient from the active latents alone: everything but the encoder is a sparse product.
+
+A *run* is the active latents of one sample that have the same reach. All of them have the same
+residual, so there is one a run.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from matryoshka.kernels.layout import MIN_NORM, Task, sparsity_slopes
+
+
+def write(task: Task) -> Tensor:
+    """Writes one SAE's gradient. -> mean square of a_j ||d_j|| [n_latents]."""
+    active = Active.of(task)
+    grads, W_dec, x, price = task.grads, task.params.W_dec, task.x, task.price
+    batch, norms, x_centred = len(x), W_dec.norm(dim=1), x - task.params.b_dec
+    latent, a, s = active.latent, active.a, active.s
+
+    residuals, by_run = active.residuals(task)
+    slope, weighted = sparsity_slopes(a, norms[latent], task.sparsity)
+    g_a = torch.sparse.sampled_addmm(by_run, residuals, W_dec.T, beta=0).values()
+    g_a -= s * torch.sparse.sampled_addmm(active.by_sample(), x_centred, W_dec.T, beta=0).values()
+    g_a = g_a.mul_(2).add_(price[latent] * norms[latent] * slope).div_(batch)
+
+    def total(values: Tensor) -> Tensor:
+        return torch.zeros_like(task.reach).index_add_(0, latent, values)
+
+    shrink = total(weighted) * price / norms.clamp_min(MIN_NORM) / batch
+    torch.mul(W_dec, shrink[:, None], out=grads.W_dec)
+    by_latent = active.by_latent(active.run, a, len(residuals))
+    grads.W_dec.addmm_(by_latent, residuals, alpha=2 / batch)
+    by_latent = active.by_latent(active.sample, s * a, batch)
+    grads.W_dec.addmm_(by_latent, x_centred, alpha=-2 / batch)
+    by_latent = active.by_latent(active.sample, g_a, batch)
+    torch.addmm(grads.W_enc, by_latent, x, beta=0, out=grads.W_enc)
+    grads.b_enc[0] = total(g_a)
+    grads.b_dec[0] = ((total(a) * task.reach) @ W_dec - x_centred.sum(0)) * (2 / batch)
+    return total(a * a) / batch * norms.square()
+
+
+@dataclass(frozen=True)
+class Active:
+    """The active latents of a batch, by sample, and within each the furthest reach first.
+
+    [n_active] each, but for what says otherwise.
+    """
+
+    latent: Tensor
+    sample: Tensor
+    run: Tensor  # numbered over all samples
+    a: Tensor  # activations
+    s: Tensor  # reaches
+    starts_run: Tensor  # bool: the first of its run
+    rank_by_latent: Tensor  # where each is, sorted by latent instead
+    latent_starts: Tensor  # [n_latents], where each latent begins in that order
+    n_samples: int
+
+    @classmethod
+    def of(cls, task: Task) -> "Active":
+        """Those of task.acts [n_latents, batch]."""
+        acts, reach, device = task.acts, task.reach, task.acts.device
+        n_latents, batch = acts.shape
+        rank = torch.empty_like(reach, dtype=torch.int64)
+        rank[reach.argsort(descending=True, stable=True)] = torch.arange(n_latents, device=device)
+        latent, sample = acts.nonzero(as_tuple=True)  # by latent, for now
+        by_rank = (sample * n_latents + rank[latent]).argsort()
+        rank_by_latent = torch.empty_like(by_rank)
+        rank_by_latent[by_rank] = torch.arange(len(by_rank), device=device)
+        latent_starts = starts_of(latent, n_latents)
+        latent, sample = latent[by_rank], sample[by_rank]
+        a, s = acts[latent, sample], reach[latent]
+        first = torch.ones_like(sample, dtype=torch.bool)
+        first[1:] = (sample[1:] != sample[:-1]) | (s[1:] != s[:-1])
+        run = first.cumsum(0) - 1
+        return cls(latent, sample, run, a, s, first, rank_by_latent, latent_starts, batch)
+
+    @property
+    def n_latents(self) -> int:
+        return len(self.latent_starts)
+
+    def by_sample(self) -> Tensor:
+        """Activations as a sparse matrix [batch, n_latents]."""
+        starts = starts_of(self.sample, self.n_samples)
+        return csr(starts, self.latent, self.a, self.n_latents)
+
+    def by_latent(self, columns: Tensor, values: Tensor, n_columns: int) -> Tensor:
+        """A sparse matrix [n_latents, n_columns] of `values` [n_active] in those columns."""
+        at = self.rank_by_latent
+        return csr(self.latent_starts, columns[at], values[at], n_columns)
+
+    def residuals(self, task: Task) -> tuple[Tensor, Tensor]:
+        """sum_q min(s_r, s_q) (what run q decodes to), over the runs q of run r's sample.
+
+        The other half of the residual, -s_r x, is never written down. -> [n_runs, d_model], and
+        activations as a sparse matrix [n_runs, n_latents].
+        """
+        run_sample, run_reach = self.sample[self.starts_run], self.s[self.starts_run]
+        starts = starts_of(self.run, len(run_sample))
+        by_run = csr(starts, self.latent, self.a, self.n_latents)
+        shape = len(run_sample), task.x.shape[1]
+        decoded = task.workspace.empty("decoded", task.x, *shape)
+        torch.addmm(decoded, by_run, task.params.W_dec, beta=0, out=decoded)
+        mixed = task.workspace.empty("mixed_runs", task.x, *shape)
+        pairs = pairs_of_runs(run_sample, run_reach, self.n_samples)
+        return torch.addmm(mixed, pairs, decoded, beta=0, out=mixed), by_run
+
+
+def pairs_of_runs(run_sample: Tensor, run_reach: Tensor, batch: int) -> Tensor:
+    """min(s_r, s_q) for all pairs of runs of the same sample: sparse [n_runs, n_runs]."""
+    n_pairs = torch.bincount(run_sample, minlength=batch)[run_sample]  # of each run
+    pair_starts = n_pairs.cumsum(0) - n_pairs
+    run = torch.repeat_interleave(n_pairs)  # [n_pairs]
+    starts = starts_of(run_sample, batch)
+    other = torch.arange(len(run), device=run.device) + (starts[run_sample] - pair_starts)[run]
+    weights = torch.minimum(run_reach[run], run_reach[other])
+    return csr(pair_starts, other, weights, len(run_sample))
+
+
+def starts_of(index: Tensor, size: int) -> Tensor:
+    """Where each of 0 .. size - 1 begins in `index`, once that is sorted: [size]."""
+    counts = torch.bincount(index, minlength=size)
+    return counts.cumsum(0) - counts
+
+
+def csr(row_starts: Tensor, columns: Tensor, values: Tensor, n_columns: int) -> Tensor:
+    """A sparse matrix in CSR form, int32 indices: half the bytes, and what MKL wants."""
+    ends = torch.cat([row_starts, row_starts.new_tensor([len(columns)])])
+    shape = (len(row_starts), n_columns)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(
+            ends.int(), columns.int(), values, shape, check_invariants=False
+        )
