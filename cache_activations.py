@@ -17,25 +17,27 @@ shard, and the reader stops before them.
 Several machines can share the work: `count_rows` once, `cache_rows` for each of `split_rows`,
 `finish` once. `run` is those three in a row. No run's times are written beside the shards, so
 that two caches of one make are equal byte for byte; `run` returns them.
+
+A dataset in a folder is read by this module alone: its name is no pattern, and nothing is written
+elsewhere. Rows are counted from 0, and blank lines are no rows.
 """
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
 import math
+import operator
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow
-import pyarrow.compute
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -44,9 +46,9 @@ from script import (
     UserError,
     main_guard,
     make_folder,
+    one_writer,
     parse,
     pick_device,
-    require_positive,
     setting,
     table,
     write_atomically,
@@ -54,15 +56,14 @@ from script import (
 )
 from tiny_model import TinyModel
 
-if TYPE_CHECKING:
-    import datasets
-
 # The last four of TinyModel's 10,000 token ids.
 BEGIN, END, PAD, UNK = 9996, 9997, 9998, 9999
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-FORMAT = 1  # of the folder; a reader refuses another
+FORMAT = 2  # of the folder
+READABLE = (1, 2)  # in 1, only the size of the dataset's file was recorded, not what was in it
 MANIFEST = "manifest.json"
+SHARD_NAME = "[0-9]{5,}"
 TOKEN_BYTES = 3 * 4  # an activation's token id, row and position, int32 each
 
 # The reader's shuffle: chunks are read whole, and mixed within a buffer. A chunk of 256 is 2 to 3
@@ -91,6 +92,32 @@ class Config:
     device: str = setting("auto", "auto, cpu, cuda, ...")
 
 
+LIMITS = {"tokens": 10**12, "batch_size": 10**6, "rows_per_shard": 10**6}
+
+
+def whole(name: str, value: Any, least: int, most: float = math.inf) -> int:
+    """`value` as an int. Raises `ValueError` where it is no whole number from `least` to `most`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not least <= number <= most:
+        span = f"of {least} or more" if most == math.inf else f"between {least} and {most}"
+        raise ValueError(f"{name} must be a whole number {span}, got {value}")
+    return number
+
+
+def check(config: Config) -> None:
+    """Raises `UserError` naming a setting of which no model and no dataset could make a cache."""
+    for name, most in LIMITS.items():
+        try:
+            whole(f"--{name.replace('_', '-')}", getattr(config, name), 1, most)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    if config.dtype not in DTYPES:
+        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {config.dtype}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Shard:
     """One shard: its rows, its count, its checksums."""
@@ -116,47 +143,59 @@ class Record:
 # -------------------------------------------------------------------------------------- the rows
 
 
-def load_rows(config: Config) -> "datasets.IterableDataset":
-    """The dataset's rows as a stream. Raises `UserError` where there is no such dataset."""
-    import datasets  # only here: it takes a second or two, and who reads a cache needs none of it
-
-    folder = Path(config.dataset)
-    if folder.is_dir():
-        if not rows_file(config).is_file():
-            raise UserError(f"dataset folder {folder} holds no {config.split}.jsonl")
-        source, files = "json", str(rows_file(config))
-    elif config.dataset.count("/") == 1 and config.dataset[0] not in "./~":
-        source, files = config.dataset, f"{config.split}.jsonl"
-    else:
-        raise UserError(f"--dataset {folder} is no folder here, and no hub dataset's name")
-    try:
-        return datasets.load_dataset(
-            source,
-            data_files={config.split: files},
-            split=config.split,
-            streaming=True,
-            revision=config.dataset_revision if source != "json" else None,
-        )
-    # Its errors come from a dozen libraries and share no class.
-    except Exception as error:
-        raise cannot_read(config, 0, error) from error
-
-
 def rows_file(config: Config) -> Path:
     """Where the split's rows are, below the dataset's folder or the hub's name."""
     return Path(config.dataset) / f"{config.split}.jsonl"
 
 
-def cannot_read(config: Config, row: int, error: Exception) -> UserError:
-    """The one line for a dataset that does not open, or that stops at `row`."""
-    cause = error.__cause__ or error  # the reader wraps what went wrong in "an error occurred"
-    reason = f"{type(cause).__name__}: {cause}"[:200]
-    if Path(config.dataset).is_dir():
-        return UserError(f"cannot read {rows_file(config)} from row {row} on ({reason})")
-    return UserError(
-        f"cannot get {rows_file(config)} from the Hugging Face hub ({reason}); to use a local "
-        f"copy, give --dataset the folder that holds its {config.split}.jsonl"
-    )
+def raw_rows(config: Config, start: int) -> Iterator[Any]:
+    """The dataset's rows from `start` on, unchecked. Raises `UserError` where it has none."""
+    if os.path.isdir(config.dataset):
+        if not os.path.isfile(rows_file(config)):
+            raise UserError(f"dataset folder {config.dataset} holds no {config.split}.jsonl")
+        return local_rows(rows_file(config), start)
+    if config.dataset.count("/") == 1 and config.dataset[0] not in "./~":
+        return hub_rows(config, start)
+    raise UserError(f"--dataset {config.dataset} is no folder here, and no hub dataset's name")
+
+
+def local_rows(file: Path, start: int) -> Iterator[Any]:
+    """What the lines of `file` hold that are not blank, from the `start`-th on."""
+    row = 0
+    try:
+        with file.open("rb") as lines:
+            for line in filter(bytes.strip, lines):
+                if row >= start:
+                    yield json.loads(line)
+                row += 1
+    except OSError as error:
+        raise UserError(f"cannot read {file} from row {row} on ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise UserError(f'{file} row {row} is not JSON: expected {{"tok_ids": [...]}}') from None
+
+
+def hub_rows(config: Config, start: int) -> Iterator[Any]:
+    """The rows of a dataset on the hub from `start` on, as they come from there."""
+    import datasets  # only here: it takes a second or two, and wants a home that it can write to
+
+    try:
+        stream = datasets.load_dataset(
+            config.dataset,
+            data_files={config.split: f"{config.split}.jsonl"},
+            split=config.split,
+            streaming=True,
+            revision=config.dataset_revision,
+        ).skip(start)
+        for block in stream.with_format("arrow").iter(batch_size=config.rows_per_shard):
+            yield from block.to_pylist()
+    # Its errors come from a dozen libraries and share no class.
+    except Exception as error:
+        cause = error.__cause__ or error  # it wraps what went wrong in "an error occurred"
+        reason = f"{type(cause).__name__}: {cause}"[:200]
+        raise UserError(
+            f"cannot get {rows_file(config)} from the Hugging Face hub ({reason}); to use a local "
+            f"copy, give --dataset the folder that holds its {config.split}.jsonl"
+        ) from error
 
 
 def read_rows(config: Config, start: int, end: int | None, d_vocab: int) -> Iterator[np.ndarray]:
@@ -165,63 +204,47 @@ def read_rows(config: Config, start: int, end: int | None, d_vocab: int) -> Iter
     Yields int64 [n, seq]. Raises `UserError` naming the file and the row, counted from 0, where
     there is no `tok_ids`, a row is not as long as the first, or an id is not below `d_vocab`.
     """
-    stream = load_rows(config).skip(start)
-    stream = stream if end is None else stream.take(end - start)
-    blocks = stream.with_format("arrow").iter(batch_size=config.rows_per_shard)
+    whole("start", start, 0)
+    rows = raw_rows(config, start)
+    if end is not None:
+        rows = itertools.islice(rows, whole("end", end, start) - start)
     seq = None
     while True:
-        try:
-            block = next(blocks, None)
-        except Exception as error:
-            raise cannot_read(config, start, error) from error
-        if block is None:
+        block: list[np.ndarray] = []
+        for row in itertools.islice(rows, config.rows_per_shard):
+            block.append(token_ids(row, f"{rows_file(config)} row {start + len(block)}", d_vocab))
+            seq = seq or len(block[0])
+            if len(block[-1]) != seq:
+                raise UserError(
+                    f"{rows_file(config)} row {start + len(block) - 1}: {len(block[-1])} tokens, "
+                    f"expected {seq} as in the rows before"
+                )
+        if not block:
             return
-        rows = to_array(block, rows_file(config), start, seq)
-        wrong = ((rows < 0) | (rows >= d_vocab)).any(axis=1)
-        if wrong.any():
-            i = int(wrong.argmax())
-            bad = rows[i][(rows[i] < 0) | (rows[i] >= d_vocab)][0]
-            raise UserError(
-                f"{rows_file(config)} row {start + i}: token id {bad} is out of the vocabulary, "
-                f"0 to {d_vocab - 1}"
-            )
-        seq = rows.shape[1]
-        start += len(rows)
-        yield rows
+        start += len(block)
+        yield np.stack(block)
 
 
-def to_array(block: pyarrow.Table, file: Path, first: int, seq: int | None) -> np.ndarray:
-    """One block of rows, of which the first is row `first` of `file`, as int64 [n, seq].
-
-    `seq`: the length that rows must have, None for that of the first here. Raises `UserError`.
-    """
-    if "tok_ids" not in block.column_names:
-        raise UserError(f"{file} row {first}: no tok_ids, only {', '.join(block.column_names)}")
-    column = block["tok_ids"].combine_chunks()
-    if column.null_count:
-        i = int(column.is_null().to_numpy(zero_copy_only=False).argmax())
-        raise UserError(f"{file} row {first + i}: no tok_ids")
-    kind = column.type
-    is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
-    if not is_list or not (
-        pyarrow.types.is_integer(kind.value_type) or pyarrow.types.is_null(kind.value_type)
-    ):
-        raise UserError(f"{file} row {first}: tok_ids are {kind}, expected a list of integers")
-    lengths = pyarrow.compute.list_value_length(column).to_numpy(zero_copy_only=False)
-    seq = int(lengths[0]) if seq is None else seq
-    unequal = lengths != seq
-    if unequal.any():
-        i = int(unequal.argmax())
+def token_ids(row: Any, where: str, d_vocab: int) -> np.ndarray:
+    """The token ids of one row, int64 [seq]. Raises `UserError` naming `where` it is."""
+    if not isinstance(row, dict):
+        raise UserError(f'{where}: a {type(row).__name__}, expected {{"tok_ids": [...]}}')
+    ids = row.get("tok_ids")
+    if ids is None:
         raise UserError(
-            f"{file} row {first + i}: {lengths[i]} tokens, expected {seq} as in the rows before"
+            f"{where}: no tok_ids, only {', '.join(k for k in row if k != 'tok_ids') or 'null'}"
         )
-    if seq == 0:
-        raise UserError(f"{file} row {first}: tok_ids is empty")
-    values = column.flatten()
-    if values.null_count:
-        i = int(values.is_null().to_numpy(zero_copy_only=False).argmax()) // seq
-        raise UserError(f"{file} row {first + i}: tok_ids holds a null")
-    return values.to_numpy().astype(np.int64).reshape(-1, seq)
+    if not isinstance(ids, list):
+        raise UserError(f"{where}: tok_ids is {ids!r:.40}, expected a list of integers")
+    if not ids:
+        raise UserError(f"{where}: tok_ids is empty")
+    if set(map(type, ids)) != {int}:
+        wrong = json.dumps(next(i for i in ids if type(i) is not int))
+        raise UserError(f"{where}: tok_ids holds {wrong:.40}, expected integers")
+    if min(ids) < 0 or max(ids) >= d_vocab:
+        bad = next(i for i in ids if not 0 <= i < d_vocab)
+        raise UserError(f"{where}: token id {bad} is out of the vocabulary, 0 to {d_vocab - 1}")
+    return np.array(ids, dtype=np.int64)
 
 
 def kept_positions(rows: np.ndarray, keep_begin: bool) -> np.ndarray:
@@ -249,7 +272,11 @@ def count_rows(config: Config, d_vocab: int) -> tuple[int, int]:
 
 
 def split_rows(config: Config, n_rows: int, n_parts: int) -> list[tuple[int, int]]:
-    """Rows 0 up to `n_rows` as at most `n_parts` ranges of whole shards, as even as can be."""
+    """Rows 0 up to `n_rows` as at most `n_parts` ranges of whole shards, as even as can be.
+
+    Raises `ValueError` where `n_parts` is not 1 or more.
+    """
+    whole("n_parts", n_parts, 1)
     n_shards = math.ceil(n_rows / config.rows_per_shard)
     cuts = [n_shards * i // n_parts * config.rows_per_shard for i in range(n_parts + 1)]
     ranges = [(start, min(end, n_rows)) for start, end in itertools.pairwise(cuts)]
@@ -270,7 +297,8 @@ def load_model(config: Config) -> TinyModel:
 def describe(config: Config, model: TinyModel) -> dict[str, Any]:
     """What a cache is made of: two caches that agree on this hold the same activations.
 
-    Batch size and device are not in it: they move activations by float32's rounding only.
+    Batch size and device are not in it: they move activations by float32's rounding only. Of a
+    dataset on the hub there is the revision only; `cache_rows` looks whether its rows have changed.
     """
     file = rows_file(config)
     return {
@@ -279,7 +307,8 @@ def describe(config: Config, model: TinyModel) -> dict[str, Any]:
         "weights_hash": model.weights_hash,
         "dataset": config.dataset,
         "dataset_revision": config.dataset_revision,
-        "dataset_bytes": file.stat().st_size if file.is_file() else None,
+        "dataset_bytes": os.path.getsize(file) if os.path.isfile(file) else None,
+        "dataset_sha256": file_sha256(file) if os.path.isfile(file) else None,
         "split": config.split,
         "tokens": config.tokens,
         "layer": config.layer,
@@ -288,6 +317,15 @@ def describe(config: Config, model: TinyModel) -> dict[str, Any]:
         "keep_begin": config.keep_begin,
         "rows_per_shard": config.rows_per_shard,
     }
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of the bytes of a local dataset. Raises `UserError` where it cannot be read."""
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {file} ({error.strerror})") from None
 
 
 def require_same_make(found: dict[str, Any], asked: dict[str, Any], where: Path) -> None:
@@ -306,19 +344,40 @@ def require_same_make(found: dict[str, Any], asked: dict[str, Any], where: Path)
 def is_complete(folder: Path, make: dict[str, Any]) -> bool:
     """Whether `folder` already holds the cache of this make, or one of more tokens.
 
-    Raises `UserError` if what it holds, finished or not, is of another make.
+    Raises `UserError` if what it holds, finished or not, is of another make. A finished cache of
+    an earlier format is compared in what it recorded.
     """
-    if not (folder / MANIFEST).exists():
-        for path in sorted(folder.glob("*.json")):
-            if re.fullmatch(r"\d{5,}", path.stem):
+    if not os.path.exists(folder / MANIFEST):
+        for path in sorted(folder.glob("*.json") if os.path.isdir(folder) else ()):
+            if re.fullmatch(SHARD_NAME, path.stem):
                 require_same_make(read_record(path).make, make, folder)
         return False
     manifest = read_record(folder / MANIFEST)
     found = manifest.make
+    if found["format"] != FORMAT:
+        make = {key: value for key, value in make.items() if key in found and key != "format"}
     if manifest.n_tokens >= make["tokens"]:
         found = {**found, "tokens": make["tokens"]}
     require_same_make(found, make, folder)
     return not any(wrong_size(folder, shard, bytes_each(found)) for shard in manifest.shards)
+
+
+def kept_tokens(rows: np.ndarray, first_row: int, config: Config) -> np.ndarray:
+    """Token id, row and position of what is cached of `rows` [n_rows, seq]: int32 [n, 3]."""
+    kept = kept_positions(rows, config.keep_begin)
+    row, position = np.nonzero(kept)
+    return np.stack([rows[kept], row + first_row, position], axis=1).astype("<i4")
+
+
+def require_same_rows(shard: Shard, rows: np.ndarray, config: Config) -> None:
+    """Raises `UserError` where a finished shard was not made of these rows, [n_rows, seq]."""
+    tokens = kept_tokens(rows, shard.first_row, config)
+    if hashlib.sha256(tokens.data).hexdigest() != shard.tokens_sha256:
+        raise UserError(
+            f"{config.out}: shard {shard.name} was made of other rows {shard.first_row} to "
+            f"{shard.end_row - 1} than {rows_file(config)} has now; give another --out, or delete "
+            "that folder"
+        )
 
 
 def compute_shard(
@@ -330,8 +389,7 @@ def compute_shard(
     token id, row and position. Raises `UserError` if an activation does not fit the dtype.
     """
     kept = kept_positions(rows, config.keep_begin)  # [n_rows, seq]
-    row, position = np.nonzero(kept)
-    tokens = np.stack([rows[kept], row + first_row, position], axis=1).astype("<i4")
+    tokens = kept_tokens(rows, first_row, config)
     device = model.pos_embed.device
     acts = torch.empty(len(tokens), model.d_model, dtype=DTYPES[config.dtype], device=device)
     peak = torch.zeros((), device=device)  # largest activation, kept on the device: no sync
@@ -360,6 +418,21 @@ def compute_shard(
     return acts, tokens
 
 
+@contextlib.contextmanager
+def naming_memory(config: Config) -> Iterator[None]:
+    """Turns what torch says where memory ends into a `UserError` that names what takes it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        on_cpu = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(
+            f"too little memory for a shard of {config.rows_per_shard} rows in batches of "
+            f"{config.batch_size}: give a smaller --batch-size or --rows-per-shard"
+        ) from error
+
+
 def write_shard(
     folder: Path, acts: Tensor, tokens: np.ndarray, rows: tuple[int, int], make: dict[str, Any]
 ) -> None:
@@ -382,8 +455,8 @@ def write_shard(
         write_json(folder / f"{name}.json", dataclasses.asdict(record))
     except OSError as error:
         raise UserError(
-            f"cannot write shard {name} to {folder} ({error.strerror or error}); finished shards "
-            "are kept, and the same command goes on from there"
+            f"shard {name}: {error}; finished shards are kept, and the same command goes on from "
+            "there"
         ) from error
 
 
@@ -396,14 +469,16 @@ def finished_shard(folder: Path, rows: tuple[int, int], make: dict[str, Any]) ->
 
     Raises `UserError` if it is of another make.
     """
-    sidecar = folder / f"{shard_name(rows[0], make)}.json"
-    if not sidecar.exists():
+    name = shard_name(rows[0], make)
+    sidecar = folder / f"{name}.json"
+    if not os.path.exists(sidecar):
         return None
     found = read_record(sidecar)
     require_same_make(found.make, make, folder)
     shard = found.shards[0]
-    whole = not wrong_size(folder, shard, bytes_each(make))
-    return shard if whole and (shard.first_row, shard.end_row) == rows else None
+    complete = not wrong_size(folder, shard, bytes_each(make))
+    same = (shard.name, shard.first_row, shard.end_row) == (name, *rows)
+    return shard if complete and same else None
 
 
 def bytes_each(make: dict[str, Any]) -> dict[str, int]:
@@ -415,9 +490,10 @@ def wrong_size(folder: Path, shard: Shard, each: dict[str, int]) -> str | None:
     """What is wrong with the lengths of the shard's files, in words; None if nothing is."""
     for kind, n_bytes in each.items():
         path = folder / f"{shard.name}.{kind}"
-        if not path.exists():
-            return f"{path.name} is missing"
-        found, expected = path.stat().st_size, n_bytes * shard.n_tokens
+        try:
+            found, expected = path.stat().st_size, n_bytes * shard.n_tokens
+        except OSError as error:
+            return f"{path.name}: {error.strerror}"
         if found != expected:
             return f"{path.name} has {found} bytes, expected {expected}"
     return None
@@ -428,28 +504,35 @@ def cache_rows(config: Config, model: TinyModel, start: int, end: int) -> int:
 
     `start` is a multiple of `rows_per_shard`, and so is `end`, or else it is the last row's.
     Returns how many shards it made. Ranges that do not overlap can be cached at once by separate
-    processes. A shard is written in the background while the next one is computed.
+    processes. A shard is written in the background while the next one is computed. Raises
+    `UserError` where the rows of a finished shard have changed, and see the functions above.
     """
     folder, make = Path(config.out), describe(config, model)
     size = config.rows_per_shard
+    if start % size:
+        raise ValueError(f"start must be a multiple of rows_per_shard, {size}, got {start}")
     ranges = [(first, min(first + size, end)) for first in range(start, end, size)]
-    todo = [rows for rows in ranges if finished_shard(folder, rows, make) is None]
-    if not todo:
+    finished = {rows: finished_shard(folder, rows, make) for rows in ranges}
+    n_todo = list(finished.values()).count(None)
+    if n_todo == 0:
         return 0
-    first, n_tokens, began = todo[0][0], 0, time.monotonic()
-    ranges = [rows for rows in ranges if rows[0] >= first]
+    n_tokens, began = 0, time.monotonic()
     writing: Future[None] | None = None
     with (
         torch.inference_mode(),
         ThreadPoolExecutor(1) as pool,
-        tqdm(total=end - first, unit=" rows", desc="caching", mininterval=1) as bar,
+        tqdm(total=end - start, unit=" rows", desc="caching", mininterval=1) as bar,
     ):
         # The stream may end early, so it decides when to stop; what it brought is counted below.
-        for rows, block in zip(ranges, read_rows(config, first, end, model.d_vocab), strict=False):
+        for rows, block in zip(ranges, read_rows(config, start, end, model.d_vocab), strict=False):
             if len(block) != rows[1] - rows[0]:
                 break
-            if rows in todo:
-                acts, tokens = compute_shard(model, block, rows[0], config)
+            shard = finished[rows]
+            if shard is not None:
+                require_same_rows(shard, block, config)
+            else:
+                with naming_memory(config):
+                    acts, tokens = compute_shard(model, block, rows[0], config)
                 if writing is not None:
                     writing.result()  # raises what the writer did, and keeps to one shard ahead
                 writing = pool.submit(write_shard, folder, acts, tokens, rows, make)
@@ -460,9 +543,9 @@ def cache_rows(config: Config, model: TinyModel, start: int, end: int) -> int:
         n_rows = bar.n
         if writing is not None:
             writing.result()
-    if n_rows != end - first:
+    if n_rows != end - start:
         raise UserError(f"{rows_file(config)} ended before row {end}: it has changed, or was cut")
-    return len(todo)
+    return n_todo
 
 
 def finish(folder: Path, n_rows: int) -> Record:
@@ -471,7 +554,7 @@ def finish(folder: Path, n_rows: int) -> Record:
     Raises `UserError` naming the first shard that is not.
     """
     first = folder / f"{0:05d}.json"
-    if not first.exists():
+    if not os.path.exists(first):
         raise UserError(f"{folder} holds no finished shard 00000")
     make = read_record(first).make
     shards, size = [], make["rows_per_shard"]
@@ -487,29 +570,22 @@ def finish(folder: Path, n_rows: int) -> Record:
     clear_leftovers(folder)
     n_tokens = min(make["tokens"], sum(shard.n_tokens for shard in shards))
     manifest = Record(make, n_tokens, n_rows, shards)
-    try:
-        write_json(folder / MANIFEST, dataclasses.asdict(manifest))
-    except OSError as error:
-        raise UserError(f"cannot write {folder / MANIFEST} ({error.strerror or error})") from error
+    write_json(folder / MANIFEST, dataclasses.asdict(manifest))
     return manifest
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Removes half-written files that a killed writer left behind. Nobody else may be writing."""
+    """Removes half-written files that a killed writer left behind. Nobody else may be writing.
+
+    What cannot be removed stays: it is in nobody's way.
+    """
     for path in folder.iterdir():
-        if re.fullmatch(r"\.(\d{5}|manifest)\.(acts|tokens|json)\..*", path.name):
-            path.unlink()
+        if re.fullmatch(rf"\.({SHARD_NAME}|manifest)\.(acts|tokens|json)\..*", path.name):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
-@contextlib.contextmanager
-def writer_lock(folder: Path) -> Iterator[None]:
-    """Holds the folder for one writer on this machine; a dead writer's lock goes with it."""
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--out {folder}: another process is writing this cache") from None
-        yield
+writer_lock = one_writer  # the name by which modal_tinystories knows it
 
 
 def read_record(path: Path) -> Record:
@@ -517,15 +593,34 @@ def read_record(path: Path) -> Record:
     try:
         value = json.loads(path.read_text())
         version = value["make"]["format"]
-        if version == FORMAT:
+        if version in READABLE:
             shards = [Shard(**shard) for shard in value.pop("shards")]
-            bytes_each(value["make"])  # what a reader cannot do without
-            return Record(**value, shards=shards)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            record = Record(**value, shards=shards)
+            check_record(record)
+            return record
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{path} is damaged ({type(error).__name__}); delete it and cache again"
+            f"{path} is damaged, or no cache's ({type(error).__name__}: {error}); cache to another "
+            "folder, or delete it and cache again"
         ) from None
-    raise UserError(f"{path} is of cache format {version}: this version reads {FORMAT}")
+    readable = " and ".join(map(str, READABLE))
+    raise UserError(f"{path} is of cache format {version}: this version reads {readable}")
+
+
+def check_record(record: Record) -> None:
+    """Raises `ValueError`, `KeyError` or `TypeError` where a reader could not do with it."""
+    for name in ("tokens", "d_model", "rows_per_shard"):
+        whole(name, record.make[name], 1)
+    bytes_each(record.make)
+    whole("the number of shards", len(record.shards), 1)
+    whole("n_rows", record.n_rows, 1)
+    for shard in record.shards:
+        if not re.fullmatch(SHARD_NAME, shard.name):
+            raise ValueError(f"a shard called {shard.name}")
+        whole("a shard's n_tokens", shard.n_tokens, 0)
+    whole("n_tokens", record.n_tokens, 0, sum(shard.n_tokens for shard in record.shards))
 
 
 # ------------------------------------------------------------------------------------ the reader
@@ -553,7 +648,7 @@ class ActivationCache:
 
     def __init__(self, folder: str | Path, n_tokens: int | None = None) -> None:
         self.folder = Path(folder)
-        if not (self.folder / MANIFEST).is_file():
+        if not os.path.exists(self.folder / MANIFEST):
             raise UserError(
                 f"{folder} holds no finished cache: run cache_activations.py --out {folder}"
             )
@@ -565,13 +660,22 @@ class ActivationCache:
         if n_tokens is not None:
             if not 0 < n_tokens <= self.n_tokens:
                 raise UserError(f"{folder} holds {self.n_tokens} activations, not {n_tokens}")
-            self.n_tokens = n_tokens
+            self.n_tokens = whole("n_tokens", n_tokens, 1)
         self._each = bytes_each(self.make)
         self._ends = np.cumsum([shard.n_tokens for shard in self.shards])
         for shard in self.shards:
             wrong = wrong_size(self.folder, shard, self._each)
             if wrong:
                 raise self._damaged(shard, wrong)
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over `n_tokens` and the shards' checksums of activations: 64 hex digits.
+
+        The same wherever the folder lies, and however it is spelled. Nothing is read for it.
+        """
+        parts = [str(self.n_tokens), *(shard.acts_sha256 for shard in self.shards)]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def _damaged(self, shard: Shard, what: str) -> UserError:
         return UserError(
@@ -598,24 +702,37 @@ class ActivationCache:
         Names are those of `describe`, `weights_hash` and `split` among them.
         """
         for key, value in expected.items():
-            if self.make[key] != value:
-                raise UserError(f"{self.folder}: its {key} is {self.make[key]}, expected {value}")
+            found = self.make.get(key)
+            if found != value:
+                raise UserError(f"{self.folder}: its {key} is {found}, expected {value}")
+
+    def _n_between(self, start: int, stop: int) -> int:
+        """How many activations lie there. Raises `ValueError` where start and stop are no range."""
+        whole("start", start, 0, self.n_tokens)
+        return min(whole("stop", stop, start), self.n_tokens) - start
 
     def tokens(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids, dataset rows and positions of activations `start` up to `stop`, int64 each."""
-        stop = min(stop, self.n_tokens)
-        raw = np.empty((stop - start, 3), dtype="<i4")
+        """Token ids, dataset rows and positions of activations `start` up to `stop`, int64 [n].
+
+        A `stop` past the end stands for the end. Raises `ValueError` unless 0 <= start <= stop and
+        start <= n_tokens, all whole numbers.
+        """
+        raw = np.empty((self._n_between(start, stop), 3), dtype="<i4")
         self._read("tokens", start, raw.view(np.uint8))
         tok_ids, rows, positions = torch.from_numpy(raw).long().unbind(1)
         return tok_ids, rows, positions
 
     def tok_ids(self, i: int) -> int:
-        """The token id of activation `i`."""
+        """The token id of activation `i`. Raises `ValueError` unless 0 <= i < n_tokens."""
+        whole("i", i, 0, self.n_tokens - 1)
         return int(self.tokens(i, i + 1)[0])
 
     def acts(self, start: int, stop: int) -> Tensor:
-        """Activations `start` up to `stop`, [n, d_model] in the cache's dtype, on the CPU."""
-        out = torch.empty(min(stop, self.n_tokens) - start, self.d_model, dtype=self.dtype)
+        """Activations `start` up to `stop`, [n, d_model] in the cache's dtype, on the CPU.
+
+        `start` and `stop` as in `tokens`.
+        """
+        out = torch.empty(self._n_between(start, stop), self.d_model, dtype=self.dtype)
         self._read("acts", start, out.view(torch.uint8).numpy())
         return out
 
@@ -642,15 +759,21 @@ class ActivationCache:
             n_done += n_here
 
     def sequential(self, batch_size: int, device: str | torch.device = "cpu") -> Iterator[Batch]:
-        """Every activation once, in the dataset's order; the last batch may be smaller."""
-        for start in range(0, self.n_tokens, batch_size):
-            acts = self.acts(start, start + batch_size).to(device).float()
-            where = (t.to(device) for t in self.tokens(start, start + batch_size))
-            yield Batch(acts, *where)
+        """Every activation once, in the dataset's order; the last batch may be smaller.
+
+        Raises `ValueError` where `batch_size` is no whole number of 1 or more.
+        """
+        whole("batch_size", batch_size, 1)
+        starts = range(0, self.n_tokens, batch_size)
+        return (self._batch(start, start + batch_size, device) for start in starts)
+
+    def _batch(self, start: int, stop: int, device: str | torch.device) -> Batch:
+        acts = self.acts(start, stop).to(device).float()
+        return Batch(acts, *(t.to(device) for t in self.tokens(start, stop)))
 
     def steps_per_pass(self, batch_size: int) -> int:
-        """Batches in one pass over the cache."""
-        return self.n_tokens // batch_size
+        """Batches in one pass over the cache. Raises `ValueError` for a batch of less than one."""
+        return self.n_tokens // whole("batch_size", batch_size, 1)
 
     def batches(
         self,
@@ -670,9 +793,12 @@ class ActivationCache:
         A cache of up to `max_resident` bytes is read once and held on `device`; otherwise two
         buffers are held, one of them being read ahead. The batches are the same. Default: 1 GiB
         on the CPU, 0.7 of the free memory on a GPU. Raises `UserError` where there is not one
-        batch in the cache.
+        batch in the cache, and `ValueError` where `batch_size` is not a whole number of 1 or more,
+        `seed` or `start_step` not one of 0 or more, or `max_resident` is negative.
         """
         device = torch.device(device)
+        whole("seed", seed, 0)
+        whole("start_step", start_step, 0)
         if self.steps_per_pass(batch_size) == 0:
             raise UserError(
                 f"{self.folder} holds {self.n_tokens} activations: too few for one batch of "
@@ -682,6 +808,8 @@ class ActivationCache:
             on_gpu = device.type == "cuda"
             free = torch.cuda.mem_get_info(device)[0] if on_gpu else 0
             max_resident = int(RESIDENT_SHARE * free) if on_gpu else 2**30
+        if not max_resident >= 0:
+            raise ValueError(f"max_resident must be bytes, 0 or more, got {max_resident}")
         fits = self.n_tokens * self._each["acts"] <= max_resident
         return self._batches(batch_size, seed, start_step, device, fits)
 
@@ -778,14 +906,14 @@ def run(config: Config) -> dict[str, Any]:
 
     Raises `UserError`: see the module's functions.
     """
-    require_positive(config, "tokens", "batch_size", "rows_per_shard")
+    check(config)
     began, folder = time.monotonic(), Path(config.out)
     model = load_model(config)
     make = describe(config, model)
     n_made = 0
     if not is_complete(folder, make):
         make_folder(folder)
-        with writer_lock(folder):
+        with one_writer(folder):
             clear_leftovers(folder)
             n_rows, _ = count_rows(config, model.d_vocab)
             n_made = cache_rows(config, model, 0, n_rows)

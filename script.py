@@ -150,9 +150,12 @@ def require_not_negative(config: Any, *names: str) -> None:
 
 
 def require_finite(config: Any, *names: str) -> None:
-    """Raises `UserError` naming the first of the settings `names` that is NaN or infinite."""
+    """Raises `UserError` naming the first of the settings `names` that is NaN or infinite, or an
+    integer of more than 64 bits."""
     for name in names:
         value = getattr(config, name)
+        if isinstance(value, int) and value >= 2**63:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be below 2^63")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be a finite number")
 

@@ -13,6 +13,7 @@ is what the head reads. Shapes are read off the weights, so any state dict of th
 
 import functools
 import hashlib
+import os
 import pickle
 from pathlib import Path
 
@@ -179,7 +180,7 @@ class TinyModel(nn.Module):
 
     def check_layer(self, layer: int) -> None:
         """Raises `UserError` unless the model has a residual stream at `layer`."""
-        if not 0 <= layer <= self.n_layers:
+        if not isinstance(layer, int) or not 0 <= layer <= self.n_layers:
             raise UserError(f"layer {layer} is not there: this model has 0 to {self.n_layers}")
 
     @functools.cached_property
@@ -199,11 +200,11 @@ class TinyModel(nn.Module):
 def locate_weights(name_or_path: str | Path, revision: str | None) -> Path:
     """The weights' file on this machine, downloaded if it is the hub's. Raises `UserError`."""
     path, name = Path(name_or_path), str(name_or_path)
-    if path.is_dir():
-        if not (path / WEIGHTS_FILE).is_file():
+    if os.path.isdir(path):
+        if not os.path.isfile(path / WEIGHTS_FILE):
             raise UserError(f"folder {name} holds no {WEIGHTS_FILE}")
         return path / WEIGHTS_FILE
-    if path.exists():
+    if os.path.exists(path):
         return path
     if name.count("/") != 1 or name[0] in "./~" or path.suffix in (".pt", ".safetensors"):
         raise UserError(f"there are no weights at {name}: no such file, and no hub repo's name")
@@ -212,10 +213,10 @@ def locate_weights(name_or_path: str | Path, revision: str | None) -> Path:
     # The client lets a dozen unrelated classes through, its own and its HTTP library's.
     except Exception as error:
         at = f" at revision {revision}" if revision else ""
+        reason = f"{type(error).__name__}: {error}"[:200]  # a full disk, a home that is read-only
         raise UserError(
-            f"cannot get {WEIGHTS_FILE} of {name}{at} from the Hugging Face hub "
-            f"({type(error).__name__}); to use a local copy, give the path of its "
-            f"{WEIGHTS_FILE} instead of the name"
+            f"cannot get {WEIGHTS_FILE} of {name}{at} from the Hugging Face hub ({reason}); to use "
+            f"a local copy, give the path of its {WEIGHTS_FILE} instead of the name"
         ) from error
 
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import errno
-import fcntl
+import hashlib
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -10,6 +11,9 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +23,16 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from tiny_factory import BEGIN, PAD, make_rows, make_state, write_dataset, write_model, write_rows
+from tiny_factory import (
+    BEGIN,
+    PAD,
+    die_with_parent,
+    make_rows,
+    make_state,
+    write_dataset,
+    write_model,
+    write_rows,
+)
 
 import cache_activations
 import script
@@ -97,7 +110,7 @@ def fresh_processes() -> Any:
     They are forked from a server that has imported what is slow to import, and run nothing.
     """
     context = multiprocessing.get_context("forkserver")
-    slow = ["torch", "datasets", "pyarrow.compute", "safetensors.torch", "einops", "pytest"]
+    slow = ["torch", "datasets", "safetensors.torch", "einops", "pytest"]
     context.set_forkserver_preload(slow)
     return context
 
@@ -252,6 +265,7 @@ def run_and_die(config: Config, n_events: int, delay: float) -> None:
 
     A step is a file synced, renamed (before and after) or a part of one written.
     """
+    die_with_parent()
     torch.set_num_threads(1)
     count = itertools.count(1)
 
@@ -295,7 +309,7 @@ def test_killed_at_any_moment_ends_with_the_same_bytes(sources: Path, tmp_path: 
     survived = 0
     for i, (n_events, delay) in enumerate(moments):
         config = config_for(sources, tmp_path / str(i))
-        process = context.Process(target=run_and_die, args=(config, n_events, delay))
+        process = context.Process(target=run_and_die, args=(config, n_events, delay), daemon=True)
         process.start()
         process.join(60)
         assert process.exitcode in (-signal.SIGKILL, 0)
@@ -305,6 +319,41 @@ def test_killed_at_any_moment_ends_with_the_same_bytes(sources: Path, tmp_path: 
         run(config)
         assert contents(tmp_path / str(i)) == expected
     assert len(moments) - survived >= 10
+
+
+def sleep_on(ready: Any, seconds: float) -> None:
+    """In a process of its own: says that it is there, and never ends by itself."""
+    die_with_parent(seconds)
+    ready.send(os.getpid())
+    while True:
+        time.sleep(1)
+
+
+def start_a_sleeper(ready: Any, seconds: float) -> None:
+    """In a process of its own: starts another, and waits for it."""
+    die_with_parent()
+    sleeper = multiprocessing.get_context("fork").Process(target=sleep_on, args=(ready, seconds))
+    sleeper.start()
+    ready.close()
+    sleeper.join()
+
+
+@pytest.mark.parametrize("seconds", [0.5, 100])
+def test_no_process_outlives_the_tests_that_started_it(seconds: float) -> None:
+    context = fresh_processes()
+    receive, send = context.Pipe(duplex=False)
+    starter = context.Process(target=start_a_sleeper, args=(send, seconds))
+    starter.start()
+    send.close()
+    assert receive.poll(60)
+    receive.recv()
+    if seconds == 100:
+        starter.kill()
+    assert receive.poll(20)
+    with pytest.raises(EOFError):  # nobody is left who could send
+        receive.recv()
+    starter.join(20)
+    assert starter.exitcode is not None
 
 
 def test_a_kill_keeps_finished_shards(
@@ -341,7 +390,7 @@ def test_a_full_disk_keeps_what_was_finished(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", fills_up)
-        with pytest.raises(UserError, match=r"shard 00002 .*No space left.*finished shards"):
+        with pytest.raises(UserError, match=r"shard 00002: .*No space left.*finished shards"):
             run(config)
     left = contents(tmp_path / "c")
     assert {"00000.json", "00001.json"} <= set(left)
@@ -351,13 +400,172 @@ def test_a_full_disk_keeps_what_was_finished(
     ActivationCache(tmp_path / "c").verify()
 
 
+def failing(function: Callable, fails: Callable[[], bool]) -> Callable:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if fails():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def test_a_disk_full_at_any_moment_is_one_line_and_loses_nothing(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(config_for(sources, tmp_path / "whole"))
+    config, failures = config_for(sources, tmp_path / "c"), []
+    writes = [(tempfile, "mkstemp"), (tempfile, "TemporaryFile"), (os, "fsync"), (os, "replace")]
+    writes += [(Path, "write_bytes"), (Path, "write_text"), (Path, "mkdir")]  # type: ignore[list-item]
+    for moment in itertools.count(1):
+        calls = itertools.count(1)
+        with monkeypatch.context() as patch:
+            for owner, name in writes:
+                broken = failing(getattr(owner, name), lambda: next(calls) == moment)  # noqa: B023
+                patch.setattr(owner, name, broken)
+            try:
+                run(config)
+                break
+            except UserError as error:
+                failures.append(str(error))
+    assert len(failures) >= 2 + 4 * 4  # the folder, each of a shard's files and the manifest
+    assert all("No space left on device" in failure for failure in failures)
+    assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+
+
 def test_the_second_writer_stops(sources: Path, tmp_path: Path) -> None:
-    with (tmp_path / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is writing this cache"):
+    with script.one_writer(tmp_path):
+        with pytest.raises(UserError, match="another process is writing there"):
             run(config_for(sources, tmp_path))
         assert contents(tmp_path) == {".lock": b""}
     assert run(config_for(sources, tmp_path))["shards_made"] == 4
+
+
+def test_caches_where_there_are_no_locks(
+    sources: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As on a system without fcntl, where a module that imports it unasked does not import."""
+    file = cache_activations.__file__
+    spec = importlib.util.spec_from_file_location("without_fcntl", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "without_fcntl", module)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setattr(script, "fcntl", None)
+    spec.loader.exec_module(module)
+    assert module.run(config_for(sources, tmp_path / "c"))["shards_made"] == 4
+    assert "cannot be locked" in capsys.readouterr().err
+
+
+def reorder(file: Path) -> None:
+    """The same rows in another order: the file's size does not change."""
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[::-1]))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_rows_reordered_in_a_folder_are_noticed(
+    sources: Path, tmp_path: Path, finished: bool
+) -> None:
+    data = write_dataset(tmp_path / "data", 100, seq=32)
+    config = config_for(sources, tmp_path / "c", dataset=str(data))
+    run(config)
+    if not finished:
+        for path in [*(tmp_path / "c").glob("0000[23].*"), tmp_path / "c" / "manifest.json"]:
+            path.unlink()
+    before = contents(tmp_path / "c")
+    reorder(data / "train.jsonl")
+    with pytest.raises(UserError, match="holds another cache: its dataset_sha256 is"):
+        run(config)
+    assert contents(tmp_path / "c") == before
+
+
+def hub_of(folder: Path, asked: list[Any]) -> Callable:
+    """`datasets.load_dataset` with a hub that has the files of `folder` in every repo."""
+    load = datasets.load_dataset
+
+    def load_dataset(name: str, data_files: dict[str, str], split: str, **settings: Any) -> Any:
+        asked.append((name, data_files, split, settings.pop("revision")))
+        return load(
+            "json", data_files={split: str(folder / data_files[split])}, split=split, **settings
+        )
+
+    return load_dataset
+
+
+def test_rows_of_the_hub_are_those_of_a_folder(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(config_for(sources, tmp_path / "local"))
+    asked: list[Any] = []
+    monkeypatch.setattr(datasets, "load_dataset", hub_of(sources, asked))
+    hub = {"dataset": "someone/rows", "dataset_revision": "v1"}
+    run(config_for(sources, tmp_path / "hub", **hub))
+    assert set(map(repr, asked)) == {
+        repr(("someone/rows", {"train": "train.jsonl"}, "train", "v1"))
+    }
+    local, hub_cache = ActivationCache(tmp_path / "local"), ActivationCache(tmp_path / "hub")
+    assert hub_cache.content_hash == local.content_hash
+    assert hub_cache.make["dataset_sha256"] is None
+    (tmp_path / "hub" / "manifest.json").unlink()
+    (tmp_path / "hub" / "00002.json").unlink()
+    assert run(config_for(sources, tmp_path / "hub", **hub))["shards_made"] == 1
+    assert ActivationCache(tmp_path / "hub").content_hash == local.content_hash
+
+
+def test_rows_reordered_on_the_hub_are_noticed(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_dataset(tmp_path / "data", 100, seq=32)
+    monkeypatch.setattr(datasets, "load_dataset", hub_of(data, []))
+    config = config_for(sources, tmp_path / "c", dataset="someone/rows")
+    run(config)
+    for path in [*(tmp_path / "c").glob("0000[23].*"), tmp_path / "c" / "manifest.json"]:
+        path.unlink()
+    reorder(data / "train.jsonl")
+    with pytest.raises(UserError, match="shard 00000 was made of other rows 0 to 29 than"):
+        run(config)
+    assert not (tmp_path / "c" / "00002.json").exists()
+
+
+def as_format_1(folder: Path) -> None:
+    """What the version before wrote: without a hash of the dataset."""
+    for path in folder.glob("*.json"):
+        value = json.loads(path.read_text())
+        del value["make"]["dataset_sha256"]
+        value["make"]["format"] = 1
+        path.write_text(json.dumps(value))
+
+
+def test_a_finished_cache_of_the_format_before_is_read(sources: Path, tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", 100, seq=32)
+    config = config_for(sources, tmp_path / "c", dataset=str(data))
+    run(config)
+    content = ActivationCache(tmp_path / "c").content_hash
+    as_format_1(tmp_path / "c")
+    cache = ActivationCache(tmp_path / "c")
+    cache.verify()
+    assert cache.content_hash == content
+    assert run(config)["shards_made"] == 0
+    with pytest.raises(UserError, match="its layer is 1, asked for is 2"):
+        run(dataclasses.replace(config, layer=2))
+    write_dataset(data, 99, seq=32)
+    with pytest.raises(UserError, match="its dataset_bytes is"):
+        run(config)
+
+
+def test_an_unfinished_cache_of_the_format_before_is_refused(sources: Path, tmp_path: Path) -> None:
+    config = config_for(sources, tmp_path / "c")
+    run(config)
+    as_format_1(tmp_path / "c")
+    (tmp_path / "c" / "manifest.json").unlink()
+    before = contents(tmp_path / "c")
+    with pytest.raises(UserError, match="its format is 1, asked for is 2; give another --out"):
+        run(config)
+    assert contents(tmp_path / "c") == before
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -418,6 +626,96 @@ def test_a_damaged_shard_is_named_and_made_anew(
     assert contents(tmp_path / "c") == before
 
 
+@pytest.mark.parametrize("kind", ["acts", "tokens"])
+@pytest.mark.parametrize("damage", [cut, Path.unlink])
+def test_going_on_makes_an_incomplete_shard_anew(
+    sources: Path, tmp_path: Path, damage: Callable[[Path], None], kind: str
+) -> None:
+    config = config_for(sources, tmp_path / "c")
+    run(config)
+    before = contents(tmp_path / "c")
+    damage(tmp_path / "c" / f"00002.{kind}")
+    (tmp_path / "c" / "manifest.json").unlink()
+    model = cache_activations.load_model(config)
+    with pytest.raises(UserError, match="shard 00002, rows 60 to 89, is not finished"):
+        cache_activations.finish(tmp_path / "c", 100)
+    assert cache_activations.cache_rows(config, model, 0, 100) == 1
+    cache_activations.finish(tmp_path / "c", 100)
+    assert contents(tmp_path / "c") == before
+
+
+def test_a_shard_of_other_rows_is_made_anew(sources: Path, tmp_path: Path) -> None:
+    """A whole shard under another's name, and one that ended where the rows once did."""
+    config = config_for(sources, tmp_path / "c")
+    run(config)
+    before = contents(tmp_path / "c")
+    (tmp_path / "c" / "manifest.json").unlink()
+    for kind in ("acts", "tokens", "json"):
+        shutil.copy(tmp_path / "c" / f"00000.{kind}", tmp_path / "c" / f"00001.{kind}")
+        (tmp_path / "c" / f"00003.{kind}").unlink()
+    model = cache_activations.load_model(config)
+    assert cache_activations.cache_rows(config, model, 90, 95) == 1
+    assert run(config)["shards_made"] == 2
+    assert contents(tmp_path / "c") == before
+
+
+def test_a_shard_whose_rows_hold_nothing_to_cache(sources: Path, tmp_path: Path) -> None:
+    rows = make_rows(6, seq=32)
+    rows[2:4] = [[BEGIN] + [PAD] * 31] * 2
+    write_rows(tmp_path / "data", rows)
+    run(config_for(sources, tmp_path / "c", dataset=str(tmp_path / "data"), rows_per_shard=2))
+    cache = ActivationCache(tmp_path / "c")
+    assert [shard.n_tokens for shard in cache.shards][1] == 0
+    read = [tok for batch in cache.sequential(7) for tok in batch.tok_ids.tolist()]
+    assert read == [tok for tok, _, _ in kept_tokens(rows)]
+
+
+def test_copies_beside_a_cache_change_nothing(sources: Path, tmp_path: Path) -> None:
+    config, out = config_for(sources, tmp_path / "c"), tmp_path / "c"
+    run(config)
+    content = ActivationCache(out).content_hash
+    shutil.copytree(out, tmp_path / "c.bak")
+    for path in list(out.glob("*.json")):
+        for name in (f"{path.name}.bak", f"{path.stem}.bak.json", f"{path.stem} (copy).json"):
+            shutil.copy(path, out / name)
+    shutil.copytree(out, out / "c.bak")
+    assert ActivationCache(out).content_hash == content
+    assert ActivationCache(tmp_path / "c.bak").content_hash == content
+    assert run(config)["shards_made"] == 0
+    (out / "manifest.json").unlink()
+    (out / "00001.json").unlink()
+    assert run(config)["shards_made"] == 1
+    assert ActivationCache(out).content_hash == content
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("manifest.json", "manifest.json cannot be read .Is a directory"),
+        ("00001.json", "00001.json cannot be read .Is a directory"),
+        ("00001.acts", "cannot write .*00001.acts .Is a directory"),
+        ("00001.tokens", "cannot write .*00001.tokens .Is a directory"),
+        (".lock", "c cannot be written: Is a directory"),
+    ],
+)
+def test_a_folder_where_a_file_should_be(
+    sources: Path, tmp_path: Path, name: str, message: str
+) -> None:
+    (tmp_path / "c" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=message):
+        run(config_for(sources, tmp_path / "c"))
+    (tmp_path / "c" / name).rmdir()
+    assert run(config_for(sources, tmp_path / "c"))["shards_made"] > 0
+
+
+def test_a_folder_named_as_a_leftover_stays(sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "c" / ".00001.acts.kept").mkdir(parents=True)
+    (tmp_path / "c" / ".00001.acts.half.acts").write_bytes(b"half")
+    assert run(config_for(sources, tmp_path / "c"))["shards_made"] == 4
+    assert (tmp_path / "c" / ".00001.acts.kept").is_dir()
+    assert not (tmp_path / "c" / ".00001.acts.half.acts").exists()
+
+
 def test_damage_while_reading_is_named(tmp_path: Path) -> None:
     cache = ActivationCache(write_cache(tmp_path / "c", 1000))
     (tmp_path / "c" / "00001.acts").write_bytes(b"")
@@ -431,7 +729,9 @@ def test_damage_while_reading_is_named(tmp_path: Path) -> None:
         ("{", "manifest.json is damaged"),
         ("[]", "manifest.json is damaged"),
         ('{"make": {"format": 1, "dtype": "float16", "d_model": 4}}', "manifest.json is damaged"),
-        ('{"make": {"format": 99}}', "format 99: this version reads 1"),
+        ('{"make": {"format": 99}}', "format 99: this version reads 1 and 2"),
+        ('{"name": "an app", "icons": []}', "manifest.json is damaged, or no cache's"),
+        ("[" * 100_000, "manifest.json is damaged"),
     ],
 )
 def test_a_damaged_manifest(sources: Path, tmp_path: Path, text: str, message: str) -> None:
@@ -443,7 +743,100 @@ def test_a_damaged_manifest(sources: Path, tmp_path: Path, text: str, message: s
         run(config_for(sources, tmp_path / "c"))
 
 
+def without_shards(value: dict[str, Any]) -> None:
+    value["shards"] = []
+
+
+def too_many_tokens(value: dict[str, Any]) -> None:
+    value["n_tokens"] += 10**6
+
+
+def tokens_in_words(value: dict[str, Any]) -> None:
+    value["shards"][0]["n_tokens"] = "many"
+
+
+def shard_elsewhere(value: dict[str, Any]) -> None:
+    value["shards"][0]["name"] = "../00000"
+
+
+def without_width(value: dict[str, Any]) -> None:
+    value["make"]["d_model"] = None
+
+
+def other_type(value: dict[str, Any]) -> None:
+    value["make"]["dtype"] = "float8"
+
+
+def without_rows(value: dict[str, Any]) -> None:
+    del value["n_rows"]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "00001.json"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        without_shards,
+        too_many_tokens,
+        tokens_in_words,
+        shard_elsewhere,
+        without_width,
+        other_type,
+        without_rows,
+    ],
+)
+def test_a_record_that_a_reader_could_not_use_is_named(
+    sources: Path, tmp_path: Path, spoil: Callable[[dict[str, Any]], None], name: str
+) -> None:
+    run(config_for(sources, tmp_path / "c"))
+    value = json.loads((tmp_path / "c" / name).read_text())
+    spoil(value)
+    (tmp_path / "c" / name).write_text(json.dumps(value))
+    if name == "manifest.json":
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            ActivationCache(tmp_path / "c")
+    else:
+        (tmp_path / "c" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        run(config_for(sources, tmp_path / "c"))
+
+
 # --------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "name", ["a?", "exp[1]", "*", "**", "{a,b}", "[!x]", "50%20", "a b", "x#y", "file:", "zip::a"]
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_name_is_no_pattern(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, inside: bool
+) -> None:
+    """With folders beside it that such a pattern would match; and the working folder's name."""
+    for other in ("a1", "a", "b", "exp1", "50 20", "x"):
+        write_dataset(tmp_path / other, 7, seq=16, seed=1)
+    data = write_dataset(tmp_path / name, 5, seq=32)
+    monkeypatch.chdir(data if inside else tmp_path)
+    dataset = "." if inside else str(data)
+    run(config_for(sources, tmp_path / "out", dataset=dataset))
+    read = next(ActivationCache(tmp_path / "out").sequential(1000)).tok_ids.tolist()
+    assert read == [tok for tok, _, _ in kept_tokens(make_rows(5, seq=32))]
+
+
+def test_a_local_dataset_needs_no_home_to_write_to(sources: Path, tmp_path: Path) -> None:
+    nowhere = {
+        name: "/dev/null/home"
+        for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME", "HF_DATASETS_CACHE")
+    }
+    settings = ["--model", sources / "model.pt", "--dataset", sources, "--tokens", "50"]
+    ended = subprocess.run(
+        [sys.executable, cache_activations.__file__, *settings, "--layer", "0", "--out", "c"],
+        env={**os.environ, **nowhere},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ActivationCache(tmp_path / "c").n_tokens == 50
 
 
 def spoiled(row: int, value: Any) -> list[Any]:
@@ -460,8 +853,17 @@ def spoiled(row: int, value: Any) -> list[Any]:
         (spoiled(41, [5] * 31), r"train.jsonl row 41: 31 tokens, expected 32"),
         (spoiled(30, [5] * 33), r"train.jsonl row 30: 33 tokens, expected 32"),
         (spoiled(7, None), r"train.jsonl row 7: no tok_ids"),
-        (spoiled(7, [5] * 31 + [None]), r"train.jsonl row 7: tok_ids holds a null"),
-        ([["a", "b"]] * 5, r"train.jsonl row 0: tok_ids are list<.*string>, expected"),
+        (spoiled(7, [5] * 31 + [None]), r"train.jsonl row 7: tok_ids holds null, expected int"),
+        ([["a", "b"]] * 5, r'train.jsonl row 0: tok_ids holds "a", expected integers'),
+        (spoiled(41, [5] * 31 + [7.0]), r"train.jsonl row 41: tok_ids holds 7.0, expected int"),
+        (spoiled(41, [5] * 31 + [7.5]), r"train.jsonl row 41: tok_ids holds 7.5, expected int"),
+        (spoiled(41, [5] * 31 + [True]), r"train.jsonl row 41: tok_ids holds true, expected int"),
+        (spoiled(41, [5] * 31 + [[5]]), r"train.jsonl row 41: tok_ids holds \[5\], expected int"),
+        (spoiled(41, [5] * 31 + [10**30]), r"train.jsonl row 41: token id 10{30} is out of the"),
+        (spoiled(41, 5), r"train.jsonl row 41: tok_ids is 5, expected a list of integers"),
+        (spoiled(0, []), r"train.jsonl row 0: tok_ids is empty"),
+        (spoiled(41, []), r"train.jsonl row 41: tok_ids is empty"),
+        (spoiled(0, [5] * 31), r"train.jsonl row 1: 32 tokens, expected 31 as in the rows before"),
         ([[]] * 5, r"train.jsonl row 0: tok_ids is empty"),
         ([[BEGIN, PAD, PAD]] * 5, r"train.jsonl holds no tokens to cache in 5 rows"),
         ([[5] * 300] * 5, "rows of 300 tokens: the model has 256 positions"),
@@ -479,24 +881,56 @@ def test_wrong_rows_are_named(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "train.jsonl"),
-        ("not json\n", "cannot read .*train.jsonl from row 0"),
-        ('{"tok_ids": [1, 2]}\n{"tok_ids": [1, 2\n', "cannot read .*train.jsonl from row 0"),
+        ("", "train.jsonl holds no tokens to cache in 0 rows"),
+        ("\n \n", "train.jsonl holds no tokens to cache in 0 rows"),
+        ("not json\n", "train.jsonl row 0 is not JSON: expected"),
+        ('\n{"tok_ids": [1, 2]}\n{"tok_ids": [1, 2\n', "train.jsonl row 1 is not JSON: expected"),
+        ('{"tok_ids": [1, 2]}\n[1, 2]\n', "train.jsonl row 1: a list, expected"),
+        ('{"tok_ids": [1, 2]}\n{}\n', "train.jsonl row 1: no tok_ids, only null"),
+        ("[" * 100_000, "train.jsonl row 0 is not JSON"),
+        ("\xff\xfe", "train.jsonl row 0 is not JSON"),
         ('{"ids": [1, 2]}\n', "train.jsonl row 0: no tok_ids, only ids"),
     ],
 )
 def test_a_file_that_is_no_dataset(sources: Path, tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "train.jsonl").write_text(text)
+    (tmp_path / "train.jsonl").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=message):
         run(config_for(sources, tmp_path / "c", dataset=str(tmp_path)))
+
+
+def test_other_columns_and_blank_lines_are_passed_over(sources: Path, tmp_path: Path) -> None:
+    """A column that turns up late, one that changes its type, a last line without its end."""
+    rows = make_rows(40, seq=32)
+    extras = [{}, {"story": 1}, {"story": "one"}, {"story": {"n": [None]}, "late": 5}]
+    lines = [json.dumps({**extras[i // 10], "tok_ids": row}) for i, row in enumerate(rows)]
+    (tmp_path / "train.jsonl").write_text("\n" + "\r\n\n".join(lines))
+    run(config_for(sources, tmp_path / "c", dataset=str(tmp_path)))
+    cache = ActivationCache(tmp_path / "c")
+    found = torch.stack(cache.tokens(0, cache.n_tokens), dim=1).tolist()
+    assert list(map(tuple, found)) == kept_tokens(rows)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"layer": 3}, "layer 3 is not there: this model has 0 to 2"),
-        ({"tokens": 0}, "--tokens is 0: it must be positive"),
-        ({"batch_size": -1}, "--batch-size is -1"),
+        ({"layer": 1.0}, "layer 1.0 is not there: this model has 0 to 2"),
+        ({"layer": float("nan")}, "layer nan is not there: this model has 0 to 2"),
+        ({"layer": -(10**30)}, "layer -10* is not there: this model has 0 to 2"),
+        ({"tokens": 0}, "--tokens must be a whole number between 1 and 10*, got 0"),
+        ({"tokens": 10**30}, "--tokens must be a whole number between 1 and 10*, got 10*"),
+        ({"tokens": float("inf")}, "--tokens must be a whole number between 1 and 10*, got inf"),
+        ({"tokens": float("nan")}, "--tokens must be a whole number between 1 and 10*, got nan"),
+        ({"batch_size": -1}, "--batch-size must be a whole number between 1 and 10*, got -1"),
+        ({"batch_size": 1.5}, "--batch-size must be a whole number between 1 and 10*, got 1.5"),
+        ({"rows_per_shard": 10**30}, "--rows-per-shard must be a whole number .*, got 10*"),
+        ({"rows_per_shard": None}, "--rows-per-shard must be a whole number .*, got None"),
+        ({"dtype": "float8"}, "--dtype must be one of float16, bfloat16, float32, got float8"),
+        ({"dataset": "long" * 100}, "no folder here, and no hub dataset's name"),
+        ({"dataset": ""}, "no folder here, and no hub dataset's name"),
+        ({"split": "long" * 100}, "holds no longlong"),
+        ({"out": "/dev/null/c"}, "--out /dev/null/c cannot be written: Not a directory"),
+        ({"out": "long" * 100}, "cannot be written: File name too long"),
         ({"split": "test"}, "holds no test.jsonl"),
         ({"dataset": "./nowhere"}, "no folder here, and no hub dataset's name"),
         ({"device": "nonsense"}, "--device nonsense is not there"),
@@ -506,7 +940,7 @@ def test_impossible_settings(
     sources: Path, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        run(config_for(sources, tmp_path / "c", **settings))
+        run(dataclasses.replace(config_for(sources, tmp_path / "c"), **settings))
     assert not (tmp_path / "c" / "manifest.json").exists()
 
 
@@ -518,6 +952,21 @@ def test_unreachable_hub(sources: Path, tmp_path: Path, monkeypatch: pytest.Monk
         run(config_for(sources, tmp_path / "c", dataset="someone/rows"))
 
 
+@pytest.mark.parametrize("error", [MemoryError(), None, torch.OutOfMemoryError("CUDA")])
+def test_a_batch_beyond_memory_says_which_setting(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    def residual(*args: object) -> torch.Tensor:
+        if error is None:
+            return torch.empty(2**60)
+        raise error
+
+    monkeypatch.setattr(TinyModel, "residual", residual)
+    with pytest.raises(UserError, match="batches of 7: give a smaller --batch-size or --rows-per"):
+        run(config_for(sources, tmp_path / "c"))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize(
     ("dtype", "factor", "message"),
     [
@@ -527,13 +976,13 @@ def test_unreachable_hub(sources: Path, tmp_path: Path, monkeypatch: pytest.Monk
     ],
 )
 def test_overflow_is_refused(
-    sources: Path, tmp_path: Path, dtype: str, factor: float, message: str
+    sources: Path, tmp_path: Path, dtype: str, factor: float, message: str, sign: int
 ) -> None:
     state = make_state(d_model=D_MODEL, d_mlp=24)
-    state["embed.weight"] = state["embed.weight"].clamp(-3.4, 3.4) * factor
+    state["embed.weight"] = sign * state["embed.weight"].abs().clamp(max=3.4) * factor
+    state["pos_embed"].zero_()
     if dtype == "bfloat16":  # above bfloat16's largest number, below float32's
-        state["embed.weight"].fill_(3.4e38)
-        state["pos_embed"].zero_()
+        state["embed.weight"].fill_(sign * 3.4e38)
     torch.save(state, tmp_path / "hot.pt")
     with pytest.raises(UserError, match=message):
         run(
@@ -553,12 +1002,27 @@ def test_a_dataset_cut_while_it_is_cached(sources: Path, tmp_path: Path) -> None
     assert finished == {"00000.json", "00001.json", "00002.json"}
 
 
+def test_a_part_starts_with_a_shard(sources: Path, tmp_path: Path) -> None:
+    config = config_for(sources, tmp_path)
+    model = cache_activations.load_model(config)
+    with pytest.raises(ValueError, match="start must be a multiple of rows_per_shard, 30, got 40"):
+        cache_activations.cache_rows(config, model, 40, 70)
+    with pytest.raises(ValueError, match="n_parts must be a whole number of 1 or more, got 0"):
+        cache_activations.split_rows(config, 100, 0)
+    with pytest.raises(ValueError, match="start must be a whole number of 0 or more, got -1"):
+        next(cache_activations.read_rows(config, -1, None, 10_000))
+    with pytest.raises(ValueError, match="end must be a whole number of 5 or more, got 4"):
+        next(cache_activations.read_rows(config, 5, 4, 10_000))
+
+
 def test_require_says_what_differs(sources: Path, tmp_path: Path) -> None:
     result = run(config_for(sources, tmp_path / "c"))
     cache = ActivationCache(tmp_path / "c")
     cache.require(layer=1, d_model=D_MODEL, weights_hash=result["weights_hash"])
     with pytest.raises(UserError, match="its d_model is 16, expected 768"):
         cache.require(layer=1, d_model=768)
+    with pytest.raises(UserError, match="its language is None, expected Welsh"):
+        cache.require(language="Welsh")
     with pytest.raises(UserError, match="holds no finished cache"):
         ActivationCache(tmp_path)
 
@@ -589,6 +1053,107 @@ def test_every_activation_once_a_pass(big: Path, max_resident: int) -> None:
     left_out = [set(range(N_TOKENS)) - set(order.tolist()) for order in passes]
     assert left_out[0] != left_out[1]
     assert (passes[0] != passes[1]).mean() > 0.99
+
+
+def test_each_pass_and_each_buffer_has_an_order_of_its_own(big: Path) -> None:
+    schedule = ActivationCache(big)._schedule(1024, 3, 0)
+    buffers = list(itertools.islice(schedule, 3 * 3))  # three passes of three buffers
+    n_chunks = -(-N_TOKENS // CHUNK)
+    chunks = [np.concatenate([c for c, _ in buffers[i : i + 3]]) for i in (0, 3, 6)]
+    for of_pass in chunks:
+        assert sorted(of_pass) == list(range(n_chunks))
+    for a, b in itertools.combinations([np.arange(n_chunks), *chunks], 2):
+        assert (a == b).mean() < 0.01
+    orders = [order[:100_000] for _, order in buffers]
+    for a, b in itertools.combinations([np.arange(100_000), *orders], 2):
+        assert (a == b).mean() < 0.01
+
+
+def test_the_content_hash_is_of_the_count_and_the_activations(tmp_path: Path) -> None:
+    folder = write_cache(tmp_path / "c", 1000)
+    cache = ActivationCache(folder)
+    sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.acts"))]
+    assert cache.content_hash == hashlib.sha256(" ".join(["1000", *sums]).encode()).hexdigest()
+    shutil.copytree(folder, tmp_path / "copy")
+    assert ActivationCache(tmp_path / "c" / ".." / "copy").content_hash == cache.content_hash
+    assert ActivationCache(folder, n_tokens=999).content_hash != cache.content_hash
+    other = write_cache(tmp_path / "other", 1000, d_model=5)
+    assert ActivationCache(other).content_hash != cache.content_hash
+
+
+class Chosen(Exception):
+    """Which of the two loaders was."""
+
+
+@pytest.mark.parametrize("n_tokens", [None, 300])
+def test_a_cache_is_held_only_where_it_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_tokens: int | None
+) -> None:
+    cache = ActivationCache(write_cache(tmp_path / "c", 1000, d_model=4), n_tokens)
+    n_bytes = (n_tokens or 1000) * 4 * 4
+
+    def choose(name: str) -> Callable:
+        def chosen(*args: object) -> None:
+            raise Chosen(name)
+
+        return chosen
+
+    monkeypatch.setattr(ActivationCache, "_resident_loader", choose("resident"))
+    monkeypatch.setattr(ActivationCache, "_streaming_loader", choose("streaming"))
+
+    def refused(match: str, **settings: Any) -> None:
+        with pytest.raises(Chosen, match=match):
+            next(cache.batches(100, seed=0, **settings))
+
+    refused("resident", max_resident=n_bytes)
+    refused("streaming", max_resident=n_bytes - 1)
+    refused("resident")
+    cache._each["acts"] = 2**30 // cache.n_tokens + 1  # as if each activation were that large
+    refused("streaming")
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda c: c.tok_ids(-1), "i must be a whole number between 0 and 999, got -1"),
+        (lambda c: c.tok_ids(1000), "i must be a whole number between 0 and 999, got 1000"),
+        (lambda c: c.tok_ids(1.0), "i must be a whole number between 0 and 999, got 1.0"),
+        (lambda c: c.tokens(-1, 5), "start must be a whole number between 0 and 1000, got -1"),
+        (lambda c: c.acts(1001, 1002), "start must be .* between 0 and 1000, got 1001"),
+        (lambda c: c.tokens(5, 4), "stop must be a whole number of 5 or more, got 4"),
+        (lambda c: c.acts(5, 4), "stop must be a whole number of 5 or more, got 4"),
+        (lambda c: c.acts(0, 4.0), "stop must be a whole number of 0 or more, got 4.0"),
+        (lambda c: c.sequential(0), "batch_size must be a whole number of 1 or more, got 0"),
+        (lambda c: c.sequential(-1), "batch_size must be a whole number of 1 or more, got -1"),
+        (lambda c: c.sequential(10.0), "batch_size must be a whole number of 1 or more, got 10.0"),
+        (lambda c: c.steps_per_pass(0), "batch_size must be a whole number of 1 or more, got 0"),
+        (lambda c: c.batches(-1, 0), "batch_size must be a whole number of 1 or more, got -1"),
+        (lambda c: c.batches(0, 0), "batch_size must be a whole number of 1 or more, got 0"),
+        (lambda c: c.batches(10.0, 0), "batch_size must be a whole number of 1 or more, got 10.0"),
+        (lambda c: c.batches(10, -1), "seed must be a whole number of 0 or more, got -1"),
+        (lambda c: c.batches(10, 0, -1), "start_step must be a whole number of 0 or more, got -1"),
+        (lambda c: c.batches(10, 0, 0.5), "start_step must be .* of 0 or more, got 0.5"),
+        (lambda c: c.batches(10, 0, max_resident=-1), "max_resident must be bytes, 0 or more, got"),
+        (lambda c: ActivationCache(c.folder, 10.0), "n_tokens must be .* of 1 or more, got 10.0"),
+    ],
+)
+def test_impossible_requests_say_what_would_be_right(
+    tmp_path: Path, ask: Callable[[ActivationCache], object], message: str
+) -> None:
+    cache = ActivationCache(write_cache(tmp_path / "c", 1000))
+    with pytest.raises(ValueError, match=message):
+        ask(cache)
+
+
+def test_a_range_may_be_empty_or_go_past_the_end(tmp_path: Path) -> None:
+    cache = ActivationCache(write_cache(tmp_path / "c", 1000))
+    assert cache.acts(1000, 1000).shape == (0, 4)
+    assert cache.acts(7, 7).shape == (0, 4)
+    assert len(cache.tokens(np.int64(990), 2000)[0]) == 10
+    assert torch.equal(cache.acts(990, 2000), cache.acts(990, 1000))
+    for n_tokens in (0, -5):
+        with pytest.raises(UserError, match=f"holds 1000 activations, not {n_tokens}"):
+            ActivationCache(tmp_path / "c", n_tokens=n_tokens)
 
 
 def test_a_batch_holds_tokens_of_many_rows(big: Path) -> None:
@@ -671,6 +1236,7 @@ def test_too_small_for_a_batch(tmp_path: Path) -> None:
 
 def read_a_pass(folder: Path, result: Any) -> None:
     """In a process of its own: sends by how many bytes reading made its memory grow."""
+    die_with_parent()
     torch.set_num_threads(1)
     cache = ActivationCache(folder)
     next(cache.batches(1024, seed=0, max_resident=0)).sum()
@@ -689,7 +1255,7 @@ def test_memory_does_not_grow_with_the_cache(tmp_path: Path) -> None:
     folder = write_cache(tmp_path / "c", n_tokens, d_model=d_model, n_shards=40)
     context = fresh_processes()
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=read_a_pass, args=(folder, send))
+    process = context.Process(target=read_a_pass, args=(folder, send), daemon=True)
     process.start()
     assert receive.poll(60)
     grown = receive.recv()

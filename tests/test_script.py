@@ -75,7 +75,9 @@ def test_positive_and_not_negative_differ_at_zero() -> None:
         script.require_positive(Config(steps=0), "share", "steps")
     with pytest.raises(UserError, match=r"--share is -0\.5: it must not be negative"):
         script.require_not_negative(Config(share=-0.5), "steps", "share")
-    script.require_positive(Config(steps=10**400), "steps")  # no float: it cannot be infinite
+    script.require_positive(Config(steps=2**63 - 1), "steps")
+    with pytest.raises(UserError, match=r"--steps is 10+: it must be below 2\^63"):
+        script.require_positive(Config(steps=10**400), "steps")
 
 
 # ----------------------------------------------------------------------------------------- output

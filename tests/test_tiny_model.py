@@ -3,7 +3,9 @@
 The textbook shares no code with the module: plain matrices, one head and one row at a time.
 """
 
+import errno
 import math
+import os
 from pathlib import Path
 
 import huggingface_hub
@@ -149,6 +151,15 @@ def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         TinyModel.from_pretrained("someone/tiny")
 
 
+def test_a_download_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/home/me/.cache")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", full)
+    with pytest.raises(UserError, match=r"No space left on device: '/home/me/.cache'"):
+        TinyModel.from_pretrained("someone/tiny")
+
+
 def drop(name: str):
     return lambda state: state.pop(name)
 
@@ -201,7 +212,9 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "sprung").exists()
 
 
-@pytest.mark.parametrize("name", ["missing.pt", "./missing", "a/b/c", "missing", "some/w.pt"])
+@pytest.mark.parametrize(
+    "name", ["missing.pt", "./missing", "a/b/c", "missing", "some/w.pt", "long" * 100]
+)
 def test_no_such_weights(name: str) -> None:
     with pytest.raises(UserError, match="no such file"):
         TinyModel.from_pretrained(name)
@@ -210,9 +223,9 @@ def test_no_such_weights(name: str) -> None:
 def test_impossible_requests(tmp_path: Path) -> None:
     model = TinyModel.from_state_dict(make_state(n_layers=2, d_vocab=50, max_seq_len=8))
     row = torch.zeros(1, 8, dtype=torch.long)
-    for layer in (-1, 3):
+    for layer in (-1, 3, 1.0, math.nan, math.inf):
         with pytest.raises(UserError, match=f"layer {layer} is not there.*0 to 2"):
-            model.residual(row, layer)
+            model.residual(row, layer)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="rows of 9 tokens: the model has 8 positions"):
         model(torch.zeros(1, 9, dtype=torch.long))
     with pytest.raises(UserError, match="n_heads is 5: it must divide the weights' d_model, 32"):

@@ -12,6 +12,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,7 +108,9 @@ def argv_for(config: Config) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """A folder's files by name, but for the lock, which is empty and stays."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def learnt(folder: Path) -> dict[str, bytes]:
@@ -157,6 +161,29 @@ def fresh_processes() -> Any:
         ["torch", "datasets", "pyarrow.compute", "safetensors.torch", "scipy.optimize", "pytest"]
     )
     return context
+
+
+def exit_code(target: Callable[..., None], *args: Any, timeout: float = 60) -> int | None:
+    """How a process of its own that runs `target` ended. Interrupted, this takes it along."""
+    process = fresh_processes().Process(target=target, args=args, daemon=True)
+    process.start()
+    try:
+        process.join(timeout)
+        return process.exitcode  # None: it has not ended
+    finally:
+        process.kill()
+        process.join()
+
+
+def die_with(parent: int) -> None:
+    """Ends this process once its parent is gone: even a killed test leaves nothing running."""
+
+    def watch() -> None:
+        while os.path.exists(f"/proc/{parent}") or not os.path.exists("/proc"):
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # ------------------------------------------------------------------------------------ what is made
@@ -227,7 +254,7 @@ def test_a_run_end_to_end(
     for result in results["runs"]:
         assert 0 < result["training_fvu"] < 1.5
         assert result["final_l0"] > 0
-        assert result["dead_share"] == 0
+        assert result["dead_share"] is None, "50 steps are too few to know"
         sae = SAE.load(out / f"{result['sae']}.safetensors")
         assert (sae.d_model, sae.n_latents) == (16, 20)
 
@@ -247,9 +274,13 @@ def test_a_run_end_to_end(
         assert line.split()[1] == result["sae"]
         assert f"{result['training_fvu']:.4f}" in line
         assert f"{result['final_l0']:.2f}" in line
+        assert line.split()[-2] == "-"
     assert "waiting for data" in lines[-1]
-    for figure in ("matryoshka FVU", "vanilla FVU", "L0", "dead", "weight"):
-        assert figure in done.stderr.splitlines()[-1].split("\r")[-1]
+    assert "-: the run was shorter" in lines[-1]
+    bar = done.stderr.split("\n")[0].split("\r")[-1]
+    assert "100%" in bar
+    for figure in ("matryoshka FVU", "vanilla FVU", "L0"):
+        assert figure in bar
 
 
 def test_the_same_command_again_is_refused_and_nothing_touched(
@@ -277,13 +308,16 @@ def test_results_alone_are_a_run_too(
     assert contents(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("n_steps", [1, 41])
+@pytest.mark.parametrize(
+    ("n_steps", "dead_after"),
+    [(1, 5), (41, 5), (41, 6)],  # 2.5 batches or 3: dead after three
+)
 def test_the_figures_are_what_they_say(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_steps: int
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_steps: int, dead_after: int
 ) -> None:
     """FVU, L0 and dead share, recomputed from the batches and from what each step reported."""
     monkeypatch.setattr(train_tinystories, "N_RECORDS", 10)  # every 4 steps, and the last
-    monkeypatch.setattr(train_tinystories, "DEAD_AFTER", 5)  # 2.5 batches: after three
+    monkeypatch.setattr(train_tinystories, "DEAD_AFTER", dead_after)
     steps: list[dict[str, torch.Tensor]] = []
     real = Trainer.step
 
@@ -305,8 +339,8 @@ def test_the_figures_are_what_they_say(
             l0 = [metrics["l0"][i].item() for metrics in steps[previous:step]]
             assert record["l0"] == pytest.approx(np.mean(l0), rel=1e-6)
             silent = [metrics["mean_square"][i] == 0 for metrics in steps[max(0, step - 3) : step]]
-            dead = torch.stack(silent).all(0).double().mean().item() if step >= 3 else 0.0
-            assert record["dead_share"] == pytest.approx(dead)
+            dead = torch.stack(silent).all(0).double().mean().item() if step >= 3 else None
+            assert record["dead_share"] == (None if dead is None else pytest.approx(dead))
             weight = steps[step - 1]["sparsity_weight"][i].item()
             assert record["sparsity_weight"] == pytest.approx(weight)
             previous = step
@@ -327,7 +361,8 @@ def test_one_sae_alone_is_the_one_of_both(cache: Path, tmp_path: Path, n_latents
     for i, name in enumerate(("matryoshka", "vanilla")):
         alone = run(config_for(cache, tmp_path / name, n_latents=n_latents, sae=name))
         assert [r["sae"] for r in alone["runs"]] == [name]
-        for figure in ("final_l0", "training_fvu", "dead_share"):
+        assert alone["runs"][0]["dead_share"] is None
+        for figure in ("final_l0", "training_fvu"):
             expected = pytest.approx(both["runs"][i][figure], rel=1e-3)
             assert alone["runs"][0][figure] == expected
         found, expected = (
@@ -353,15 +388,17 @@ def test_the_same_seed_gives_the_same_bytes(cache: Path, tmp_path: Path, n_laten
 KILLED = {"n_steps": 621, "checkpoint_every": 100}  # 7 checkpoints: 6 and the last step's
 
 
-def run_and_die(config: Config, moment: str, nth: int) -> None:
-    """In a process of its own: the command, killed when it comes to `moment` for the nth time."""
+def run_and_die(config: Config, moment: str, nth: int, number: int, test: int) -> None:
+    """In a process of its own: the command, which sends itself signal `number` when it comes to
+    `moment` for the nth time."""
+    die_with(test)
     torch.set_num_threads(1)
     sys.stderr = io.StringIO()
     count = itertools.count(1)
 
     def reached(here: str) -> None:
         if here == moment and next(count) == nth:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
     def around(function: Callable, before: str, after: str) -> Callable:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -388,11 +425,9 @@ def run_and_die(config: Config, moment: str, nth: int) -> None:
     os._exit(0)
 
 
-def kill(config: Config, moment: str, nth: int) -> None:
-    process = fresh_processes().Process(target=run_and_die, args=(config, moment, nth))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL, f"not killed: {process.exitcode}"
+def kill(config: Config, moment: str, nth: int, number: int = signal.SIGKILL) -> None:
+    code = exit_code(run_and_die, config, moment, nth, number, os.getpid())
+    assert code == (-number if number == signal.SIGKILL else 130), f"not killed: {code}"
 
 
 def tear_the_last_line(out: Path) -> None:
@@ -409,7 +444,8 @@ def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[s
     return learnt(out), results["runs"]
 
 
-# Files are renamed thus: checkpoints 1 to 7, matryoshka 8, vanilla 9, results.json 10.
+# Files are renamed thus: checkpoints 1 to 8 (the first is of step 0), matryoshka 9, vanilla 10,
+# results.json 11.
 MOMENTS = [
     ("step", 1),
     ("step", 100),
@@ -421,12 +457,13 @@ MOMENTS = [
     ("syncing", 2),
     ("renaming", 1),
     ("renamed", 1),
-    ("renamed", 7),
-    ("half written", 8),
+    ("renamed", 2),
     ("renamed", 8),
-    ("synced", 9),
-    ("renaming", 10),
-    ("renamed", 10),
+    ("half written", 9),
+    ("renamed", 9),
+    ("synced", 10),
+    ("renaming", 11),
+    ("renamed", 11),
 ]
 
 
@@ -440,7 +477,7 @@ def test_killed_at_any_moment_ends_with_the_same_bytes(
 ) -> None:
     config = config_for(cache, tmp_path, **KILLED)
     kill(config, moment, nth)
-    if not (tmp_path / "results.json").exists():
+    if not (tmp_path / "results.json").exists() and (tmp_path / "metrics.jsonl").exists():
         tear_the_last_line(tmp_path)
     results = run(resumed(config))
     assert learnt(tmp_path) == whole[0]
@@ -454,10 +491,10 @@ def test_killed_again_and_again_ends_with_the_same_bytes(
 ) -> None:
     config = resumed(config_for(cache, tmp_path, **KILLED))
     for moment, nth in [
-        ("step", 99),  # before there is a checkpoint
+        ("step", 99),  # the checkpoint of step 0 stays
         ("renamed", 1),
         ("step", 1),
-        ("half written", 2),  # the checkpoint of step 200 stays
+        ("half written", 2),  # that of step 200 is lost
         ("renaming", 2),
         ("step", 150),
         ("synced", 1),
@@ -528,8 +565,9 @@ def test_a_finished_run_is_returned_without_training(
     assert contents(tmp_path) == before
 
 
-def write_until(config: Config, n_bytes: int, said: Path) -> None:
+def write_until(config: Config, n_bytes: int, said: Path, test: int) -> None:
     """In a process of its own: the command, where no file can be longer than `n_bytes`."""
+    die_with(test)
     torch.set_num_threads(1)
     sys.stderr = said.open("w")
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
@@ -541,15 +579,11 @@ def test_a_full_disk_keeps_what_was_finished(
     cache: Path, tmp_path: Path, whole: tuple[dict[str, bytes], list], n_bytes: int
 ) -> None:
     config = config_for(cache, tmp_path / "out", **KILLED)
-    process = fresh_processes().Process(
-        target=write_until, args=(config, n_bytes, tmp_path / "stderr")
-    )
-    process.start()
-    process.join(60)
-    assert process.exitcode == 2
+    assert exit_code(write_until, config, n_bytes, tmp_path / "stderr", os.getpid()) == 2
     said = (tmp_path / "stderr").read_text().splitlines()
     assert said[-1].startswith("error: ")
-    assert str(tmp_path / "out") in said[-1]
+    file = "metrics.jsonl" if n_bytes == 30_000 else "checkpoint.safetensors"
+    assert f"cannot write {tmp_path / 'out' / file} (" in said[-1]
     assert "--resume" in said[-1]
     assert not any("Traceback" in line for line in said)
     assert (tmp_path / "out" / "checkpoint.safetensors").exists() == (n_bytes == 30_000)
@@ -623,6 +657,16 @@ def test_divergence_after_a_resume_names_the_metrics_of_before(
         ({"lr": float("nan")}, "--lr is nan"),
         ({"sparsity_weight": 0.0}, "--sparsity-weight is 0.0"),
         ({"checkpoint_every": 0}, "--checkpoint-every is 0"),
+        ({"lr": float("inf")}, "--lr is inf: it must be a finite number"),
+        ({"sparsity_weight": float("inf")}, "--sparsity-weight is inf: it must be a finite number"),
+        ({"target_l0": float("inf")}, "--target-l0 is inf: it must be a finite number"),
+        ({"n_steps": 2**63}, f"--n-steps is {2**63}: it must be below 2^63"),
+        ({"seed": 2**63}, f"--seed is {2**63}: it must be below 2^63"),
+        ({"n_latents": 2**61}, "takes more memory than there is"),
+        (
+            {"n_latents": 10**12},
+            "--n-latents 1000000000000 with --batch-size 128 takes more memory",
+        ),
         ({"seed": -1}, "--seed is -1"),
         ({"cache": "nowhere"}, "nowhere holds no finished cache"),
         ({"device": "cuda:99"}, "--device cuda:99 is not there"),
@@ -781,7 +825,7 @@ def test_a_damaged_checkpoint_is_refused(
     before = contents(stopped_run)
     said = refused(resumed(config_for(cache, stopped_run)), capsys)
     assert "checkpoint.safetensors" in said
-    assert "delete it to start over" in said
+    assert "to start over, delete" in said
     assert contents(stopped_run) == before
 
 
@@ -814,12 +858,11 @@ def test_a_damaged_cache_is_named_before_training(
 ) -> None:
     shutil.copytree(cache, tmp_path / "damaged")
     damage(tmp_path / "damaged" / f"00002.{kind}")
-    if not resume:
-        (stopped_run / "checkpoint.safetensors").unlink()  # as if killed before the first
+    out = stopped_run if resume else tmp_path / "new"
     before = contents(stopped_run)
-    config = config_for(tmp_path / "damaged", stopped_run, resume=resume)
+    config = config_for(tmp_path / "damaged", out, resume=resume)
     assert "shard 00002 is damaged" in refused(config, capsys)
-    assert contents(stopped_run) == before
+    assert contents(out) == (before if resume else {})
 
 
 # -------------------------------------------------------------------------------- L0, and resources
@@ -851,8 +894,9 @@ def test_l0_ends_at_its_target(larger: Path, tmp_path: Path, start: float) -> No
     assert results["waited_for_data"] < results["seconds"]
 
 
-def train_and_measure(config: Config, result: Any) -> None:
+def train_and_measure(config: Config, result: Any, test: int) -> None:
     """In a process of its own: sends by how many bytes the larger run made its memory grow."""
+    die_with(test)
     torch.set_num_threads(1)
     sys.stderr = io.StringIO()
     # The default would hold a cache of up to 1 GiB: the test's would have to be larger than that.
@@ -873,11 +917,8 @@ def test_memory_does_not_grow_with_the_cache(tmp_path: Path) -> None:
     )
     context = fresh_processes()
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=train_and_measure, args=(config, send))
-    process.start()
-    assert receive.poll(60)
+    assert exit_code(train_and_measure, config, send, os.getpid()) == 0
     grown = receive.recv()
-    process.join()
     shutil.rmtree(folder)
     # 205 MB of activations; two buffers of them are 2 x 17 MB, a third may be being freed.
     assert grown < 60e6

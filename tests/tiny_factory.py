@@ -1,6 +1,10 @@
 """Small models of TinyModel's shape and rows of TinyModelTokIds' schema, made up from a seed."""
 
 import json
+import multiprocessing
+import os
+import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -78,3 +82,18 @@ def write_rows(folder: Path, rows: list[list[int]], *, split: str = "train") -> 
     lines = "".join(json.dumps({"tok_ids": row}) + "\n" for row in rows)
     (folder / f"{split}.jsonl").write_text(lines)
     return folder
+
+
+def die_with_parent(seconds: float = 120) -> None:
+    """In a process of `multiprocessing`: it ends with the one that started it, or after `seconds`.
+
+    So a test run leaves no process behind, whichever way it is interrupted.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
