@@ -1,0 +1,98 @@
+"""What accompanies a step of training: the inputs' scale, and the sparsity weight that steers L0.
+
+Each holds tensors [n_saes] that it updates in place and that a checkpoint keeps: its `state`.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from matryoshka.trainer_config import TrainerConfig
+
+MIN_MEAN_NORM = 1e-30  # inputs that are all zero stay zero
+
+
+class Schedule(NamedTuple):
+    """The numbers of a step that follow from how many were done: Python's, or tensors []."""
+
+    norm_share: float | Tensor  # of this batch in the running mean norm
+    lr: float | Tensor
+    next_weight: float | Tensor  # sparsity weight of the next step, if that is in the warm-up
+
+    @classmethod
+    def of(cls, config: TrainerConfig, step: int) -> "Schedule":
+        """Those of step `step`, which counts from 0."""
+        return cls(
+            max(1 - config.norm_decay, 1 / (step + 1)),
+            config.learning_rate(step),
+            config.weight_in_warmup(step + 1),
+        )
+
+
+class InputScale:
+    """Divides inputs by their running mean norm / sqrt(d_model).
+
+    The mean is plain over the first steps and exponential after them, so that it is right from the
+    first step on; the original starts it at 0 and needs about 200.
+    """
+
+    def __init__(self, d_model: int, like: Tensor):
+        """`like` [n_saes, ...]: of the dtype, and on the device, of what is trained."""
+        self.d_model = d_model
+        self.state = {"mean_norm": like.new_zeros(len(like))}
+
+    def scale(self, x: Tensor, share: float | Tensor) -> Tensor:
+        """x [n_saes, batch, d_model], scaled, after its norm has entered the mean by `share`."""
+        mean_norm = self.state["mean_norm"]
+        mean_norm.lerp_(torch.linalg.vector_norm(x, dim=2).mean(dim=1), share)
+        return x * (math.sqrt(self.d_model) / mean_norm.clamp_min(MIN_MEAN_NORM))[:, None, None]
+
+
+class SparsityController:
+    """Sets the next step's sparsity weight from this step's batch L0.
+
+    "original": a linear warm-up, then up or down by 3e-4 of itself a step. That is slow, and in the
+    toy, whose SAEs do not reach their target, it lets the weight go to 0.
+
+    "steady": the warm-up ends early where L0 falls to the target, so that too high a weight kills
+    nothing; then a PI controller on the weight's logarithm. With e = L0 / target - 1,
+
+        settled_weight *= exp(clip(0.02 e, +-10 / n_steps)),  weight = settled_weight exp(e / 2)
+
+    e clipped to +-1/2. The clip is the original's 3e-4 a step where there are 30,000 steps, and
+    moves the weight by up to e^10 however many there are.
+    """
+
+    def __init__(self, config: TrainerConfig, like: Tensor):
+        """`like` [n_saes, ...]: of the dtype, and on the device, of what is trained."""
+        self.config = config
+        start = like.new_full((len(like),), config.weight_in_warmup(0))
+        self.state = {
+            "sparsity_weight": start,
+            "settled_weight": start.clone(),
+            "warming_up": torch.ones_like(start, dtype=torch.bool),
+        }
+
+    @property
+    def weight(self) -> Tensor:
+        """This step's sparsity weight: [n_saes]."""
+        return self.state["sparsity_weight"]
+
+    def update(self, l0: Tensor, in_warmup: bool, next_weight: float | Tensor) -> None:
+        """l0 [n_saes]; in_warmup: whether the next step is in the warm-up, at `next_weight`."""
+        config, weight = self.config, self.weight
+        if config.l0_control == "original":
+            if in_warmup:
+                weight.fill_(next_weight)
+            else:
+                weight.mul_(1 - 3e-4 + 6e-4 * (l0 >= config.target_l0))
+            return
+        settled = self.state["settled_weight"]
+        error = (l0 / config.target_l0 - 1).clamp_(-0.5, 0.5)
+        warming_up = self.state["warming_up"].logical_and_((error > 0) & in_warmup)
+        rate = (0.02 * error).clamp_(-10 / config.n_steps, 10 / config.n_steps)
+        risen = next_weight if in_warmup else config.sparsity_weight
+        settled.copy_(torch.where(warming_up, risen, settled * rate.exp()))
+        weight.copy_(torch.where(warming_up, settled, settled * (error / 2).exp()))

@@ -1,0 +1,43 @@
+"""Moving a latent that is worth little to where the residual is worth more."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from matryoshka.kernels import Params
+from sae import ACTIVATIONS
+
+
+def restart_last(
+    state: Mapping[str, Tensor], params: Params, last: Tensor, x: Tensor, activation: str
+) -> None:
+    """Moves each SAE's last latent to where the residual is worth more than the latent is.
+
+    A latent that fires on none of a feature's samples gets no gradient from them, so a feature that
+    no latent has found stays lost, while the last latent may serve something smaller: in the toy,
+    the error that hedging makes where a parent is active without a child. A latent is worth its
+    running mean square of a_j ||d_j||. The residual r is worth, along the direction u of its
+    largest sample in the batch, mean relu(<u, r>)^2; where that is more, the latent starts anew
+    with encoder and decoder u, bias 0, and nothing in Adam's moments.
+
+    state: a trainer's, changed in place; params: views of its parameters; last [n_saes, 1]: the
+    latents that come last; x [n_saes, batch, d_model], scaled.
+    """
+    d_model, n_latents = x.shape[2], state["mean_square"].shape[1]
+    acts = ACTIVATIONS[activation](torch.baddbmm(params.b_enc, x, params.W_enc.mT))
+    residual = x - params.b_dec - torch.bmm(acts, params.W_dec)  # [n_saes, batch, d_model]
+    size, worst = residual.norm(dim=2).max(dim=1)  # [n_saes]
+    u = residual.take_along_dim(worst[:, None, None], dim=1) / size[:, None, None]
+    worth = torch.bmm(residual, u.mT).clamp_min_(0).square().mean(dim=1)  # [n_saes, 1]
+
+    moves = worth > state["mean_square"].gather(1, last)
+    rows = last[..., None].expand_as(u)  # [n_saes, 1, d_model]
+    for name, row in (("params", u), ("adam_mean", 0 * u), ("adam_square", 0 * u)):
+        part = Params.of(state[name], d_model, n_latents)
+        for tensor in (part.W_enc, part.W_dec):
+            tensor.scatter_(1, rows, torch.where(moves[..., None], row, tensor.gather(1, rows)))
+        bias = part.b_enc[:, 0]
+        bias.scatter_(1, last, bias.gather(1, last) * ~moves)
+    worth = torch.where(moves, worth, state["mean_square"].gather(1, last))
+    state["mean_square"].scatter_(1, last, worth)

@@ -1,0 +1,306 @@
+"""The trainer: a step of Adam on the Matryoshka loss, for several SAEs at once."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from matryoshka.controls import InputScale, Schedule, SparsityController
+from matryoshka.cuda_graph import CudaGraph
+from matryoshka.kernels import Objective, Params, Workspace, write_gradient
+from matryoshka.kernels.autograd import loss_of
+from matryoshka.prefix_draws import STEPS_A_BLOCK, PrefixDraws, StepPrefixes
+from matryoshka.restart import restart_last
+from matryoshka.trainer_config import TrainerConfig, shared_settings
+from sae import SAE
+
+
+class Trainer:
+    """Trains independent SAEs of one shape, stepped together.
+
+    Each has its own seed, prefixes, sparsity weight, latent order and gradient clipping, and ends
+    where it would have ended alone, to float tolerance.
+
+    Latents are never moved. Their order, by the running mean square of a_j ||d_j||, decides the
+    reach of each, and that is all it does; so Adam's moments and the running means stay with their
+    latents. `saes` hands out copies whose latents are in order.
+    """
+
+    def __init__(
+        self,
+        saes: Sequence[SAE],
+        configs: TrainerConfig | Sequence[TrainerConfig],
+        seeds: Sequence[int],
+    ):
+        """`configs`: one for all, or one an SAE, which may differ in n_prefixes; `seeds`: one an
+        SAE, of the prefixes that it draws.
+
+        Raises ValueError where their numbers, the SAEs' shapes, activations or devices, or the
+        configs' other settings differ, or where a setting is impossible for SAEs of that size.
+        """
+        configs = [configs] * len(saes) if isinstance(configs, TrainerConfig) else list(configs)
+        _check_stack(saes, configs, seeds)
+        self.configs, self.seeds, self.n_steps_done = configs, list(seeds), 0
+        self.config = shared_settings(configs)
+        self.activation, self._about = saes[0].activation, [sae.about for sae in saes]
+        self.d_model, self.n_latents = saes[0].d_model, saes[0].n_latents
+        flat = torch.stack([_flattened(sae) for sae in saes])  # [n_saes, n_params]
+        self._input_scale = InputScale(self.d_model, flat)
+        self._controller = SparsityController(self.config, flat)
+        self._state = {
+            "params": flat,
+            "adam_mean": torch.zeros_like(flat),
+            "adam_square": torch.zeros_like(flat),
+            "adam_step": torch.zeros((), device=flat.device),
+            "mean_square": flat.new_zeros(len(saes), self.n_latents),
+            **self._input_scale.state,
+            **self._controller.state,
+        }
+        self._flat_grads = torch.zeros_like(flat)
+        self._params = Params.of(flat, self.d_model, self.n_latents)
+        self._grads = Params.of(self._flat_grads, self.d_model, self.n_latents)
+        self._workspace = Workspace()
+        self._graphs: dict[tuple[object, ...], CudaGraph] = {}
+        self._block_numbers = -1, flat  # of no block yet
+        self.kernels: tuple[str, ...] = ()  # an SAE each: which computed the last gradient
+        self._prefixes = PrefixDraws(
+            self.n_latents,
+            [config.n_prefixes for config in configs],
+            seeds,
+            self.config.prefixes == "expected",
+            flat,
+            flat.device if self._is_replayed else torch.device("cpu"),
+        )
+
+    @torch.inference_mode()
+    def step(self, x: Tensor) -> dict[str, Tensor]:
+        """One step of Adam on x, [batch, d_model] for all SAEs or [n_saes, batch, d_model].
+
+        Returns tensors on x's device, before the step: l0 [n_saes], sparsity_weight [n_saes],
+        grad_norm [n_saes] (before clipping), mean_square [n_saes, n_latents] of a_j ||d_j||.
+        Raises ValueError where x is of another shape, holds values that are not finite (on a CPU;
+        a GPU would have to be waited for), or where batch is not a multiple of 8 for products in
+        bfloat16.
+        """
+        x, step = self._checked(x), self.n_steps_done
+        in_warmup = step + 1 < self.config.n_warmup_steps
+        restarts = self.config.restarts_at(step)
+        prefixes = self._prefixes.of(step)
+        if self._is_replayed:
+            metrics = self._replay(x, prefixes, in_warmup, restarts)
+        else:
+            metrics = self._step(x, prefixes, self._schedule(step), in_warmup, restarts)
+        self.n_steps_done += 1
+        return metrics
+
+    def _step(
+        self,
+        x: Tensor,
+        prefixes: StepPrefixes,
+        schedule: Schedule,
+        in_warmup: bool,
+        restarts: bool,
+    ) -> dict[str, Tensor]:
+        """A step but for its count, of tensors alone. in_warmup is of the next step."""
+        config, state = self.config, self._state
+        x = self._input_scale.scale(x, schedule.norm_share)  # [n_saes, batch, d_model]
+        stats = write_gradient(
+            self._grads,
+            self._params,
+            self._objective(x, prefixes),
+            config.gradient,
+            config.matmul_dtype,
+            self._workspace,
+        )
+        self.kernels = stats.kernels
+        grad_norm = torch.linalg.vector_norm(self._flat_grads, dim=1, keepdim=True)
+        self._flat_grads.mul_((config.max_grad_norm / (grad_norm + 1e-6)).clamp_(max=1))
+        self._adam(schedule.lr)
+
+        state["mean_square"].lerp_(stats.mean_square, 1 - config.order_decay)
+        if restarts:
+            restart_last(state, self._params, self.order()[:, -1:], x, self.activation)
+        weight = self._controller.weight.clone()
+        self._controller.update(stats.l0, in_warmup, schedule.next_weight)
+        return {
+            "l0": stats.l0,
+            "sparsity_weight": weight,
+            "grad_norm": grad_norm[:, 0],
+            "mean_square": stats.mean_square,
+        }
+
+    def _objective(self, x: Tensor, prefixes: StepPrefixes) -> Objective:
+        """What the step asks for on the scaled x: the reach of a place goes to its latent."""
+        reach = torch.empty_like(prefixes.reach).scatter_(1, self.order(), prefixes.reach)
+        price = self._controller.weight[:, None] * reach
+        sparsity, activation = self.config.sparsity, self.activation
+        return Objective(x, reach, price, prefixes.ends, sparsity, activation)
+
+    def _adam(self, lr: float | Tensor) -> None:
+        state, (beta1, beta2) = self._state, self.config.betas
+        adam(
+            [state["params"]],
+            [self._flat_grads],
+            [state["adam_mean"]],
+            [state["adam_square"]],
+            [],
+            [state["adam_step"]],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
+
+    @torch.inference_mode()
+    def loss(self, x: Tensor) -> Tensor:
+        """The loss that the next step would descend, on x as `step` takes it: [n_saes]."""
+        x, state = self._checked(x), self._state
+        scale = self.d_model**0.5 / state["mean_norm"]
+        objective = self._objective(x * scale[:, None, None], self._prefixes.of(self.n_steps_done))
+        losses = [
+            loss_of(self._params.one(i), objective.x[i], i, objective)[0] for i in range(len(x))
+        ]
+        return torch.stack(losses)
+
+    def order(self) -> Tensor:
+        """Which latent is in each place: [n_saes, n_latents], largest running mean square first."""
+        return self._state["mean_square"].sort(dim=1, descending=True, stable=True).indices
+
+    @property
+    def saes(self) -> list[SAE]:
+        """Copies of the SAEs as they stand, their latents in order: largest mean square first."""
+        mean_norm = self._state["mean_norm"]
+        if self.n_steps_done == 0:
+            mean_norm = torch.ones_like(mean_norm)
+        saes = []
+        for i, order in enumerate(self.order()):
+            one = self._params.one(i)
+            tensors = {
+                "W_enc": one.W_enc[order].T,
+                "b_enc": one.b_enc[0, order],
+                "W_dec": one.W_dec[order],
+                "b_dec": one.b_dec[0],
+                "mean_norm": mean_norm[i],
+            }
+            saes.append(SAE.from_tensors(tensors, self.activation, self._about[i]))
+        return saes
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that an exact resume needs, copied: tensors only, so it saves as safetensors."""
+        state = {name: tensor.clone() for name, tensor in self._state.items()}
+        return state | {"n_steps_done": torch.tensor(self.n_steps_done)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises ValueError, and changes nothing, where `state` is not of a trainer of this shape."""
+        wanted = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
+        for name, shape in (wanted | {"n_steps_done": ()}).items():
+            if name not in state or tuple(state[name].shape) != shape:
+                found = tuple(state[name].shape) if name in state else "nothing"
+                raise ValueError(f"trainer state {name}: {shape} wanted, {found} found")
+        for name, tensor in self._state.items():
+            tensor.copy_(state[name])
+        self.n_steps_done = int(state["n_steps_done"])
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """For pickle and copy: made anew from its state, for views would come back as copies."""
+        return _remade, (type(self), self.saes, self.configs, self.seeds, self.state_dict())
+
+    def _checked(self, x: Tensor) -> Tensor:
+        """x as [n_saes, batch, d_model] in the parameters' dtype; see `step`."""
+        n_saes, dtype = len(self.seeds), self._flat_grads.dtype
+        shapes = ([self.d_model], [n_saes, self.d_model])
+        if x.dim() not in (2, 3) or [*x.shape[:-2], x.shape[-1]] != shapes[x.dim() - 2]:
+            raise ValueError(
+                f"x must be [batch, {self.d_model}] or [{n_saes}, batch, {self.d_model}], got "
+                f"{list(x.shape)}"
+            )
+        self.config.require_eights("the batch", x.shape[-2])
+        if x.device.type == "cpu" and not math.isfinite(float(x.sum())):
+            raise ValueError(f"step {self.n_steps_done}: x holds values that are not finite")
+        return x.to(dtype).expand(n_saes, -1, -1)
+
+    def _schedule(self, step: int) -> Schedule:
+        return Schedule.of(self.config, step)
+
+    def _numbers(self, step: int) -> Tensor:
+        """`_schedule` as a tensor on the device, where a block of steps is copied at once."""
+        block, row = divmod(step, STEPS_A_BLOCK)
+        if self._block_numbers[0] != block:
+            steps = range(block * STEPS_A_BLOCK, (block + 1) * STEPS_A_BLOCK)
+            numbers = torch.tensor([self._schedule(t) for t in steps])
+            self._block_numbers = block, numbers.to(self._flat_grads.device)
+        return self._block_numbers[1][row]
+
+    @property
+    def _is_replayed(self) -> bool:
+        """Whether a step can be one CUDA graph: in bfloat16, on compute capability 9 or 10.
+
+        Those are H100, H200 and B200. Elsewhere PyTorch's grouped product reads where its blocks
+        end back to the host.
+        """
+        of_bfloat16 = self.config.matmul_dtype == "bfloat16" and self.config.gradient != "autograd"
+        if not self._flat_grads.is_cuda or not of_bfloat16 or torch.version.hip:
+            return False
+        return torch.cuda.get_device_capability(self._flat_grads.device)[0] in (9, 10)
+
+    def _replay(
+        self,
+        x: Tensor,
+        prefixes: StepPrefixes,
+        in_warmup: bool,
+        restarts: bool,
+    ) -> dict[str, Tensor]:
+        """`_step`, of which there is one graph for each shape of x and phase of training."""
+
+        def step(x: Tensor, reach: Tensor, numbers: Tensor, *ends: Tensor) -> dict[str, Tensor]:
+            schedule = Schedule(*numbers.unbind())
+            return self._step(x, StepPrefixes(reach, ends), schedule, in_warmup, restarts)
+
+        inputs = [x, prefixes.reach, self._numbers(self.n_steps_done), *prefixes.ends]
+        key = (x.shape, in_warmup, restarts)
+        if key not in self._graphs:
+            self._graphs[key] = CudaGraph(inputs)
+        return self._graphs[key](step, inputs)
+
+
+def _check_stack(
+    saes: Sequence[SAE], configs: Sequence[TrainerConfig], seeds: Sequence[int]
+) -> None:
+    """Raises ValueError unless these can be stepped together."""
+    if not len(saes) == len(configs) == len(seeds) > 0:
+        raise ValueError(
+            f"{len(saes)} SAEs, {len(configs)} configs and {len(seeds)} seeds: must be as many"
+        )
+    first = saes[0]
+    for sae in saes:
+        for name in ("d_model", "n_latents", "activation"):
+            if getattr(sae, name) != getattr(first, name):
+                raise ValueError(f"SAEs that are stepped together must have the same {name}")
+    for config in configs:
+        config.check(first.n_latents)
+        config.require_eights("d_model", first.d_model)
+
+
+def _flattened(sae: SAE) -> Tensor:
+    """An SAE's parameters in one row, W_enc a row a latent; half precisions become float32."""
+    parts = (sae.W_enc.T, sae.b_enc, sae.W_dec, sae.b_dec)
+    flat = torch.cat([part.detach().flatten() for part in parts])
+    return flat if flat.dtype == torch.float64 else flat.float()
+
+
+def _remade(
+    kind: type[Trainer],
+    saes: Sequence[SAE],
+    configs: Sequence[TrainerConfig],
+    seeds: Sequence[int],
+    state: Mapping[str, Tensor],
+) -> Trainer:
+    trainer = kind(saes, configs, seeds)
+    trainer.load_state_dict(state)
+    return trainer

@@ -1,0 +1,122 @@
+"""How an SAE is trained: every setting, what follows from the settings, and their check."""
+
+import dataclasses
+from typing import Literal
+
+from matryoshka.command_line import UserError, require_not_negative, require_positive, setting
+from matryoshka.kernels import Gradient, MatmulDtype
+from matryoshka.kernels.dispatch import MAX_LATENTS_OF_ALL_PAIRS
+from sae import Sparsity
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How an SAE is trained. Defaults are the original's for the toy."""
+
+    n_steps: int = setting(help="training steps")
+    target_l0: float = setting(
+        help="active latents a sample that the sparsity weight is adapted to reach"
+    )
+    n_prefixes: int = setting(10, "prefixes a step; 1 makes a vanilla SAE")
+    prefixes: Literal["sampled", "expected"] = setting(
+        "sampled", "prefixes drawn each step, or the loss's exact mean over what may be drawn"
+    )
+    sparsity: Sparsity = setting(
+        "l1", "sparsity loss of c = a_j ||d_j||: c itself, or log((c + 0.1) / 0.1)"
+    )
+    sparsity_weight: float = setting(0.2, "where the adaptive sparsity weight starts")
+    sparsity_warmup: float = setting(0.2, "share of the steps over which it rises from 0 to there")
+    l0_control: Literal["original", "steady"] = setting(
+        "original", "how the sparsity weight follows L0: see SparsityController"
+    )
+    lr: float = setting(3e-2, "learning rate, of Adam")
+    lr_warmup_steps: int = setting(100, "steps over which it rises, at most 1/20 of all")
+    lr_decay: float = setting(0.2, "share of the steps over which it falls at the end")
+    lr_end: float = setting(0.1, "the last learning rate, as a share of --lr")
+    betas: tuple[float, float] = setting((0.5, 0.9375), "decays of Adam's two running means")
+    max_grad_norm: float = setting(1.0, "norm that an SAE's gradient is clipped to")
+    norm_decay: float = setting(0.99, "decay of the running mean of the inputs' norm")
+    order_decay: float = setting(0.95, "decay of the running mean square that orders latents")
+    restart_every: int = setting(
+        0, "steps between chances to restart the last latent; 0: never, as in the paper"
+    )
+    restart_window: tuple[float, float] = setting(
+        (0.2, 0.8), "shares of the steps between which there are such chances"
+    )
+    gradient: Gradient = setting(
+        "auto",
+        "auto: the fastest kernel; dense: the one that a GPU takes, on a CPU, too; autograd: "
+        "PyTorch's, slow, for any activation function",
+    )
+    matmul_dtype: MatmulDtype = setting(
+        "float32",
+        "operands of training's matrix products; what is learnt is float32. bfloat16 takes more "
+        "than 256 latents, and a batch and activations in multiples of 8",
+    )
+
+    def check(self, n_latents: int, batch_size: int | None = None) -> None:
+        """Raises `UserError` where a setting is impossible for SAEs of `n_latents`."""
+        require_positive(self, "n_steps", "n_prefixes", "target_l0", "lr", "sparsity_weight")
+        require_positive(self, "max_grad_norm")
+        require_not_negative(self, "restart_every", "lr_warmup_steps", "lr_end")
+        for name in ("sparsity_warmup", "lr_decay", "norm_decay", "order_decay"):
+            share = getattr(self, name)
+            if not 0 <= share <= 1:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} must be a share, between 0 and 1, got {share}")
+        for name in ("n_prefixes", "target_l0"):
+            value = getattr(self, name)
+            if value > n_latents:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {value} is more than there are latents: {n_latents}")
+        if self.matmul_dtype == "bfloat16" and n_latents <= MAX_LATENTS_OF_ALL_PAIRS:
+            raise UserError(
+                f"--n-latents {n_latents}: --matmul-dtype bfloat16 takes more than "
+                f"{MAX_LATENTS_OF_ALL_PAIRS}"
+            )
+        if batch_size is not None:
+            self.require_eights("--batch-size", batch_size)
+
+    def require_eights(self, what: str, size: int) -> None:
+        """Raises `UserError` where products in bfloat16 cannot have `size`."""
+        if self.matmul_dtype == "bfloat16" and size % 8:
+            raise UserError(f"--matmul-dtype bfloat16: {what} is {size}, not a multiple of 8")
+
+    @property
+    def n_warmup_steps(self) -> int:
+        """Steps over which the sparsity weight rises."""
+        return max(1, int(self.sparsity_warmup * self.n_steps))
+
+    def weight_in_warmup(self, step: int) -> float:
+        """The sparsity weight of step `step` of the warm-up, which counts from 0."""
+        return self.sparsity_weight * min(1.0, (step + 1) / self.n_warmup_steps)
+
+    def restarts_at(self, step: int) -> bool:
+        """Whether step `step` is followed by a chance to restart; see restart.py."""
+        begin, end = (share * self.n_steps for share in self.restart_window)
+        return self.restart_every > 0 and begin <= step <= end and step % self.restart_every == 0
+
+    def learning_rate(self, step: int) -> float:
+        """Warm-up, stable, decay: the learning rate of step `step`, which counts from 0.
+
+        Past the last step it stays what it was there.
+        """
+        warmup = min(self.lr_warmup_steps, self.n_steps // 20)
+        decay_steps = self.lr_decay * self.n_steps
+        into_decay = max(0.0, step - (self.n_steps - decay_steps)) / max(decay_steps, 1e-9)
+        falling = 1 - (1 - self.lr_end) * min(1.0, into_decay)
+        return self.lr * min(1.0, step / max(warmup, 1)) * falling
+
+
+def shared_settings(configs: list[TrainerConfig]) -> TrainerConfig:
+    """The settings of a stack. Raises ValueError where members differ in more than n_prefixes."""
+    first = configs[0]
+    for config in configs:
+        for field in dataclasses.fields(TrainerConfig):
+            one, other = getattr(first, field.name), getattr(config, field.name)
+            if field.name != "n_prefixes" and one != other:
+                raise ValueError(
+                    f"SAEs that are stepped together differ in n_prefixes only, not in "
+                    f"{field.name}: {one} and {other}"
+                )
+    return first
