@@ -683,8 +683,10 @@ def shown(records: Sequence[dict]) -> str:
 
 
 def short(value: float, digits: int) -> str:
-    """With so many digits behind the point; fewer characters where it is large."""
-    return f"{value:.{digits}f}" if value < 100 else f"{value:.3g}"
+    """With so many digits behind the point, but in few characters where it is large."""
+    return (
+        f"{value:.{digits}f}" if value < 100 else f"{value:.0f}" if value < 1e4 else f"{value:.0e}"
+    )
 
 
 def share(value: float | None) -> str:
