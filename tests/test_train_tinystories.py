@@ -280,8 +280,9 @@ def test_a_run_end_to_end(
         assert f"{result['training_fvu']:.4f}" in line
         assert f"{result['final_l0']:.2f}" in line
         assert line.split()[-2] == "-"
-    assert "waiting for data" in lines[-1]
-    assert "-: the run was shorter" in lines[-1]
+    assert "-: the run was shorter" in lines[-3]
+    assert "waiting for data" in lines[-2]
+    assert f"evaluate.py --run {out}" in lines[-1]
     bar = [line for line in done.stderr.splitlines() if "100%" in line][-1]
     assert len(bar) <= 80
     for figure in ("matryoshka FVU", "vanilla FVU", "L0"):
