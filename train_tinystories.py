@@ -683,8 +683,10 @@ def shown(records: Sequence[dict]) -> str:
 
 
 def short(value: float, digits: int) -> str:
-    """With so many digits behind the point; fewer characters where it is large."""
-    return f"{value:.{digits}f}" if value < 100 else f"{value:.3g}"
+    """With so many digits behind the point, but in few characters where it is large."""
+    return (
+        f"{value:.{digits}f}" if value < 100 else f"{value:.0f}" if value < 1e4 else f"{value:.0e}"
+    )
 
 
 def share(value: float | None) -> str:
@@ -742,8 +744,8 @@ def closing(results: Mapping[str, Any]) -> str:
     known = all(r["dead_share"] is not None for r in results["runs"])
     return (
         f"Dead: fired on none of the last {DEAD_AFTER:,} activations"
-        f"{'' if known else '; -: the run was shorter'}. {results['seconds']:.0f} s, {waited:.1%} "
-        "of them waiting for data"
+        f"{'' if known else '; -: the run was shorter'}.\n"
+        f"{results['seconds']:.0f} s, {waited:.1%} of them waiting for data"
     )
 
 
@@ -752,10 +754,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = script.parse(Config, __doc__, argv)
         results = run(config)
         print(summary(results))
-        print(
-            f"\n{closing(results)}; SAEs and metrics are in {config.out}. Next: python evaluate.py "
-            f"--run {config.out}"
-        )
+        print(f"\n{closing(results)}; SAEs and metrics are in {config.out}")
+        print(f"Next: python evaluate.py --run {config.out}")
         wrong = problems(results)
         for line in wrong:
             print(f"warning: {line}", file=sys.stderr)

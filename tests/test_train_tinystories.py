@@ -1,7 +1,9 @@
 """The training script: what a run writes, that a kill costs nothing, what it refuses, its L0."""
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -26,6 +28,7 @@ from tiny_factory import write_dataset, write_model
 
 import cache_activations
 import evaluate
+import script
 import train_tinystories
 from cache_activations import ActivationCache
 from sae import SAE, Trainer
@@ -179,8 +182,10 @@ def die_with(parent: int) -> None:
     """Ends this process once its parent is gone: even a killed test leaves nothing running."""
 
     def watch() -> None:
-        while os.path.exists(f"/proc/{parent}") or not os.path.exists("/proc"):
-            time.sleep(0.5)
+        with contextlib.suppress(ProcessLookupError):
+            while True:
+                os.kill(parent, 0)
+                time.sleep(0.5)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -275,10 +280,11 @@ def test_a_run_end_to_end(
         assert f"{result['training_fvu']:.4f}" in line
         assert f"{result['final_l0']:.2f}" in line
         assert line.split()[-2] == "-"
-    assert "waiting for data" in lines[-1]
-    assert "-: the run was shorter" in lines[-1]
-    bar = done.stderr.split("\n")[0].split("\r")[-1]
-    assert "100%" in bar
+    assert "-: the run was shorter" in lines[-3]
+    assert "waiting for data" in lines[-2]
+    assert f"evaluate.py --run {out}" in lines[-1]
+    bar = [line for line in done.stderr.splitlines() if "100%" in line][-1]
+    assert len(bar) <= 80
     for figure in ("matryoshka FVU", "vanilla FVU", "L0"):
         assert figure in bar
 
@@ -507,6 +513,80 @@ def test_killed_again_and_again_ends_with_the_same_bytes(
     assert results["runs"] == whole[1]
 
 
+@pytest.mark.parametrize(
+    ("number", "nth"),
+    [(signal.SIGINT, 1), (signal.SIGINT, 99), (signal.SIGTERM, 99), (signal.SIGTERM, 357)],
+)
+def test_a_signal_loses_no_step(
+    cache: Path,
+    tmp_path: Path,
+    whole: tuple[dict[str, bytes], list],
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    nth: int,
+) -> None:
+    """Ctrl-C and SIGTERM, before the first regular checkpoint and after it."""
+    config = config_for(cache, tmp_path / "out", **KILLED)
+    kill(config, "step", nth, number)
+    records = records_of(tmp_path / "out")
+    assert [r["step"] for r in records[::2]] == list(range(2, nth + 1, 2))
+    before = contents(tmp_path / "out")
+    assert "add --resume" in refused(config, capsys)
+    assert contents(tmp_path / "out") == before, "the metrics are not cut"
+    state = train_tinystories.Run(config, ActivationCache(cache), torch.device("cpu"))
+    state.load()
+    assert state.trainer.n_steps_done == nth
+    run(resumed(config))
+    assert learnt(tmp_path / "out") == whole[0]
+
+
+def test_an_error_in_reading_loses_no_step(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(config_for(cache, tmp_path / "whole"))
+    real = ActivationCache.batches
+
+    def fails(self: ActivationCache, *args: Any) -> Iterator[torch.Tensor]:
+        yield from itertools.islice(real(self, *args), 22)
+        raise UserError("the disk is gone")
+
+    config = config_for(cache, tmp_path / "out", checkpoint_every=1_000)
+    with monkeypatch.context() as patched:
+        patched.setattr(ActivationCache, "batches", fails)
+        with pytest.raises(UserError, match="the disk is gone"):
+            run(config)
+    steps = itertools.count()
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, x: (next(steps), step(self, x))[1])
+    run(resumed(config))
+    assert next(steps) == 50 - 22
+    assert learnt(tmp_path / "out") == learnt(tmp_path / "whole")
+
+
+def test_ctrl_c_during_the_imports_prints_nothing(tmp_path: Path) -> None:
+    """Here the first library that is imported sends it."""
+    stub = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    (tmp_path / "safetensors.py").write_text(stub)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_tinystories.py")],
+        capture_output=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
+@pytest.mark.usefixtures("no_steps")
+def test_one_folder_has_one_run_at_a_time(
+    cache: Path, stopped_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(stopped_run)
+    with script.one_writer(stopped_run):
+        said = refused(resumed(config_for(cache, stopped_run)), capsys)
+    assert f"--out {stopped_run}: another process is writing there" in said
+    assert contents(stopped_run) == before
+
+
 @pytest.mark.parametrize("products", ["float32", "bfloat16"])
 def test_a_resume_is_exact_in_a_large_dictionary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, products: str
@@ -562,6 +642,76 @@ def test_a_finished_run_is_returned_without_training(
     assert run(resumed(config)) == results
     train_tinystories.main(argv_for(resumed(config)))
     assert "vanilla" in capsys.readouterr().out
+    assert contents(tmp_path) == before
+
+
+def test_files_are_recorded_as_they_are(cache: Path, tmp_path: Path) -> None:
+    """evaluate.py knows by this which SAEs are of the run, and what was trained on."""
+    results = run(config_for(cache, tmp_path, refit=True, tokens=2_000))
+    for result in results["runs"]:
+        for key, folder in (("file_sha256", "."), ("refit_file_sha256", "refit")):
+            data = (tmp_path / folder / f"{result['sae']}.safetensors").read_bytes()
+            assert result[key] == hashlib.sha256(data).hexdigest()
+    made = ActivationCache(cache)
+    sizes = [shard.n_tokens for shard in made.shards]
+    assert sizes[0] < 2_000 < sizes[0] + sizes[1], "the third shard and the fourth are not used"
+    assert results["cache"]["acts_sha256"] == [s.acts_sha256 for s in made.shards[:2]]
+
+
+@pytest.mark.parametrize("damage", ["lost", "cut", "of another run"])
+def test_a_lost_sae_is_written_again(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    config = config_for(cache, tmp_path / "out")
+    results = run(config)
+    before = contents(tmp_path / "out")
+    path = tmp_path / "out" / "vanilla.safetensors"
+    if damage == "lost":
+        path.unlink()
+    elif damage == "cut":
+        cut(path)
+    else:
+        run(config_for(cache, tmp_path / "other", seed=1))
+        shutil.copy(tmp_path / "other" / "vanilla.safetensors", path)
+    monkeypatch.setattr(Trainer, "step", None)
+    assert run(resumed(config)) == results
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_finished_run_is_refitted_when_asked(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = run(config_for(cache, tmp_path / "at once", refit=True))
+    config = config_for(cache, tmp_path / "later")
+    run(config)
+    before = contents(tmp_path / "later")
+    monkeypatch.setattr(Trainer, "step", None)
+    with_refit = dataclasses.replace(resumed(config), refit=True)
+    results = run(with_refit)
+    assert results["config"]["refit"]
+    assert results["runs"] == at_once["runs"]
+    after = contents(tmp_path / "later")
+    assert set(after) - set(before) == {"refit/matryoshka.safetensors", "refit/vanilla.safetensors"}
+    assert all(after[name] == before[name] for name in before if name != "results.json")
+    monkeypatch.setattr(train_tinystories.refit, "refit_decoder", None)
+    assert run(with_refit) == results, "and is then finished"
+
+
+def test_a_finished_run_without_its_checkpoint_is_returned_or_refused(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint may have been deleted to save room. Nothing is trained over what is left."""
+    config = config_for(cache, tmp_path)
+    results = run(config)
+    (tmp_path / "checkpoint.safetensors").unlink()
+    before = contents(tmp_path)
+    assert run(resumed(config)) == results
+    other = dataclasses.replace(resumed(config), lr=1e-3)
+    assert "results.json is of a run with --lr 0.003, not 0.001" in refused(other, capsys)
+    refit = dataclasses.replace(resumed(config), refit=True)
+    said = refused(refit, capsys)
+    assert "without its checkpoint" in said
+    assert "refit/vanilla.safetensors" in said
     assert contents(tmp_path) == before
 
 
@@ -627,6 +777,204 @@ def test_divergence_after_a_resume_names_the_metrics_of_before(
         run(resumed(config))
     assert len(good) == 2
     assert all(json.dumps(record) in str(stopped.value) for record in good)
+
+
+# ------------------------------------------------------------------------- what is wrong with a run
+
+
+def test_every_problem_has_its_line() -> None:
+    good = {"sae": "vanilla", "training_fvu": 0.3, "final_l0": 20.0, "dead_share": 0.0}
+
+    def lines(**figures: Any) -> list[str]:
+        runs = [good, good | {"sae": "matryoshka"} | figures]
+        return train_tinystories.problems({"config": {"target_l0": 20.0}, "runs": runs})
+
+    assert lines() == []
+    assert lines(final_l0=21.9, dead_share=0.19, training_fvu=0.99) == []
+    assert lines(dead_share=None) == []
+    (line,) = lines(final_l0=93.9)
+    assert "the matryoshka SAE missed its target: L0 93.9 for 20: try" in line
+    assert "a higher --sparsity-weight" in line
+    (line,) = lines(final_l0=17.0)
+    assert "a lower --sparsity-weight" in line
+    (line,) = lines(training_fvu=20.0)
+    assert "the matryoshka SAE reconstructs worse than the activations' mean does (FVU 20)" in line
+    assert "--lr" in line
+    (line,) = lines(dead_share=0.6)
+    assert "60.0% of the matryoshka SAE's latents are dead: try fewer --n-latents" in line
+    assert len(lines(final_l0=0.0, training_fvu=1.01, dead_share=1.0)) == 3
+
+
+def test_a_useless_run_is_an_error_once_everything_is_written(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for resume in (False, True):
+        config = config_for(cache, tmp_path, lr=100.0, resume=resume)
+        with pytest.raises(SystemExit) as stopped:
+            train_tinystories.main(argv_for(config))
+        assert stopped.value.code == 2
+        printed = capsys.readouterr()
+        assert "at the end of training" in printed.out
+        assert "reconstructs worse than the activations' mean does" in printed.err
+        assert f"error: what {tmp_path} holds is of no use" in printed.err.splitlines()[-1]
+        assert (tmp_path / "results.json").exists()
+
+
+def test_a_missed_target_is_a_warning(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_tinystories.main(argv_for(config_for(cache, tmp_path, n_steps=20, target_l0=1.0)))
+    assert "warning: the vanilla SAE missed its target: L0" in capsys.readouterr().err
+
+
+def test_the_bar_shows_both_saes_in_80_columns() -> None:
+    records = [
+        {"sae": name, "fvu": 12.345, "l0": 3072.0, "dead_share": 0.1, "sparsity_weight": 1.2}
+        for name in ("matryoshka", "vanilla")
+    ]
+    said = train_tinystories.shown(records)
+    assert said == "matryoshka FVU 12.345 L0 3072, vanilla FVU 12.345 L0 3072"
+    assert len("100% 1:23:45<1:23:45, " + said) <= 80
+    assert train_tinystories.short(5.4e7, 3) == "5e+07"
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1e4])
+@pytest.mark.usefixtures("no_steps")
+def test_activations_that_are_all_the_same_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float
+) -> None:
+    n = 300
+    make = {
+        "format": 1,
+        "tokens": n,
+        "dtype": "float32",
+        "d_model": D_MODEL,
+        "rows_per_shard": 3,
+    }
+    tokens = np.stack([np.arange(n), np.arange(n) // 100, np.arange(n) % 100], 1).astype("<i4")
+    (tmp_path / "cache").mkdir()
+    acts = torch.full((n, D_MODEL), value)
+    cache_activations.write_shard(tmp_path / "cache", acts, tokens, (0, 3), make)
+    cache_activations.finish(tmp_path / "cache", 3)
+    said = refused(config_for(tmp_path / "cache", tmp_path / "out"), capsys)
+    assert "its activations are all the same: nothing to explain" in said
+    assert contents(tmp_path / "out") == {}
+
+
+def test_a_batch_at_fault_is_named_and_the_learning_rate_is_not() -> None:
+    records = [{"step": 7, "sae": "vanilla", "fvu": float("inf")}]
+    for x, named in (
+        (torch.ones(4, 3), "the batch's activations are all the same"),
+        (torch.tensor([[1.0, torch.nan], [2.0, 3.0]]), "activations that are not finite"),
+    ):
+        with pytest.raises(UserError, match=f"step 7: .*{named}") as stopped:
+            train_tinystories.stop_if_diverged(records, [], x)
+        assert "--lr" not in str(stopped.value)
+    train_tinystories.stop_if_diverged([records[0] | {"fvu": 1e9}], [], torch.ones(4, 3))
+
+
+# ------------------------------------------------------------------------- that settings arrive
+
+# What a setting is replaced by, and where a trainer then has it (default: in its config).
+OF_TRAINER: dict[str, tuple[Any, Callable[[Trainer], Any]]] = {
+    "sae": ("vanilla", lambda t: {(1,): "vanilla"}[tuple(t.n_prefixes)]),
+    "n_latents": (320, lambda t: t.n_latents),
+    "n_prefixes": (7, lambda t: t.n_prefixes[0]),
+    "target_l0": (7.5, lambda t: t.config.target_l0),
+    "lr": (0.02, lambda t: t.config.lr),
+    "n_steps": (77, lambda t: t.config.n_steps),
+    "sparsity": ("log", lambda t: t.config.sparsity),
+    "sparsity_weight": (0.7, lambda t: t.config.sparsity_weight),
+    "prefixes": ("expected", lambda t: t.config.prefixes),
+    "products": ("bfloat16", lambda t: t.config.products),
+    "dense": (True, lambda t: t.config.dense),
+    "seed": (9, lambda t: t.seeds[0] if t.seeds == [9, 9] else t.seeds),
+}
+
+
+@pytest.mark.parametrize("name", OF_TRAINER)
+def test_a_setting_arrives_at_the_trainer(name: str) -> None:
+    value, where = OF_TRAINER[name]
+    base = Config(n_latents=300)
+    assert getattr(base, name) != value
+    config = dataclasses.replace(base, **{name: value})
+    trainer = train_tinystories.make_trainer(config, 16, torch.device("cpu"))
+    assert where(trainer) == value
+    saes = trainer.sae.unstack()
+    assert len(saes) == (1 if name == "sae" else 2)
+    for sae in saes:  # before the first step all latents are as good, and stay where they were
+        assert torch.equal(sae.W_enc, SAE(16, config.n_latents, config.seed).W_enc)
+    if name != "sae":
+        assert trainer.n_prefixes == [config.n_prefixes, 1], "Matryoshka has them, vanilla one"
+
+
+OF_RUN = {"cache", "tokens", "batch_size", "seed", "out", "resume", "checkpoint_every", "device"}
+OF_RUN |= {"refit"}  # resume and refit have tests of their own
+
+
+def test_the_other_settings_arrive(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    real, device = ActivationCache.batches, script.pick_device
+
+    def batches(self: ActivationCache, size: int, seed: int, *args: Any) -> Any:
+        asked.update(cache=str(self.folder), tokens=self.n_tokens, batch_size=size, seed=seed)
+        return real(self, size, seed, *args)
+
+    def pick_device(name: str) -> torch.device:
+        asked.update(device=name)
+        return device(name)
+
+    monkeypatch.setattr(ActivationCache, "batches", batches)
+    monkeypatch.setattr(script, "pick_device", pick_device)
+    settings = {"tokens": 3_000, "batch_size": 40, "seed": 4, "device": "cpu"}
+    config = config_for(cache, tmp_path / "o", n_steps=7, checkpoint_every=3, **settings)
+    saved_at = []
+    original = train_tinystories.Run.save
+
+    def save(self: train_tinystories.Run) -> None:
+        saved_at.append(self.trainer.n_steps_done)
+        original(self)
+
+    monkeypatch.setattr(train_tinystories.Run, "save", save)
+    run(config)
+    assert asked == {"cache": str(cache), **settings}
+    assert saved_at == [0, 3, 6, 7]
+    assert (tmp_path / "o" / "results.json").exists()
+    assert {f.name for f in dataclasses.fields(Config)} == OF_RUN | set(OF_TRAINER)
+
+
+def test_the_published_recipe() -> None:
+    """What the write-up trained TinyStories with: nobody changes it without this being seen."""
+    config = Config()
+    trainer = train_tinystories.make_trainer(config, 16, torch.device("cpu"))
+    assert config.batch_size == 1024
+    assert (trainer.n_latents, trainer.n_prefixes, trainer.seeds) == (3072, [10, 1], [0, 0])
+    found = dataclasses.asdict(trainer.config)
+    recipe = {
+        "n_steps": 30_000,
+        "target_l0": 30.0,
+        "lr": 1e-3,
+        "prefixes": "sampled",
+        "sparsity": "l1",
+        "sparsity_weight": 1.2,
+        "sparsity_warmup": 0.2,
+        "l0_control": "steady",
+        "lr_warmup_steps": 100,
+        "lr_decay": 0.2,
+        "lr_end": 0.1,
+        "betas": (0.5, 0.9375),
+        "restart_every": 0,
+        "max_grad_norm": 1.0,
+        "norm_decay": 0.99,
+        "order_decay": 0.95,
+        "products": "float32",
+        "dense": False,
+    }
+    assert {name: found[name] for name in recipe} == recipe
+    assert train_tinystories.DEAD_AFTER == 2_000_000
+    assert not config.refit
 
 
 # -------------------------------------------------------------------------------- what is refused
@@ -841,6 +1189,96 @@ def test_metrics_shorter_than_at_the_checkpoint_are_refused(
     before = contents(stopped_run)
     assert "metrics.jsonl" in refused(resumed(config_for(cache, stopped_run)), capsys)
     assert contents(stopped_run) == before
+
+
+@pytest.mark.parametrize("name", train_tinystories.FILES)
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.usefixtures("no_steps")
+def test_what_another_run_left_is_not_taken_for_this_ones(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, resume: bool
+) -> None:
+    """An older vanilla.safetensors would be scored as this run's: the folder is refused."""
+    if name == "refit":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_text("precious")
+    before = contents(tmp_path)
+    said = refused(config_for(cache, tmp_path, resume=resume), capsys)
+    assert str(tmp_path) in said
+    if name not in ("checkpoint.safetensors", "results.json"):
+        assert f"holds {name}, of a run without a checkpoint: move that away" in said
+    assert contents(tmp_path) == before
+
+
+def a_folder(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+def foreign(path: Path) -> None:
+    """As long as it was, and another script's, or of another run."""
+    text = json.dumps({"config": {"target_l0": 0}, "runs": [{"sae": "x", "best": 1}]})
+    path.write_text((text + "\n") * 1_000)
+
+
+def cut_short(path: Path) -> None:
+    path.write_text('{"config": {"sa')
+
+
+def a_list(path: Path) -> None:
+    path.write_text("[1]")
+
+
+def binary(path: Path) -> None:
+    path.write_bytes(b"\xff\xfe" * 50_000)
+
+
+@pytest.mark.parametrize(
+    ("name", "damages"),
+    [
+        ("results.json", [cut_short, a_list, foreign, binary, a_folder]),
+        ("metrics.jsonl", [foreign, binary, a_folder, cut_short]),
+        ("checkpoint.safetensors", [foreign, binary, a_folder]),
+    ],
+)
+@pytest.mark.usefixtures("no_steps")
+def test_a_file_that_is_not_the_runs_is_named(
+    cache: Path,
+    stopped_run: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    damages: list[Callable[[Path], None]],
+) -> None:
+    for damage in damages:
+        damage(stopped_run / name)
+        before = contents(stopped_run)
+        assert str(stopped_run / name) in refused(resumed(config_for(cache, stopped_run)), capsys)
+        assert contents(stopped_run) == before
+        if (stopped_run / name).is_dir():
+            (stopped_run / name).rmdir()
+
+
+@pytest.mark.parametrize("name", ["results.json", "matryoshka.safetensors", "refit"])
+def test_a_folder_where_a_result_should_be_is_named(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Made while training went on, so that it is met at the end; then nothing is lost."""
+    config = config_for(cache, tmp_path, refit=True)
+    make = Path.write_text if name == "refit" else Path.mkdir
+    args = ("a file",) if name == "refit" else ()
+    real = train_tinystories.train
+
+    def train_then_block(*every: Any) -> None:
+        real(*every)
+        make(tmp_path / name, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_tinystories, "train", train_then_block)
+        with pytest.raises(UserError, match=f"{tmp_path / name} "):
+            run(config)
+    (tmp_path / name).unlink() if name == "refit" else (tmp_path / name).rmdir()
+    run(resumed(config))
+    assert (tmp_path / "results.json").exists()
 
 
 @pytest.mark.parametrize("kind", ["acts", "tokens"])
