@@ -93,6 +93,27 @@ def _umask() -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as JSON, whole or not at all. NaN is refused: JSON has none."""
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda part: part.write_text(text))
+    """Writes `value` as JSON, whole or not at all: a line a key, and a line an item of a list.
+
+    NaN is refused: JSON has none.
+    """
+    write_atomically(path, lambda part: part.write_text(json_text(value), encoding="utf-8"))
+
+
+def json_text(value: Any) -> str:
+    """`value` as JSON that a person can read and a line tool can search.
+
+    An object at the top has a line a key, and a list of objects in it a line an item.
+    """
+
+    def line(value: Any) -> str:
+        return json.dumps(value, allow_nan=False, ensure_ascii=False)
+
+    def block(value: Any) -> str:
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return "[\n  " + ",\n  ".join(map(line, value)) + "\n ]"
+        return line(value)
+
+    if not isinstance(value, dict):
+        return block(value) + "\n"
+    return "{\n " + ",\n ".join(f"{line(k)}: {block(v)}" for k, v in value.items()) + "\n}\n"

@@ -1,8 +1,8 @@
 """How fast, against what: times are medians of repeats, and what matters are ratios in one run.
 
-    python bench.py                    all of it; under five minutes on two CPU cores
-    python bench.py --part step        a training step at full size, against dense arithmetic
-    python bench.py --part toy-whole   train_toy.py itself, for one seed and for ten
+    python -m studies.bench                    all of it; under five minutes on two CPU cores
+    python -m studies.bench --part step        a step at full size, against dense arithmetic
+    python -m studies.bench --part toy-whole   train_toy.py itself, for one seed and for ten
 
 Machines are noisy: the variants of a table take turns, so that a slow moment hits all of them. The
 yardstick at full size is the five dense matrix products that a step cannot do without if it works
@@ -12,7 +12,7 @@ At full size the data is synthetic: 3,072 known directions, 30 of them active in
 frequencies falling from common to rare. SAEs start on those directions and are trained until they
 fire 30 latents an input; where the size or the L0 varies, that would take too long, and they are
 only placed there. "Fresh" ones are as initialised: half of their latents fire. "bfloat16": with the
-matrix products' operands rounded to it, as `--products bfloat16` of train_tinystories.py has them.
+matrix products' operands rounded to it, as `--matmul-dtype bfloat16` has them.
 Writes a JSON file with every median, its quartiles, and where it was measured.
 """
 
@@ -36,26 +36,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cache_activations
-import evaluate
-import gradients
-import script
-import tiny_model
 import train_toy
-from gradients import Products, Workspace, write_gradient
-from sae import SAE, Trainer, TrainerConfig, seeded_generator
-from script import UserError, setting
+from matryoshka import cache_writer, metrics, tiny_model
+from matryoshka.cache_reader import ActivationCache
+from matryoshka.command_line import main_guard, parse, pick_device, require_positive, setting, table
+from matryoshka.environment import environment
+from matryoshka.errors import UserError
+from matryoshka.files import make_folder, write_json
+from matryoshka.kernels import MatmulDtype, Workspace, write_gradient
+from matryoshka.kernels.layout import encode
+from matryoshka.process import threads
+from matryoshka.trainer import Trainer
+from matryoshka.trainer_config import TrainerConfig
+from sae import SAE, seeded_generator
 
 Times = dict[str, dict[str, float]]
 Prefixes = Literal["sampled", "expected"]
+Part = Literal["all", "toy", "toy-whole", "step", "growth", "data"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What is measured, and where the figures go."""
 
-    part: str = setting(
-        "all", "what to measure", choices=["all", "toy", "toy-whole", "step", "growth", "data"]
-    )
+    part: Part = setting("all", "what to measure")
     repeats: int = setting(7, "how often each variant is timed; the median counts")
     original: str = setting(
         "", "a clone of github.com/noanabeshima/matryoshka-saes: --part step times its step, too"
@@ -112,7 +116,7 @@ def bench_toy(repeats: int) -> Times:
     tree = train_toy.load_tree("tree.json")
     generator = seeded_generator(0)
     cpu = torch.device("cpu")
-    with script.threads(1):
+    with threads(1):
         variants = {
             "a step of the pair": toy_steps([10, 1]),
             "of vanilla": toy_steps([1]),
@@ -132,9 +136,11 @@ def bench_toy(repeats: int) -> Times:
 def toy_steps(n_prefixes: Sequence[int], prefixes: Prefixes = "sampled") -> Callable[[], None]:
     """A call that takes TOY_STEPS steps of a stack of SAEs at the toy's size."""
     n_saes = len(n_prefixes)
-    stack = SAE.stack([SAE(20, 20, seed) for seed in range(n_saes)])
-    config = TrainerConfig(n_steps=40_000, target_l0=1.2338, prefixes=prefixes)
-    trainer = Trainer(stack, config, list(range(n_saes)), n_prefixes)
+    configs = [
+        TrainerConfig(n_steps=40_000, target_l0=1.2338, prefixes=prefixes, n_prefixes=n)
+        for n in n_prefixes
+    ]
+    trainer = Trainer([SAE(20, 20, seed) for seed in range(n_saes)], configs, range(n_saes))
     x = torch.randn(10, n_saes, 200, 20, generator=seeded_generator(1))
 
     def steps() -> None:
@@ -209,7 +215,7 @@ class Synthetic:
 
 
 class Case(NamedTuple):
-    """A stack of one SAE, and a batch to take steps on: x [BATCH, D_MODEL]."""
+    """An SAE, and a batch to take steps on: x [BATCH, D_MODEL]."""
 
     sae: SAE
     x: Tensor
@@ -217,13 +223,13 @@ class Case(NamedTuple):
     @classmethod
     def fresh(cls, device: torch.device) -> "Case":
         x = torch.randn(BATCH, D_MODEL, generator=seeded_generator(0))
-        return cls(SAE.stack([SAE(D_MODEL, N_LATENTS)]).to(device), x.to(device))
+        return cls(SAE(D_MODEL, N_LATENTS).to(device), x.to(device))
 
     @classmethod
     def placed(cls, device: torch.device, n_latents: int = N_LATENTS, l0: float = L0) -> "Case":
         data = Synthetic(n_latents, l0)
         x = data.draw()
-        return cls(SAE.stack([data.placed_sae(x)]).to(device), x.to(device))
+        return cls(data.placed_sae(x).to(device), x.to(device))
 
     @classmethod
     def trained(cls, device: torch.device, n_prefixes: int) -> "Case":
@@ -231,35 +237,36 @@ class Case(NamedTuple):
         config = TrainerConfig(
             n_steps=TRAINING_STEPS,
             target_l0=L0,
+            n_prefixes=n_prefixes,
             lr=1e-3,
             l0_control="steady",
             sparsity_weight=3.0,
             sparsity_warmup=0.1,
         )
-        sae = SAE.stack([data.placed_sae(data.draw())]).to(device)
-        trainer = Trainer(sae, config, [0], [n_prefixes])
+        trainer = Trainer([data.placed_sae(data.draw()).to(device)], config, [0])
         for _ in tqdm(range(TRAINING_STEPS), f"train, {n_prefixes} prefixes", leave=False):
             trainer.step(data.draw().to(device))
-        return cls(trainer.sae, data.draw().to(device))
+        return cls(trainer.saes[0], data.draw().to(device))
 
     @torch.no_grad()
     def l0(self) -> float:
         """Active latents an input."""
-        return float(evaluate.l0(self.sae.encode(self.x)))
+        return float(metrics.l0(self.sae.encode(self.x)))
 
     def trainer(self, n_prefixes: int, **settings: Any) -> Trainer:
         """A trainer whose steps change nothing. settings: a `TrainerConfig`'s."""
-        return Trainer(self.sae, dataclasses.replace(UNMOVED, **settings), [0], [n_prefixes])
+        config = dataclasses.replace(UNMOVED, n_prefixes=n_prefixes, **settings)
+        return Trainer([self.sae], config, [0])
 
     def step(self, n_prefixes: int, **settings: Any) -> Callable[[], object]:
         """A call that takes one step."""
         trainer = self.trainer(n_prefixes, **settings)
         return lambda: trainer.step(self.x)
 
-    def five_products(self, products: Products = "float32") -> Callable[[], object]:
+    def five_products(self, dtype_name: MatmulDtype = "float32") -> Callable[[], object]:
         """The dense step's matrix products alone, on dense operands."""
-        dtype = getattr(torch, products)
-        W_enc, W_dec = (W[0].detach().to(dtype) for W in (self.sae.W_enc, self.sae.W_dec))
+        dtype = getattr(torch, dtype_name)
+        W_enc, W_dec = (W.detach().to(dtype) for W in (self.sae.W_enc, self.sae.W_dec))
         x = self.x.to(dtype)
         acts = torch.rand(BATCH, self.sae.n_latents, device=x.device, dtype=dtype)
         g_x, g_acts = torch.randn_like(x), torch.rand_like(acts)
@@ -277,19 +284,19 @@ class Case(NamedTuple):
         """Calls that do a step's parts, one by one. The second contains the first."""
         trainer = self.trainer(n_prefixes)
         trainer.step(self.x)
-        x, params, grads = self.x[None], trainer._params_by_name, trainer._grads_by_name
-        by_place, ends = trainer._reaches[0], trainer._ends[0]
-        reach = trainer._to_latents(by_place)
-        workspace, flat = Workspace(), trainer._grads
+        x, params, grads = self.x[None], trainer._params, trainer._grads
+        prefixes, one = trainer._prefixes.of(1), params.one(0)
+        objective = trainer._objective(x, prefixes)
+        workspace, flat = Workspace(), trainer._flat_grads
         parts: dict[str, Callable[[], object]] = {
-            "encode": lambda: gradients._encode(params.one(0), x[0], "float32", workspace),
+            "encode": lambda: encode(one, x[0], "relu", "float32", workspace),
             "encode, decode and backward": lambda: write_gradient(
-                grads, params, x, reach, reach, "l1", ends, workspace=workspace
+                grads, params, objective, workspace=workspace
             ),
             "clip": lambda: flat.mul_(torch.linalg.vector_norm(flat, dim=1).clamp_(1, 1)[:, None]),
             "Adam": lambda: trainer._adam(UNMOVED.lr),
-            "scale the input": lambda: trainer._scaled(x, 0.01),
-            "order the latents": lambda: trainer._to_latents(by_place),
+            "scale the input": lambda: trainer._input_scale.scale(x, 0.01),
+            "order the latents": lambda: trainer._objective(x, prefixes),
         }
         return {f"of these: {name}": torch.inference_mode()(part) for name, part in parts.items()}
 
@@ -326,7 +333,7 @@ def original_step(original: Any, case: Case, n_prefixes: int) -> Callable[[], ob
     theirs = original_sae(original, case.sae.n_latents, n_prefixes).to(case.x.device)
     with torch.no_grad():
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-            getattr(theirs, name).copy_(getattr(case.sae, name)[0])
+            getattr(theirs, name).copy_(getattr(case.sae, name))
         theirs.normalizer.running_avg.fill_(float(case.x.norm(dim=1).mean()))
     return lambda: theirs.step(case.x)
 
@@ -345,10 +352,10 @@ def bench_step(repeats: int, device: torch.device, original: Any = None) -> Time
         "vanilla, fresh": fresh.step(1),
         "matryoshka, 10 prefixes, fresh": fresh.step(10),
         "bfloat16: five dense products": matryoshka.five_products("bfloat16"),
-        "bfloat16: vanilla": vanilla.step(1, products="bfloat16"),
-        "bfloat16: matryoshka, 10 prefixes": matryoshka.step(10, products="bfloat16"),
-        "bfloat16: vanilla, fresh": fresh.step(1, products="bfloat16"),
-        "bfloat16: matryoshka, 10 prefixes, fresh": fresh.step(10, products="bfloat16"),
+        "bfloat16: vanilla": vanilla.step(1, matmul_dtype="bfloat16"),
+        "bfloat16: matryoshka, 10 prefixes": matryoshka.step(10, matmul_dtype="bfloat16"),
+        "bfloat16: vanilla, fresh": fresh.step(1, matmul_dtype="bfloat16"),
+        "bfloat16: matryoshka, 10 prefixes, fresh": fresh.step(10, matmul_dtype="bfloat16"),
     }
     variants |= matryoshka.parts(10)
     if original is not None:
@@ -371,7 +378,7 @@ def bench_growth(repeats: int, device: torch.device) -> Times:
         case = Case.placed(device, n_latents)
         sized = {
             f"{n_latents} latents": case.step(10),
-            f"{n_latents} latents, bfloat16": case.step(10, products="bfloat16"),
+            f"{n_latents} latents, bfloat16": case.step(10, matmul_dtype="bfloat16"),
             f"{n_latents} latents, five products": case.five_products(),
         }
         times |= alternate(sized, max(2, repeats - 2), device, steps_at_once(device))
@@ -380,7 +387,7 @@ def bench_growth(repeats: int, device: torch.device) -> Times:
         case = Case.placed(device, l0=l0)
         variants |= {
             f"L0 {l0}": case.step(10),
-            f"L0 {l0}, bfloat16": case.step(10, products="bfloat16"),
+            f"L0 {l0}, bfloat16": case.step(10, matmul_dtype="bfloat16"),
         }
     return times | alternate(variants, repeats, device, steps_at_once(device))
 
@@ -440,18 +447,18 @@ def show(times: Times) -> str:
     for name, t in times.items():
         spread = f"{t['q1']:.2f} to {t['q3']:.2f}" if "q1" in t else "once"
         rows.append([name, f"{t['median']:.2f}", spread, f"{t['median'] / first:.2f}"])
-    return script.table(["", "ms", "quartiles", "ratio"], rows)
+    return table(["", "ms", "quartiles", "ratio"], rows)
 
 
 def run(config: Config) -> dict[str, Any]:
     """Measures what `config.part` says, and writes it to a JSON file in `config.out`."""
-    script.require_positive(config, "repeats")
-    device = script.pick_device(config.device)
+    require_positive(config, "repeats")
+    device = pick_device(config.device)
     if config.original and config.part not in ("all", "step"):
         raise UserError(f"--original is of --part step, and not of --part {config.part}")
     original = load_original(config.original) if config.original else None
     out = Path(config.out)
-    script.make_folder(out)
+    make_folder(out)
     parts: dict[str, Callable[[], Times]] = {
         "toy": lambda: bench_toy(config.repeats),
         "toy-whole": bench_toy_whole,
@@ -461,15 +468,15 @@ def run(config: Config) -> dict[str, Any]:
     }
     asked = list(parts) if config.part == "all" else [config.part]
     results: dict[str, Any] = {name: parts[name]() for name in asked}
-    results["environment"] = script.environment(device)
+    results["environment"] = environment(device)
     results["peak_memory"] = peak_memory(device)
-    script.write_json(out / f"{config.part}.json", results)
+    write_json(out / f"{config.part}.json", results)
     return results
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with script.main_guard():
-        results = run(script.parse(Config, __doc__, argv))
+    with main_guard():
+        results = run(parse(Config, __doc__, argv))
         for name in itertools.takewhile(lambda name: name != "environment", results):
             print(f"\n{name}\n{show(results[name])}")
         print(f"\n{results['environment']['device']}; peak memory {results['peak_memory']}")

@@ -1,6 +1,6 @@
 """What each fix of the original code does: the toy comparison with a defect put back.
 
-    python ablate_toy.py --seeds 40
+    python -m studies.ablate_toy --seeds 40
 
 Defects that change what is trained, by name:
 
@@ -22,11 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import script
 import train_toy
-from gradients import Params
-from sae import Schedule, Trainer
-from script import setting
+from matryoshka.command_line import main_guard, parse, require_positive, setting, table
+from matryoshka.controls import Schedule
+from matryoshka.environment import environment
+from matryoshka.errors import UserError
+from matryoshka.files import make_folder, write_json
+from matryoshka.kernels import Params
+from matryoshka.trainer import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +105,13 @@ VARIANTS: dict[str, type[Trainer]] = {
 
 def run(config: Config) -> dict[str, Any]:
     """Trains every variant; writes ablation.json to `config.out` and returns what it holds."""
-    script.require_positive(config, "seeds", "steps")
+    require_positive(config, "seeds", "steps")
     names = config.variants.split(",")
     for name in names:
         if name not in VARIANTS:
-            raise script.UserError(f"--variants {name}: it is none of {', '.join(VARIANTS)}")
+            raise UserError(f"--variants {name}: it is none of {', '.join(VARIANTS)}")
     out = Path(config.out)
-    script.make_folder(out)
+    make_folder(out)
     variants = {}
     for name in names:
         toy = train_toy.Config(
@@ -122,10 +125,10 @@ def run(config: Config) -> dict[str, Any]:
         variants[name] = summarise(results["runs"])
     results = {
         "config": dataclasses.asdict(config),
-        "environment": script.environment(torch.device("cpu")),
+        "environment": environment(torch.device("cpu")),
         "variants": variants,
     }
-    script.write_json(out / "ablation.json", results)
+    write_json(out / "ablation.json", results)
     return results
 
 
@@ -143,7 +146,7 @@ def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def table(results: dict[str, Any]) -> str:
+def summary(results: dict[str, Any]) -> str:
     """A row a variant: how many seeds recover all, FVU and L0."""
     seeds = results["config"]["seeds"]
     rows = []
@@ -162,17 +165,17 @@ def table(results: dict[str, Any]) -> str:
                 f"{vanilla['clean_features'].get('11', 0)} of {seeds}",
             ]
         )
-    return script.table(
+    return table(
         ["defect put back", "20/20", "the others", "median FVU", "median L0", "vanilla at 11/20"],
         rows,
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with script.main_guard():
-        config = script.parse(Config, __doc__, argv)
+    with main_guard():
+        config = parse(Config, __doc__, argv)
         train_toy.fix_kernels()
-        print(table(run(config)))
+        print(summary(run(config)))
 
 
 if __name__ == "__main__":
