@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from script import UserError, threads
+from matryoshka.errors import UserError
+from matryoshka.process import threads
 
 # A joint table of at most this many states stays in the cache of a CPU core or two.
 MAX_STATES = 2**16

@@ -24,7 +24,6 @@ from matryoshka.environment import commit
 from matryoshka.errors import Interrupted, UserError
 from matryoshka.process import in_main_thread
 
-
 Config = typing.TypeVar("Config")
 
 

@@ -30,15 +30,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import cache_activations
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import cache_activations
 import train_toy
-from matryoshka import cache_writer, metrics, tiny_model
-from matryoshka.cache_reader import ActivationCache
+from matryoshka import metrics, tiny_model
 from matryoshka.command_line import main_guard, parse, pick_device, require_positive, setting, table
 from matryoshka.environment import environment
 from matryoshka.errors import UserError

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-import script
-from script import UserError, setting
+from matryoshka.command_line import main_guard, parse, setting, table
+from matryoshka.errors import UserError
+from matryoshka.files import write_atomically
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
@@ -70,7 +71,7 @@ def toy() -> str:
                 clean_counts(runs),
             ]
         )
-    return script.table(["100 seeds", "FVU", "median", "L0", "clean features"], rows)
+    return table(["100 seeds", "FVU", "median", "L0", "clean features"], rows)
 
 
 RECIPES = {
@@ -110,7 +111,7 @@ def recipes() -> str:
             ]
         )
     headers = ["", "seeds", "20/20", "median FVU", "worst", "median L0", "steps to 20/20", "s"]
-    return script.table([*headers, "steps, refit"], rows)
+    return table([*headers, "steps, refit"], rows)
 
 
 def median_steps(runs: Sequence[dict[str, Any]], threshold: str) -> float:
@@ -149,7 +150,7 @@ def refitted() -> str:
             )
     headers = ["", "FVU", "worst FVU*", *(f"clean > {t}" for t in THRESHOLDS)]
     more = [*(f"all 20 > {t}*" for t in THRESHOLDS[1:]), "worst cosine*", "absorption"]
-    return script.table([*headers, *more], rows)
+    return table([*headers, *more], rows)
 
 
 def whole_seeds(results: dict[str, Any]) -> set[int]:
@@ -161,6 +162,7 @@ def whole_seeds(results: dict[str, Any]) -> set[int]:
 def refit_figure(path: Path) -> None:
     """The toy's best cosines before and after the refits, in the seeds that had 20/20."""
     import plots
+
     import train_toy
 
     results = read("toy/results.json")
@@ -208,7 +210,7 @@ def trees() -> str:
             rows.append([title + recipe, *pairs(clean), whole, *pairs(fvu)])
     stages = ("as trained", "refit", "refit both")
     clean_headers = [f"clean, {stage}" for stage in stages]
-    return script.table(
+    return table(
         ["vanilla / Matryoshka", *clean_headers, "all 20", *(f"FVU, {s}" for s in stages)], rows
     )
 
@@ -262,7 +264,7 @@ def standin() -> str:
             ]
         )
     headers = ["stand-in, 3 seeds", "FVU", "L0", "dead", "loss recovered", "highest cosine"]
-    return script.table([*headers, "absorption"], rows)
+    return table([*headers, "absorption"], rows)
 
 
 def draw_standin() -> None:
@@ -308,7 +310,7 @@ def growth() -> str:
         ms = ["-" if value is None else f"{value:.0f}" for value in (step, rounded, dense)]
         rows.append([name, *ms, f"{step / dense:.2f}" if dense else "-"])
     headers = ["", "step, ms", "in bfloat16, ms", "five products, ms", "step / products"]
-    return script.table(headers, rows)
+    return table(headers, rows)
 
 
 def data() -> str:
@@ -344,14 +346,14 @@ def with_tables(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with script.main_guard():
-        config = script.parse(Config, __doc__, argv)
+    with main_guard():
+        config = parse(Config, __doc__, argv)
         readme = ROOT / "README.md"
         if config.write:
             draw_standin()
             refit_figure(RESULTS / "toy" / "refit_cosines.png")
             text = with_tables(readme.read_text())
-            script.write_atomically(readme, lambda part: part.write_text(text))
+            write_atomically(readme, lambda part: part.write_text(text))
         for name, make in TABLES.items():
             print(f"{name}\n{make()}\n")
 

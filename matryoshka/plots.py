@@ -14,7 +14,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import matplotlib.style
@@ -30,8 +30,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from script import write_atomically
-from toy_model import FeatureTree
+from matryoshka.files import write_atomically
+
+if TYPE_CHECKING:
+    from toy_model import FeatureTree
 
 # In the order of panels and legends.
 COLOURS = {"truth": "#333333", "vanilla": "#D55E00", "matryoshka": "#0072B2"}
@@ -86,7 +88,7 @@ _COSINE = LinearSegmentedColormap.from_list(
 
 
 def toy_activations(
-    path: str | Path, truth: Any, acts_by_sae: Mapping[str, Any], tree: FeatureTree
+    path: str | Path, truth: Any, acts_by_sae: Mapping[str, Any], tree: "FeatureTree"
 ) -> None:
     """The same samples as the features are and as each SAE's latents see them, side by side.
 
@@ -101,7 +103,7 @@ def toy_activations(
 
 
 def toy_cosines(
-    path: str | Path, cosines_by_sae: Mapping[str, Any], tree: FeatureTree, which: str
+    path: str | Path, cosines_by_sae: Mapping[str, Any], tree: "FeatureTree", which: str
 ) -> None:
     """Cosines of each SAE's latents to the true directions, as heatmaps.
 
@@ -130,7 +132,7 @@ def training_curves(
 def toy_seeds(
     path: str | Path,
     runs: Sequence[Mapping[str, Any]],
-    tree: FeatureTree,
+    tree: "FeatureTree",
     threshold: float = 0.9,
 ) -> None:
     """What each seed recovered: the best cosine of every feature, and how many features are clean.
@@ -143,7 +145,7 @@ def toy_seeds(
 
 
 def refit_cosines(
-    path: str | Path, best_by_stage: Mapping[str, Any], tree: FeatureTree, lowest: float = 0.9
+    path: str | Path, best_by_stage: Mapping[str, Any], tree: "FeatureTree", lowest: float = 0.9
 ) -> None:
     """Best cosines of the features by kind, a row a stage of refitting.
 
@@ -175,7 +177,7 @@ def density_histograms(path: str | Path, densities: Mapping[str, Any]) -> None:
 
 @_style
 def _toy_activations_figure(
-    truth: Any, acts_by_sae: Mapping[str, Any], tree: FeatureTree
+    truth: Any, acts_by_sae: Mapping[str, Any], tree: "FeatureTree"
 ) -> Figure:
     layout = _layout(tree)
     panels = {"truth": _array(truth)} | {sae: _array(a) for sae, a in _in_order(acts_by_sae)}
@@ -223,7 +225,7 @@ def _toy_activations_figure(
 
 
 @_style
-def _toy_cosines_figure(cosines_by_sae: Mapping[str, Any], tree: FeatureTree, which: str) -> Figure:
+def _toy_cosines_figure(cosines_by_sae: Mapping[str, Any], tree: "FeatureTree", which: str) -> Figure:
     layout = _layout(tree)
     figure = _figure(4.55)
     grid = figure.add_gridspec(
@@ -293,7 +295,7 @@ def _training_curves_figure(
 
 @_style
 def _toy_seeds_figure(
-    runs: Sequence[Mapping[str, Any]], tree: FeatureTree, threshold: float
+    runs: Sequence[Mapping[str, Any]], tree: "FeatureTree", threshold: float
 ) -> Figure:
     layout = _layout(tree)
     saes = [sae for sae in COLOURS if any(run["sae"] == sae for run in runs)]
@@ -344,7 +346,7 @@ def _toy_seeds_figure(
 
 @_style
 def _refit_cosines_figure(
-    best_by_stage: Mapping[str, Any], tree: FeatureTree, lowest: float
+    best_by_stage: Mapping[str, Any], tree: "FeatureTree", lowest: float
 ) -> Figure:
     figure = _figure(1.0 + 0.8 * len(best_by_stage))
     axes = figure.subplots(
@@ -463,7 +465,7 @@ class _Layout:
         return [(a, b - 1, s) for a, b, s in zip(self.starts, ends, self.labels, strict=True)]
 
 
-def _layout(tree: FeatureTree) -> _Layout:
+def _layout(tree: "FeatureTree") -> _Layout:
     groups: dict[int, list[int]] = {}  # topmost feature, or -1 for the rare -> features
     top: list[int] = []
     for feature, above in enumerate(tree.parent):

@@ -26,10 +26,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import script
-from cache_activations import ActivationCache
+from matryoshka.cache import ActivationCache
+from matryoshka.command_line import (
+    main_guard,
+    parse,
+    pick_device,
+    require_not_negative,
+    require_positive,
+    setting,
+    table,
+)
+from matryoshka.errors import UserError
+from matryoshka.files import make_folder, write_atomically
 from sae import SAE
-from script import UserError, setting
 
 SAMPLES_AT_ONCE = 512  # whose firing directions are held: [n, most that fire, d_model]
 RIDGE = 1e-6  # of the mean square activation: keeps the rows of latents that never fire
@@ -186,9 +195,9 @@ def strengths_of(x: Tensor, fires: Tensor, directions: Tensor, ridge: float = 1e
 
 def run(config: Config) -> dict[str, Any]:
     """Refits the SAE in `config.sae`; returns its FVU on the same activations, before and after."""
-    script.require_positive(config, "batch_size")
-    script.require_not_negative(config, "n_tokens", "ridge")
-    device = script.pick_device(config.device)
+    require_positive(config, "batch_size")
+    require_not_negative(config, "n_tokens", "ridge")
+    device = pick_device(config.device)
     try:
         sae = SAE.load(config.sae, device)
     except (OSError, ValueError) as error:
@@ -203,7 +212,7 @@ def run(config: Config) -> dict[str, Any]:
     out = Path(config.out) if config.out else source.with_name(f"{source.stem}_refit.safetensors")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: the refitted SAE is a file")
-    script.make_folder(out.parent)
+    make_folder(out.parent)
 
     started = time.perf_counter()
 
@@ -222,7 +231,7 @@ def run(config: Config) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"--sae {config.sae} on --cache {config.cache}: {error}") from None
     before, after = (float(streamed_fvu(one, batches("score"))) for one in (sae, refitted))
-    script.write_atomically(out, refitted.to("cpu").save)
+    write_atomically(out, refitted.to("cpu").save)
     return {
         "sae": config.sae,
         "out": str(out),
@@ -246,10 +255,10 @@ def streamed_fvu(sae: SAE, batches: Iterable[Tensor]) -> Tensor:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with script.main_guard():
-        result = run(script.parse(Config, __doc__, argv))
+    with main_guard():
+        result = run(parse(Config, __doc__, argv))
         print(
-            script.table(
+            table(
                 [f"FVU on {result['n_tokens']:,} activations", "before", "after"],
                 [[result["sae"], f"{result['fvu_before']:.4f}", f"{result['fvu_after']:.4f}"]],
             )

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from script import UserError
+from matryoshka.errors import UserError
 
 WEIGHTS_FILE = "tiny_model.pt"
 

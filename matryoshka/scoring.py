@@ -24,12 +24,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import cache_activations
-import script
-from cache_activations import PAD, ActivationCache
+from matryoshka import cache as cache_activations
+from matryoshka.cache import PAD, ActivationCache
+from matryoshka.command_line import (
+    main_guard,
+    parse,
+    pick_device,
+    require_not_negative,
+    require_positive,
+    setting,
+    table,
+)
+from matryoshka.environment import environment
+from matryoshka.errors import UserError
+from matryoshka.files import make_folder, write_json
+from matryoshka.tiny_model import TinyModel
 from sae import SAE, seeded_generator
-from script import UserError, setting
-from tiny_model import TinyModel
 
 
 def fvu(x: Tensor, x_hat: Tensor) -> Tensor:
@@ -828,8 +838,8 @@ def read_inputs(config: Config, device: torch.device) -> Inputs:
 
     Raises `UserError`.
     """
-    script.require_positive(config, "n_tokens")
-    script.require_not_negative(config, "seed")
+    require_positive(config, "n_tokens")
+    require_not_negative(config, "seed")
     if not 0 <= config.min_precision <= 1:
         raise UserError(f"--min-precision must be between 0 and 1, got {config.min_precision}")
     folder, out = Path(config.run), Path(config.out or config.run)
@@ -845,7 +855,7 @@ def read_inputs(config: Config, device: torch.device) -> Inputs:
     next(rows_of(cache, dataset, 1, model.d_vocab))
     if trained and (folder / "metrics.jsonl").exists():
         training_curves(folder / "metrics.jsonl")
-    script.make_folder(out)
+    make_folder(out)
     for path in (out / name for name in FILES):
         if path.is_dir():
             raise UserError(f"--out {out}: {path} is a folder; the results need that name")
@@ -862,12 +872,12 @@ def run(
     Returns what evaluation.json holds; calls `show` with it first, so that a full disk does not
     lose it. Raises `UserError` where the input is wrong or the results cannot be written.
     """
-    device = script.pick_device(config.device)
+    device = pick_device(config.device)
     inputs = read_inputs(config, device)
     results = score(config, inputs, device)
     show(results)
     folder, out = Path(config.run), Path(config.out or config.run)
-    script.write_json(out / FILES[0], results)
+    write_json(out / FILES[0], results)
     draw(results, out)
     if inputs.trained and (folder / "metrics.jsonl").exists():
         curves = training_curves(folder / "metrics.jsonl")
@@ -887,7 +897,7 @@ def score(config: Config, inputs: Inputs, device: torch.device) -> dict[str, Any
     losses = cross_entropy(config, inputs, every.mean)
     return {
         "config": dataclasses.asdict(config),
-        "environment": script.environment(device),
+        "environment": environment(device),
         "cache": {
             "make": cache.make,
             "n_tokens": cache.n_tokens,
@@ -1040,7 +1050,7 @@ def summary(results: Mapping[str, Any]) -> str:
     tokens = f"{cache['n_tokens']:,} tokens of {cache['make']['split']}"
     was = {True: "not trained on", False: "TRAINED ON", None: "whether trained on is not known"}
     return (
-        f"{script.table(headers, rows)}\n\n{tokens}, {was[cache['held_out']]}. Cross-entropy on "
+        f"{table(headers, rows)}\n\n{tokens}, {was[cache['held_out']]}. Cross-entropy on "
         f"{ce['predictions']:,} predictions: {ce['clean']:.3f} nats clean, {ce['mean']:.3f} with "
         f"the mean, "
         + ", ".join(f"{r['cross_entropy']:.3f} {r['sae']}" for r in results["runs"])
@@ -1087,12 +1097,12 @@ def concept_table(results: Mapping[str, Any]) -> str:
         for r, c in zip(results["runs"], concepts, strict=True)
     ]
     headers = ["concept", "SAE", "tokens", "precision", "recall", "missed", "absorbed", "specific"]
-    return script.table(headers, rows)
+    return table(headers, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with script.main_guard():
-        config = script.parse(Config, __doc__, argv)
+    with main_guard():
+        config = parse(Config, __doc__, argv)
         run(config, lambda results: print(f"{concept_table(results)}\n\n{summary(results)}"))
 
 

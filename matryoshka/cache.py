@@ -42,19 +42,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from script import (
-    UserError,
-    main_guard,
-    make_folder,
-    one_writer,
-    parse,
-    pick_device,
-    setting,
-    table,
-    write_atomically,
-    write_json,
-)
-from tiny_model import TinyModel
+from matryoshka.command_line import main_guard, parse, pick_device, setting, table
+from matryoshka.errors import UserError
+from matryoshka.files import make_folder, one_writer, write_atomically, write_json
+from matryoshka.tiny_model import TinyModel
 
 # The last four of TinyModel's 10,000 token ids.
 BEGIN, END, PAD, UNK = 9996, 9997, 9998, 9999
