@@ -18,7 +18,7 @@ What no decoder can mend is an encoder that makes a parent fire stronger where a
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from matryoshka.command_line import (
 )
 from matryoshka.errors import UserError
 from matryoshka.files import make_folder, write_atomically
+from matryoshka.scoring import Moments
 from sae import SAE
 
 SAMPLES_AT_ONCE = 512  # whose firing directions are held: [n, most that fire, d_model]
@@ -105,7 +106,7 @@ def solve_gram(gram: Tensor, cross: Tensor) -> Tensor:
     ValueError where that is no more than rounding: another machine would find another X.
     """
     if not (gram.isfinite().all() and cross.isfinite().all()):
-        raise ValueError("the fit is not finite: the SAE or the activations are not")
+        raise ValueError("the fit is not finite: the SAE, the activations or the ridge are not")
     scale = gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()[:, None]
     factor, failed = torch.linalg.cholesky_ex(gram * scale * scale.T)
     rounding = len(gram) * torch.finfo(torch.float64).eps
@@ -120,15 +121,31 @@ def _replace(sae: SAE, **tensors: Tensor) -> SAE:
     return SAE.from_tensors({**state, **{k: v.to(state[k].dtype) for k, v in tensors.items()}})
 
 
+def _wide(sae: SAE) -> SAE:
+    """`sae`, or a float32 copy of one in a 16-bit format."""
+    half = sae.W_enc.dtype in (torch.float16, torch.bfloat16)
+    return SAE.from_tensors(sae.state_dict()).float() if half else sae
+
+
+def _rows(batches: Iterable[Tensor], sae: SAE) -> Iterator[Tensor]:
+    """Tensors [..., d_model] as [n, d_model] in the format of `sae`. Raises ValueError."""
+    for x in batches:
+        if x.shape[-1:] != (sae.d_model,):
+            raise ValueError(f"activations are {list(x.shape)}: the SAE's d_model is {sae.d_model}")
+        yield x.reshape(-1, sae.d_model).to(sae.W_enc.dtype)
+
+
 @torch.no_grad()
 def refit_decoder(sae: SAE, batches: Iterable[Tensor], ridge: float = RIDGE) -> SAE:
     """A copy of `sae` with the W_dec and b_dec that reconstruct `batches` best.
 
-    batches: tensors [n, d_model], seen once. Raises ValueError where there is no batch.
+    batches: tensors [..., d_model], seen once. A 16-bit SAE is fitted in float32, and rounded to
+    its format in the end. Raises ValueError as `LeastSquares.solve`, or where d_model differs.
     """
-    problem = LeastSquares(sae.W_dec)
-    for x in batches:
-        problem.add(sae.encode(x), x * sae.scale)
+    wide = _wide(sae)
+    problem = LeastSquares(wide.W_dec)
+    for x in _rows(batches, wide):
+        problem.add(wide.encode(x), x * wide.scale)
     W_dec, b_dec = problem.solve(ridge)
     return _replace(sae, W_dec=W_dec, b_dec=b_dec)
 
@@ -151,11 +168,13 @@ def refit_both(sae: SAE, read: Callable[[], Iterable[Tensor]], ridge: float = RI
     The new encoder is affine and a ReLU, as the old one, so the third step holds as far as what
     fires is a half-space of x: nearly exactly in the toy, not in a language model (README.md). FVU
     need not fall.
-    `read()` gives the same tensors [n, d_model] each time. Raises ValueError as `LeastSquares`.
+    `read()` gives the same tensors [..., d_model] each time. Formats and errors: as
+    `refit_decoder`.
     """
+    narrow, sae = sae, _wide(sae)
     problem = LeastSquares(torch.zeros_like(sae.W_dec))
     total, n_fired = torch.zeros(2, sae.n_latents, dtype=torch.float64, device=sae.W_enc.device)
-    for x in read():
+    for x in _rows(read(), sae):
         acts = sae.encode(x)
         total += acts.sum(dim=0)
         n_fired += (acts > 0).sum(dim=0)
@@ -164,13 +183,14 @@ def refit_both(sae: SAE, read: Callable[[], Iterable[Tensor]], ridge: float = RI
     unit = (total / n_fired.clamp_min(1)).clamp_min(1e-12).float()  # mean activation where it fires
 
     problem = LeastSquares(torch.zeros_like(sae.W_enc))
-    for x in read():
+    for x in _rows(read(), sae):
         for scaled in (x * sae.scale).split(SAMPLES_AT_ONCE):
             preacts = (scaled @ sae.W_enc + sae.b_enc) / unit
             strengths = strengths_of(scaled - b_dec, preacts > 0, directions)
             problem.add(scaled, torch.where(preacts > 0, strengths, preacts.clamp(-0.5, 0)))
     W_enc, b_enc = problem.solve(ridge)
-    return refit_decoder(_replace(sae, W_enc=W_enc, b_enc=b_enc), read(), ridge)
+    both = refit_decoder(_replace(sae, W_enc=W_enc, b_enc=b_enc), read(), ridge)
+    return _replace(narrow, **both.state_dict())
 
 
 def strengths_of(x: Tensor, fires: Tensor, directions: Tensor, ridge: float = 1e-4) -> Tensor:
@@ -179,7 +199,8 @@ def strengths_of(x: Tensor, fires: Tensor, directions: Tensor, ridge: float = 1e
     Least squares over the firing latents of each sample, clipped at 0 afterwards. The ridge, a
     share of the mean squared length of a direction that fires, pulls towards 1. Where latents can
     hardly be told apart the ridge alone decides between them, so what is solved for is t - 1, in
-    float64: it is 0 where nothing tells them apart. t is float64.
+    float64: it is 0 where nothing tells them apart. t is float64. Without a ridge, directions that
+    depend on each other raise torch.linalg.LinAlgError.
     """
     most = max(1, int(fires.sum(dim=1).max()))
     fired, latents = fires.double().topk(most, dim=1)  # [n, most]: 1 or 0, and which
@@ -193,44 +214,55 @@ def strengths_of(x: Tensor, fires: Tensor, directions: Tensor, ridge: float = 1e
     return t.new_zeros(fires.shape).scatter_(1, latents, t)
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Refits the SAE in `config.sae`; returns its FVU on the same activations, before and after."""
+def read_inputs(config: Config, device: torch.device) -> tuple[SAE, ActivationCache, Path]:
+    """The SAE, the activations and the file to write. Raises `UserError`."""
     require_positive(config, "batch_size")
     require_not_negative(config, "n_tokens", "ridge")
-    device = pick_device(config.device)
+    if Path(config.sae).is_dir():
+        raise UserError(f"--sae {config.sae} is a folder: give the file in it")
     try:
         sae = SAE.load(config.sae, device)
     except (OSError, ValueError) as error:
         raise UserError(f"--sae {config.sae}: {error}") from None
     if sae.W_enc.dim() != 2:
         raise UserError(f"--sae {config.sae} is a stack of SAEs; save one of `unstack()`")
-    if not math.isfinite(config.ridge):
-        raise UserError(f"--ridge {config.ridge} is not finite")
     cache = ActivationCache(config.cache, config.n_tokens or None)
     cache.require(d_model=sae.d_model)
     source = Path(config.sae)
     out = Path(config.out) if config.out else source.with_name(f"{source.stem}_refit.safetensors")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: the refitted SAE is a file")
+    if out.exists() and out.samefile(source):
+        raise UserError(f"--out {out} is --sae itself: give another file")
     make_folder(out.parent)
+    return sae, cache, out
 
+
+def run(config: Config) -> dict[str, Any]:
+    """Refits the SAE in `config.sae`; returns its FVU on the same activations, before and after.
+
+    Raises `UserError` where the input is wrong or damaged, or settles no fit.
+    """
+    device = pick_device(config.device)
+    sae, cache, out = read_inputs(config, device)
+    cache.verify()
     started = time.perf_counter()
 
-    def batches(what: str) -> Iterable[Tensor]:
+    def batches(what: str) -> Iterator[Tensor]:
         n_batches = -(-cache.n_tokens // config.batch_size)
-        for batch in tqdm(
-            cache.sequential(config.batch_size, device), what, n_batches, unit=" batches"
-        ):
+        batches = cache.sequential(config.batch_size, device)
+        for batch in tqdm(batches, what, n_batches, unit=" batches"):
             yield batch.acts
 
     try:
+        before = streamed_fvu(sae, batches("score"))
         if config.encoder:
             refitted = refit_both(sae, lambda: batches("fit"), config.ridge)
         else:
             refitted = refit_decoder(sae, batches("fit"), config.ridge)
+        after = streamed_fvu(refitted, batches("score"))
     except ValueError as error:
         raise UserError(f"--sae {config.sae} on --cache {config.cache}: {error}") from None
-    before, after = (float(streamed_fvu(one, batches("score"))) for one in (sae, refitted))
     write_atomically(out, refitted.to("cpu").save)
     return {
         "sae": config.sae,
@@ -243,15 +275,21 @@ def run(config: Config) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def streamed_fvu(sae: SAE, batches: Iterable[Tensor]) -> Tensor:
-    """FVU over all batches, against the variance of the same activations; sums in float64."""
-    error = squares = total = count = torch.zeros((), dtype=torch.float64)
-    for x in batches:
-        x = x.double()
-        error = error + (x - sae(x.float()).double()).square().sum()
-        squares, total = squares + x.square().sum(), total + x.sum(dim=0)
-        count = count + len(x)
-    return error / (squares - total.square().sum() / count)
+def streamed_fvu(sae: SAE, batches: Iterable[Tensor]) -> float:
+    """FVU over all batches [..., d_model], against the variance of the same activations.
+
+    Sums are in float64. Raises ValueError where FVU is not defined: where the activations are all
+    the same, there are none, or something is not finite.
+    """
+    sae, moments, error = _wide(sae), Moments(), 0.0
+    for x in _rows(batches, sae):
+        moments.add(x)
+        error += float((x.double() - sae(x).double()).square().sum())
+    if not math.isfinite(error) or not math.isfinite(moments.variance):
+        raise ValueError("the activations or their reconstructions are not finite")
+    if moments.is_constant:
+        raise ValueError("the activations are all the same: FVU is not defined")
+    return error / moments.variance
 
 
 def main(argv: Sequence[str] | None = None) -> None:

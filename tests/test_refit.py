@@ -1,5 +1,10 @@
 """refit.py against NumPy's least squares, and against any other decoder."""
 
+import errno
+import hashlib
+import json
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -251,6 +256,9 @@ def test_the_command(tmp_path, capsys):
     assert not torch.equal(both.W_enc, sae.W_enc)
 
     SAE.stack([sae, sae]).save(tmp_path / "stack.safetensors")
+    SAE(cache.d_model + 8, 20).save(tmp_path / "wide.safetensors")
+    huge = SAE.from_tensors({**sae.state_dict(), "W_dec": torch.full_like(sae.W_dec, 3e38)})
+    huge.save(tmp_path / "huge.safetensors")
     with torch.no_grad():
         sae.b_enc[0] = -1e3
     sae.save(tmp_path / "dead.safetensors")
@@ -259,7 +267,18 @@ def test_the_command(tmp_path, capsys):
         ("nowhere", [], "nowhere"),
         (tmp_path / "model.pt", [], "not a safetensors file"),
         (tmp_path / "stack.safetensors", [], "a stack"),
-        (ours, ["--ridge", "inf"], "not finite"),
+        (ours, ["--ridge", "inf"], "--ridge is inf"),
+        (ours, ["--ridge", "nan"], "--ridge is nan"),
+        (ours, ["--ridge", "-1"], "--ridge is -1"),
+        (ours, ["--ridge", "1e308"], "the ridge are not"),
+        (ours, ["--batch-size", "0"], "--batch-size is 0"),
+        (ours, ["--n-tokens", "-3"], "--n-tokens is -3"),
+        (ours, ["--n-tokens", "501"], "not 501"),
+        (ours, ["--out", str(ours)], "is --sae itself"),
+        (ours, ["--out", str(ours / "x")], "--out"),
+        (tmp_path, [], "is a folder"),
+        (tmp_path / "wide.safetensors", [], "d_model"),
+        (tmp_path / "huge.safetensors", [], "not finite"),
         (ours, ["--out", str(tmp_path)], "is a folder"),
         (tmp_path / "dead.safetensors", ["--ridge", "0"], "a larger ridge"),
     ):
@@ -268,6 +287,153 @@ def test_the_command(tmp_path, capsys):
         error = capsys.readouterr().err
         assert stopped.value.code == 2
         assert named in error
-        if "ridge" in named:  # found after the progress bar
-            error = error.splitlines(keepends=True)[-1]
-        assert error.count("\n") == 1
+        assert error.splitlines()[-1].startswith("error: ")  # before it, perhaps a progress bar
+        assert error.count("error: ") + error.count("Traceback") == 1
+
+
+def cache_of(folder, value=None):
+    """A cache of about 100 activations, of d_model 16; `value` in the place of all numbers."""
+    write_model(folder / "model.pt", d_model=16, d_mlp=24)
+    write_dataset(folder / "data", 60)
+    cache_activations.run(
+        cache_activations.Config(
+            model=str(folder / "model.pt"),
+            dataset=str(folder / "data"),
+            tokens=100,
+            layer=1,
+            out=str(folder / "cache"),
+            device="cpu",
+        )
+    )
+    cache = cache_activations.ActivationCache(folder / "cache")
+    SAE(cache.d_model, 20).save(folder / "sae.safetensors")
+    if value is not None:
+        manifest = json.loads((folder / "cache" / "manifest.json").read_text())
+        [shard] = manifest["shards"]
+        acts = torch.full((shard["n_tokens"], cache.d_model), value, dtype=cache.dtype)
+        raw = acts.view(torch.uint8).numpy().tobytes()
+        (folder / "cache" / f"{shard['name']}.acts").write_bytes(raw)
+        shard["acts_sha256"] = hashlib.sha256(raw).hexdigest()
+        (folder / "cache" / "manifest.json").write_text(json.dumps(manifest))
+
+
+def refused(folder, capsys, *more):
+    """The one line that the command ends in, for folder/sae.safetensors on folder/cache."""
+    flags = ["--sae", folder / "sae.safetensors", "--cache", folder / "cache", "--device", "cpu"]
+    with pytest.raises(SystemExit) as stopped:
+        refit.main([*map(str, flags), *more])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+@pytest.mark.parametrize("encoder", ["--encoder", "--no-encoder"])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1000.1])
+def test_a_constant_cache_is_refused(tmp_path, capsys, value, encoder):
+    cache_of(tmp_path, value)
+    assert "all the same: FVU is not defined" in refused(tmp_path, capsys, encoder)
+    assert not (tmp_path / "sae_refit.safetensors").exists()
+
+
+def test_a_damaged_shard_is_refused(tmp_path, capsys):
+    cache_of(tmp_path)
+    [path] = (tmp_path / "cache").glob("*.acts")
+    raw = bytearray(path.read_bytes())
+    raw[7] ^= 1
+    path.write_bytes(raw)
+    assert f"shard {path.stem} is damaged" in refused(tmp_path, capsys)
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, capsys, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    cache_of(tmp_path)
+    (tmp_path / "sae_refit.safetensors").write_text("older")
+    monkeypatch.setattr("os.fsync", full)
+    named = refused(tmp_path, capsys)
+    assert f"cannot write {tmp_path / 'sae_refit.safetensors'} (No space left on device)" in named
+    assert (tmp_path / "sae_refit.safetensors").read_text() == "older"
+
+
+def test_streamed_fvu_is_that_of_all_at_once():
+    sae, x = make_sae(7), 1000 + rand(300, 6, seed=7)
+    exact = evaluate.fvu(x, sae(x)).item()
+    assert refit.streamed_fvu(sae, x.split(77)) == pytest.approx(exact, rel=1e-9)
+    with pytest.raises(ValueError, match="all the same"):
+        refit.streamed_fvu(sae, [])
+    with pytest.raises(ValueError, match="not finite"):
+        refit.streamed_fvu(sae, [x.log()[:0], torch.full((2, 6), torch.nan)])
+    with pytest.raises(ValueError, match="d_model is 6"):
+        refit.streamed_fvu(sae, [x[:, :3]])
+
+
+def brute_fit(u, y, prior, ridge):
+    """LeastSquares in other words: the ridge is a row of its own a column of u."""
+    pull = np.sqrt(ridge * np.square(u).sum() / u.shape[1])
+    design = np.concatenate([np.c_[u, np.ones(len(u))], pull * np.eye(u.shape[1] + 1)[:-1]])
+    solution = np.linalg.lstsq(design, np.concatenate([y, pull * prior]), rcond=None)[0]
+    return solution[:-1], solution[-1]
+
+
+@pytest.mark.parametrize("ridge", [1e-4, 0.2])
+def test_refitting_both_is_its_four_steps_in_float64(ridge):
+    """On data far from 0, of a scale that is not 1, with a latent that never fires."""
+    sae, x = make_sae(8).double(), 2 + rand(900, 6, seed=8).double()
+    with torch.no_grad():
+        sae.b_enc[4] = -1e3
+    found = refit_both(sae, lambda: x.split(250), ridge)
+
+    y, W_enc, b_enc = (
+        (x * sae.scale).numpy(),
+        *(p.detach().numpy() for p in (sae.W_enc, sae.b_enc)),
+    )
+    preacts = y @ W_enc + b_enc
+    fires = preacts > 0
+    directions, origin = brute_fit(fires.astype(float), y, np.zeros((9, 6)), ridge)
+    strengths = brute_strengths(*map(torch.tensor, (y - origin, fires, directions)), 1e-4)
+    unit = np.where(fires, preacts, 0).sum(0) / fires.sum(0).clip(1)
+    silent = (preacts / unit.clip(1e-12)).clip(-0.5, 0)
+    W_enc, b_enc = brute_fit(y, np.where(fires, strengths, silent), np.zeros((6, 9)), ridge)
+    acts = (y @ W_enc + b_enc).clip(min=0)
+    W_dec, b_dec = brute_fit(acts, y, sae.W_dec.detach().numpy(), ridge)
+    for name, expected in (("W_enc", W_enc), ("b_enc", b_enc), ("W_dec", W_dec), ("b_dec", b_dec)):
+        ours = getattr(found, name).detach()
+        np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-7, err_msg=name)
+    assert (strengths == 0).sum() > (~fires).sum()  # some were clipped at 0
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 1.0, 1e3])
+def test_the_ridge_is_a_share_of_the_mean_square_and_pulls_to_the_old_decoder(ridge):
+    sae, x = make_sae(9).double(), 2 + rand(300, 6, seed=9).double()
+    acts, y = sae.encode(x).detach().numpy(), (x * sae.scale).numpy()
+    W_dec, b_dec = brute_fit(acts, y, sae.W_dec.detach().numpy(), ridge)
+    found = refit_decoder(sae, x.split(64), ridge)
+    np.testing.assert_allclose(found.W_dec.detach(), W_dec, atol=1e-9)
+    np.testing.assert_allclose(found.b_dec.detach(), b_dec, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("fit", [refit_decoder, lambda sae, x: refit_both(sae, lambda: x)])
+def test_other_formats_are_fitted_in_float32_at_least_and_keep_their_own(dtype, fit):
+    sae, x = make_sae(10).to(dtype), rand(400, 6, seed=10).to(dtype)
+    plain = SAE.from_tensors(sae.state_dict()).float()
+    found, expected = fit(sae, x.split(50)), fit(plain, x.float().split(50))
+    for name, tensor in found.state_dict().items():
+        assert tensor.dtype == dtype
+        eps = max(torch.finfo(dtype).eps, 1e-5)
+        torch.testing.assert_close(
+            tensor.double(), expected.state_dict()[name].double(), rtol=10 * eps, atol=eps
+        )
+    before, after = (refit.streamed_fvu(one, [x]) for one in (plain, found))
+    assert fit is not refit_decoder or after < before
+
+
+def test_sequences_and_single_activations_are_rows():
+    sae, x = make_sae(11), rand(60, 6, seed=11)
+    rows = refit_decoder(sae, [x])
+    shaped = refit_decoder(sae, [x[:1].view(6), x[1:46].view(5, 9, 6), x[46:]])
+    torch.testing.assert_close(shaped.W_dec, rows.W_dec)
+    with pytest.raises(ValueError, match="d_model is 6"):
+        refit_decoder(sae, [x.view(30, 12)])
