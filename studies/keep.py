@@ -21,7 +21,7 @@ from matryoshka.errors import UserError
 from matryoshka.files import make_folder, write_json
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Which files are kept, and where."""
 
