@@ -78,9 +78,7 @@ def draw_standin(folder: Path) -> None:
         for sae, of_sae in runs.items()
     }
     plots.fvu_by_prefix(folder / "fvu_by_prefix.png", curves)
-    densities = {
-        sae: [run["density_histogram"] for run in of_sae] for sae, of_sae in runs.items()
-    }
+    densities = {sae: [run["density_histogram"] for run in of_sae] for sae, of_sae in runs.items()}
     plots.density_histograms(folder / "densities.png", densities)
 
 

@@ -106,7 +106,9 @@ def toy() -> str:
         runs = runs_of(results, sae)
         count = sum(run["clean_features"] == expected for run in runs)
         fvu, l0 = (spread([run[key] for run in runs], digits) for key, digits in FVU_AND_L0)
-        rows.append([sae, fvu, l0, f"{expected}/20 in {share(count, len(runs))}", *mean_clean(runs)])
+        rows.append(
+            [sae, fvu, l0, f"{expected}/20 in {share(count, len(runs))}", *mean_clean(runs)]
+        )
     rows.append(["as reported, matryoshka", "0.021", "1.13", "20/20 in 1 of 1", "20", "", ""])
     rows.append(["as reported, vanilla", "0.000", "0.86", "11/20 in 1 of 1", "11", "", ""])
     headers = [f"{len(runs)} seeds", "FVU", "L0", "clean at 0.9", *(f"> {t}" for t in THRESHOLDS)]

@@ -1,0 +1,189 @@
+"""What the tests do not notice: single mutations of the code, each run against its module's tests.
+
+    python -m studies.mutants --n 100 --seed 0
+
+A mutation changes one thing: an operator, a comparison, a constant, a sign, a removed check. The
+repository is copied, a copy is mutated, and the tests of that module run on it. What survives is
+printed with its line; it either wants a test, or changes nothing that can be observed. Half an
+hour for a hundred on two cores; not part of CI.
+"""
+
+import ast
+import concurrent.futures
+import dataclasses
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from matryoshka.command_line import main_guard, parse, setting, table
+from matryoshka.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+# By module, the tests that are its own.
+TESTS = {
+    "sae.py": "test_sae.py",
+    "toy_model.py": "test_toy_model.py",
+    "train_toy.py": "test_train_toy.py",
+    "train.py": "test_train.py",
+    "matryoshka/kernels/all_pairs.py": "test_kernels.py",
+    "matryoshka/kernels/by_prefix.py": "test_kernels.py",
+    "matryoshka/kernels/sparse.py": "test_kernels.py",
+    "matryoshka/kernels/dispatch.py": "test_kernels.py",
+    "matryoshka/trainer.py": "test_trainer.py",
+    "matryoshka/trainer_config.py": "test_trainer_config.py",
+    "matryoshka/controls.py": "test_controls.py",
+    "matryoshka/prefix_draws.py": "test_prefix_draws.py",
+    "matryoshka/restart.py": "test_restart.py",
+    "matryoshka/metrics.py": "test_metrics.py",
+    "matryoshka/refit.py": "test_refit.py",
+    "matryoshka/absorption.py": "test_absorption.py",
+    "matryoshka/cache_reader.py": "test_cache_reader.py",
+    "matryoshka/cache_writer.py": "test_cache_writer.py",
+    "matryoshka/checkpoint.py": "test_checkpoint.py",
+}
+
+COMPARISONS = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+OPERATORS = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How many mutants, and of what."""
+
+    n: int = setting(100, "how many mutants, drawn from all modules by their size")
+    seed: int = setting(0, "seed of the draw")
+    only: str = setting("", "modules whose path contains this")
+    workers: int = setting(2, "test processes at once")
+    timeout: int = setting(240, "seconds after which tests that hang count as noticing")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One mutation of one module."""
+
+    module: str
+    line: int
+    what: str
+    source: str  # of the whole mutated module
+
+
+def mutations(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+    """Makes every single mutation of `tree` in place, yields (where, what), and takes it back."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            yield from _swapped_in_list(node.ops, COMPARISONS, node)
+        elif isinstance(node, ast.BinOp | ast.AugAssign):
+            yield from _swapped(node, "op", OPERATORS)
+        elif isinstance(node, ast.BoolOp):
+            yield from _swapped(node, "op", {ast.And: ast.Or, ast.Or: ast.And})
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.Not):
+            yield from _swapped(node, "op", {type(node.op): ast.UAdd})
+        elif isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float):
+            old: bool | int | float = node.value
+            node.value = (
+                (not old) if isinstance(old, bool) else old + 1 if old in (0, 1) else old * 2
+            )
+            yield node, f"{old} -> {node.value}"
+            node.value = old
+        elif isinstance(node, ast.If) and isinstance(node.body[0], ast.Raise):
+            body, node.body = node.body, [ast.Pass()]
+            yield node, "check removed"
+            node.body = body
+
+
+def _swapped(node: ast.AST, field: str, table: dict[type, type]) -> Iterator[tuple[ast.AST, str]]:
+    old = getattr(node, field)
+    if type(old) in table:
+        setattr(node, field, table[type(old)]())
+        yield node, f"{type(old).__name__} -> {table[type(old)].__name__}"
+        setattr(node, field, old)
+
+
+def _swapped_in_list(
+    items: list[ast.cmpop], table: dict[type[ast.cmpop], type[ast.cmpop]], node: ast.AST
+) -> Iterator[tuple[ast.AST, str]]:
+    for i, old in enumerate(items):
+        if type(old) in table:
+            items[i] = table[type(old)]()
+            yield node, f"{type(old).__name__} -> {type(items[i]).__name__}"
+            items[i] = old
+
+
+def mutants_of(module: str) -> list[Mutant]:
+    """Every mutant of a module. Docstrings and annotations have nothing to mutate."""
+    tree = ast.parse((ROOT / module).read_text())
+    return [
+        Mutant(module, getattr(node, "lineno", 0), what, ast.unparse(tree))
+        for node, what in mutations(tree)
+    ]
+
+
+def is_noticed(mutant: Mutant, timeout: int) -> bool:
+    """Whether the module's tests fail, or hang, on a copy of the repository with the mutant."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        skipped = shutil.ignore_patterns(".git", "runs", "cache", "__pycache__", ".*_cache")
+        shutil.copytree(ROOT, copy, ignore=skipped)
+        (copy / mutant.module).write_text(mutant.source)
+        test = f"tests/{TESTS[mutant.module]}"
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
+        with subprocess.Popen(
+            [*command, test],
+            cwd=copy,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ) as process:
+            try:
+                return process.wait(timeout) != 0
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+                return True
+
+
+def run(config: Config) -> tuple[int, list[Mutant]]:
+    """How many mutants were tried, and those that no test noticed. Raises `UserError`."""
+    modules = [name for name in TESTS if config.only in name and (ROOT / name).exists()]
+    every = [mutant for module in modules for mutant in mutants_of(module)]
+    if not every:
+        raise UserError(f"--only {config.only}: no module of {', '.join(TESTS)} contains this")
+    drawn = random.Random(config.seed).sample(every, min(config.n, len(every)))
+    survivors = []
+    with concurrent.futures.ThreadPoolExecutor(config.workers) as pool:
+        futures = {pool.submit(is_noticed, mutant, config.timeout): mutant for mutant in drawn}
+        done = concurrent.futures.as_completed(futures)
+        for future in tqdm(done, "mutants", len(futures)):
+            if not future.result():
+                survivors.append(futures[future])
+    return len(drawn), survivors
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with main_guard():
+        n, survivors = run(parse(Config, __doc__ or "", argv))
+        rows = []
+        for mutant in sorted(survivors, key=lambda m: (m.module, m.line)):
+            line = (ROOT / mutant.module).read_text().splitlines()[mutant.line - 1].strip()
+            rows.append([f"{mutant.module}:{mutant.line}", mutant.what, line])
+        if rows:
+            print(table(["survived", "mutation", "line"], rows) + "\n")
+        print(f"{n - len(survivors)} of {n} mutants noticed")
+
+
+if __name__ == "__main__":
+    main()
