@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from matryoshka.errors import UserError
 
 WEIGHTS_FILE = "tiny_model.pt"
+BEGIN, PAD = 9996, 9998  # of its 10,000 token ids: what rows begin with, and are filled up with
 
 
 class Linear(nn.Linear):
@@ -62,7 +63,8 @@ class Attention(nn.Module):
             for project in (self.Q, self.K, self.V)
         )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.O(rearrange(mixed, "batch head seq d -> batch seq (head d)"))
+        out: Tensor = self.O(rearrange(mixed, "batch head seq d -> batch seq (head d)"))
+        return out
 
 
 class MLP(nn.Module):
@@ -75,7 +77,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, seq, d_model] to the same shape."""
-        return self.write_out(F.relu(self.read_in(x)))
+        out: Tensor = self.write_out(F.relu(self.read_in(x)))
+        return out
 
 
 class Block(nn.Module):
@@ -89,7 +92,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[batch, seq, d_model] to the same shape."""
         x = x + self.attn(x)
-        return x + self.mlp(x)
+        x = x + self.mlp(x)
+        return x
 
 
 class TinyModel(nn.Module):
@@ -148,7 +152,8 @@ class TinyModel(nn.Module):
         seq = tok_ids.shape[1]
         if seq > self.max_seq_len:
             raise UserError(f"rows of {seq} tokens: the model has {self.max_seq_len} positions")
-        return self.embed(tok_ids) + self.pos_embed[:, :seq]
+        embedded: Tensor = self.embed(tok_ids)
+        return embedded + self.pos_embed[:, :seq]
 
     def residual(self, tok_ids: Tensor, layer: int) -> Tensor:
         """The residual stream at `layer`, [batch, seq, d_model]: only blocks before it are run.
@@ -235,7 +240,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     is_state = isinstance(state, dict) and all(isinstance(t, Tensor) for t in state.values())
     if not is_state:
         raise UserError(f"weights {path} are not a state dict: expected names with tensors")
-    return state
+    weights: dict[str, Tensor] = state
+    return weights
 
 
 def expected_shapes(

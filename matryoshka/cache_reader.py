@@ -1,0 +1,303 @@
+"""The reader of a cache: its activations in order, in any range, or as shuffled batches."""
+
+import hashlib
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from matryoshka.cache_format import (
+    DTYPES,
+    MANIFEST,
+    Shard,
+    bytes_each,
+    read_record,
+    whole_number,
+    wrong_size,
+)
+from matryoshka.errors import UserError
+
+# The shuffle: chunks are read whole, and mixed within a buffer. A chunk of 256 is 2 to 3 stories
+# and 0.4 MB at d_model 768 in float16; a buffer is over 1,000 stories and 200 MB.
+CHUNK = 256  # consecutive activations
+CHUNKS_PER_BUFFER = 512
+RESIDENT_SHARE = 0.7  # of a GPU's free memory, that a cache may take to be held there
+
+
+class Batch(NamedTuple):
+    """Consecutive activations, and where they come from."""
+
+    acts: Tensor  # [n, d_model], float32
+    tok_ids: Tensor  # [n], int64
+    rows: Tensor  # [n], int64, in the dataset
+    positions: Tensor  # [n], int64, in the row
+
+
+# A buffer's chunks and the order in it -> activations, and which of them to take in turn.
+Loader = Callable[[np.ndarray, np.ndarray], tuple[Tensor, Tensor]]
+
+
+class ActivationCache:
+    """A finished cache. Reads what it is asked for: it never holds more than `batches` says.
+
+    Raises `UserError` if `folder` holds no finished cache or a shard is missing or cut short;
+    `verify` looks at every byte. `n_tokens`: use only the first so many activations.
+    """
+
+    def __init__(self, folder: str | Path, n_tokens: int | None = None) -> None:
+        self.folder = Path(folder)
+        if not os.path.exists(self.folder / MANIFEST):
+            raise UserError(
+                f"{folder} holds no finished cache: run cache_activations.py --out {folder}"
+            )
+        self.manifest = read_record(self.folder / MANIFEST)
+        self.recipe, self.shards = self.manifest.recipe, self.manifest.shards
+        self.dtype = DTYPES[self.recipe["dtype"]]
+        self.d_model: int = self.recipe["d_model"]
+        self.n_tokens = self.manifest.n_tokens
+        if n_tokens is not None:
+            if not 0 < n_tokens <= self.n_tokens:
+                raise UserError(f"{folder} holds {self.n_tokens} activations, not {n_tokens}")
+            self.n_tokens = whole_number("n_tokens", n_tokens, 1)
+        self._bytes_each = bytes_each(self.recipe)
+        self._ends = np.cumsum([shard.n_tokens for shard in self.shards])
+        for shard in self.shards:
+            wrong = wrong_size(self.folder, shard, self._bytes_each)
+            if wrong:
+                raise self._damaged(shard, wrong)
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over `n_tokens` and the shards' checksums of activations: 64 hex digits.
+
+        The same wherever the folder lies, and however it is spelled. Nothing is read for it.
+        """
+        parts = [str(self.n_tokens), *(shard.acts_sha256 for shard in self.shards)]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    def _damaged(self, shard: Shard, what: str) -> UserError:
+        return UserError(
+            f"{self.folder}: shard {shard.name} is damaged ({what}); delete {shard.name}.* there "
+            "and cache again: only that shard is made anew"
+        )
+
+    def verify(self) -> None:
+        """Reads everything. Raises `UserError` naming the first shard whose bytes are not right."""
+        for shard in self.shards:
+            for kind in self._bytes_each:
+                path = self.folder / f"{shard.name}.{kind}"
+                try:
+                    with path.open("rb") as file:
+                        digest = hashlib.file_digest(file, "sha256").hexdigest()
+                except OSError as error:
+                    raise self._damaged(shard, f"{path.name}: {error.strerror}") from None
+                if digest != getattr(shard, f"{kind}_sha256"):
+                    raise self._damaged(shard, f"the checksum of {path.name} is not the recorded")
+
+    def require(self, **expected: Any) -> None:
+        """Raises `UserError` unless the cache was made so: `require(layer=3, d_model=768)`.
+
+        Names are those of `describe`, `weights_hash` and `split` among them.
+        """
+        for key, value in expected.items():
+            found = self.recipe.get(key)
+            if found != value:
+                raise UserError(f"{self.folder}: its {key} is {found}, expected {value}")
+
+    def _n_between(self, start: int, stop: int) -> int:
+        """How many activations lie there. Raises `ValueError` where start and stop are no range."""
+        whole_number("start", start, 0, self.n_tokens)
+        return min(whole_number("stop", stop, start), self.n_tokens) - start
+
+    def tokens(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids, dataset rows and positions of activations `start` up to `stop`, int64 [n].
+
+        A `stop` past the end stands for the end. Raises `ValueError` unless 0 <= start <= stop and
+        start <= n_tokens, all whole numbers.
+        """
+        raw = np.empty((self._n_between(start, stop), 3), dtype="<i4")
+        self._read("tokens", start, raw.view(np.uint8))
+        tok_ids, rows, positions = torch.from_numpy(raw).long().unbind(1)
+        return tok_ids, rows, positions
+
+    def tok_ids(self, i: int) -> int:
+        """The token id of activation `i`. Raises `ValueError` unless 0 <= i < n_tokens."""
+        whole_number("i", i, 0, self.n_tokens - 1)
+        return int(self.tokens(i, i + 1)[0])
+
+    def acts(self, start: int, stop: int) -> Tensor:
+        """Activations `start` up to `stop`, [n, d_model] in the cache's dtype, on the CPU.
+
+        `start` and `stop` as in `tokens`.
+        """
+        out = torch.empty(self._n_between(start, stop), self.d_model, dtype=self.dtype)
+        self._read("acts", start, out.view(torch.uint8).numpy())
+        return out
+
+    def _read(self, kind: str, start: int, out: np.ndarray) -> None:
+        """Fills bytes `out` [n, ...] with what the cache holds of activations from `start` on."""
+        # Plain reads into memory of our own: mapped pages would count as resident memory.
+        n_done, each = 0, self._bytes_each[kind]
+        while n_done < len(out):
+            i = int(np.searchsorted(self._ends, start + n_done, side="right"))
+            n_here = min(len(out) - n_done, int(self._ends[i]) - start - n_done)
+            offset = start + n_done - (int(self._ends[i - 1]) if i else 0)
+            view = out[n_done : n_done + n_here].reshape(-1).data
+            path = self.folder / f"{self.shards[i].name}.{kind}"
+            try:
+                with path.open("rb", buffering=0) as file:
+                    file.seek(offset * each)
+                    while view:
+                        n_bytes = file.readinto(view)
+                        if not n_bytes:
+                            raise self._damaged(self.shards[i], f"{path.name} is cut short")
+                        view = view[n_bytes:]
+            except OSError as error:
+                raise self._damaged(self.shards[i], f"{path.name}: {error.strerror}") from None
+            n_done += n_here
+
+    def sequential(self, batch_size: int, device: str | torch.device = "cpu") -> Iterator[Batch]:
+        """Every activation once, in the dataset's order; the last batch may be smaller.
+
+        Raises `ValueError` where `batch_size` is no whole number of 1 or more.
+        """
+        whole_number("batch_size", batch_size, 1)
+        starts = range(0, self.n_tokens, batch_size)
+        return (self._batch(start, start + batch_size, device) for start in starts)
+
+    def _batch(self, start: int, stop: int, device: str | torch.device) -> Batch:
+        acts = self.acts(start, stop).to(device).float()
+        return Batch(acts, *(t.to(device) for t in self.tokens(start, stop)))
+
+    def steps_per_pass(self, batch_size: int) -> int:
+        """Batches in one pass over the cache. Raises `ValueError` for a batch of less than one."""
+        return self.n_tokens // whole_number("batch_size", batch_size, 1)
+
+    def batches(
+        self,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        device: str | torch.device = "cpu",
+        max_resident: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Training batches from step `start_step` on, without end: [batch_size, d_model], float32.
+
+        A pass is `steps_per_pass` batches, and takes no activation twice; the remainder, fewer
+        than one batch, is left out, and is another one in each pass. The order is a function of
+        the seed alone: chunks of 256 consecutive activations in random order, mixed within
+        buffers of about 512 chunks. So a step is found by arithmetic, whichever it is.
+
+        A cache of up to `max_resident` bytes is read once and held on `device`; otherwise two
+        buffers are held, one of them being read ahead. The batches are the same. Default: 1 GiB
+        on the CPU, 0.7 of the free memory on a GPU. Raises `UserError` where there is not one
+        batch in the cache, and `ValueError` where `batch_size` is not a whole number of 1 or more,
+        `seed` or `start_step` not one of 0 or more, or `max_resident` is negative.
+        """
+        device = torch.device(device)
+        whole_number("seed", seed, 0)
+        whole_number("start_step", start_step, 0)
+        if self.steps_per_pass(batch_size) == 0:
+            raise UserError(
+                f"{self.folder} holds {self.n_tokens} activations: too few for one batch of "
+                f"{batch_size}"
+            )
+        if max_resident is None:
+            on_gpu = device.type == "cuda"
+            free = torch.cuda.mem_get_info(device)[0] if on_gpu else 0
+            max_resident = int(RESIDENT_SHARE * free) if on_gpu else 2**30
+        if not max_resident >= 0:
+            raise ValueError(f"max_resident must be bytes, 0 or more, got {max_resident}")
+        fits = self.n_tokens * self._bytes_each["acts"] <= max_resident
+        return self._batches(batch_size, seed, start_step, device, fits)
+
+    def _batches(
+        self, batch_size: int, seed: int, start_step: int, device: torch.device, resident: bool
+    ) -> Iterator[Tensor]:
+        """`batches`, with the whole cache held on `device` or a buffer at a time."""
+        load = self._resident_loader(device) if resident else self._streaming_loader(device)
+        schedule = self._schedule(batch_size, seed, start_step)
+        parts: list[Tensor] = []  # of the batch being put together: it may span two buffers
+        room = batch_size
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(load, *next(schedule))
+            while True:
+                acts, index = ahead.result()
+                ahead = pool.submit(load, *next(schedule))
+                while len(index):
+                    parts.append(acts.index_select(0, index[:room]))
+                    index = index[room:]
+                    room -= len(parts[-1])
+                    if room == 0:
+                        batch = parts[0] if len(parts) == 1 else torch.cat(parts)
+                        parts, room = [], batch_size
+                        yield batch.float()
+
+    def _schedule(
+        self, batch_size: int, seed: int, start_step: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """From `start_step` on, without end: a buffer's chunks, and the order of what is in them.
+
+        Yields the chunks' activation numbers, [n], and the order in which to take them: indices
+        into those, without the ones that steps before `start_step` took and, in a pass's last
+        buffer, the ones that are left over.
+        """
+        steps = self.steps_per_pass(batch_size)
+        skip = start_step % steps * batch_size
+        n_chunks = math.ceil(self.n_tokens / CHUNK)
+        n_buffers = max(1, round(n_chunks / CHUNKS_PER_BUFFER))  # of one size, give or take one
+        for n_pass in itertools.count(start_step // steps):
+            left = steps * batch_size
+            chunks = _shuffle(seed, n_pass, 0).permutation(n_chunks)
+            for b, buffer in enumerate(np.array_split(chunks, n_buffers), start=1):
+                n_used = min(left, self._buffer_size(buffer))
+                if skip < n_used:
+                    order = _shuffle(seed, n_pass, b).permutation(self._buffer_size(buffer))
+                    yield buffer, order[skip:n_used]
+                skip, left = max(0, skip - n_used), left - n_used
+
+    def _buffer_size(self, chunks: np.ndarray) -> int:
+        """Activations in these chunks: only the cache's last chunk may be a short one."""
+        return int(np.minimum(CHUNK, self.n_tokens - chunks * CHUNK).sum())
+
+    def _streaming_loader(self, device: torch.device) -> Loader:
+        """Reads a buffer's chunks from disk: (the buffer on `device`, the order given)."""
+
+        def load(chunks: np.ndarray, order: np.ndarray) -> tuple[Tensor, Tensor]:
+            size = self._buffer_size(chunks)
+            pinned = device.type == "cuda"
+            acts = torch.empty(size, self.d_model, dtype=self.dtype, pin_memory=pinned)
+            raw, done = acts.view(torch.uint8).numpy(), 0
+            for start in (chunks * CHUNK).tolist():
+                n_here = min(CHUNK, self.n_tokens - start)
+                self._read("acts", start, raw[done : done + n_here])
+                done += n_here
+            return acts.to(device), torch.from_numpy(order).to(device)
+
+        return load
+
+    def _resident_loader(self, device: torch.device) -> Loader:
+        """Reads the whole cache once; then (all of it, where in it a buffer's order leads)."""
+        resident = torch.empty(self.n_tokens, self.d_model, dtype=self.dtype, device=device)
+        at_once = CHUNK * CHUNKS_PER_BUFFER
+        for start in range(0, self.n_tokens, at_once):
+            resident[start : start + at_once] = self.acts(start, start + at_once)
+
+        def load(chunks: np.ndarray, order: np.ndarray) -> tuple[Tensor, Tensor]:
+            index = (chunks[:, None] * CHUNK + np.arange(CHUNK)).reshape(-1)
+            index = index[index < self.n_tokens]
+            return resident, torch.from_numpy(index[order]).to(device)
+
+        return load
+
+
+def _shuffle(seed: int, n_pass: int, part: int) -> np.random.Generator:
+    """The generator of one part of a pass: 0 for its chunks, b for what is in its b-th buffer."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(n_pass, part)))
