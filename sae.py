@@ -109,7 +109,8 @@ class SAE(nn.Module):
         mean_norm: Tensor,
     ) -> None:
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}: {activation!r}")
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"activation must be one of {known}, got {activation!r}")
         self.activation, self.about = activation, dict(about)
         self.W_enc = nn.Parameter(W_enc.contiguous())
         self.b_enc = nn.Parameter(b_enc.contiguous())
@@ -214,12 +215,14 @@ class SAE(nn.Module):
             raise ValueError(f"{path} is not a safetensors file: {error}") from None
         try:
             config = json.loads(metadata.get("sae", "{}"))
-            if config.get("format", 1) > FORMAT:
-                raise ValueError(f"is of format {config['format']}; this version reads {FORMAT}")
+            if not isinstance(config, dict) or not isinstance(config.get("about", {}), dict):
+                raise ValueError("its metadata is of another program")
+            if config.get("format", 1) not in range(1, FORMAT + 1):
+                raise ValueError(f"format must be at most {FORMAT}, got {config['format']!r}")
             sae = cls.from_tensors(tensors, config.get("activation", "relu"), config.get("about"))
             _check_values(tensors)
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"{path} cannot be read as an SAE: it {error}") from None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is not an SAE's file: {error}") from None
         return sae
 
 
@@ -230,26 +233,26 @@ def _check_shapes(tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError unless these can be an SAE's tensors."""
     missing = [name for name in TENSORS if name not in tensors]
     if missing:
-        raise ValueError(f"lacks {', '.join(missing)}; it holds {', '.join(sorted(tensors))}")
+        raise ValueError(f"{', '.join(missing)} missing among {', '.join(sorted(tensors))}")
     if tensors["W_enc"].dim() != 2:
-        raise ValueError(f"has a W_enc {list(tensors['W_enc'].shape)}, not [d_model, n_latents]")
+        raise ValueError(f"W_enc must be [d_model, n_latents], got {list(tensors['W_enc'].shape)}")
     d_model, n_latents = tensors["W_enc"].shape
     shapes = ([d_model, n_latents], [n_latents], [n_latents, d_model], [d_model], [])
     for name, shape in zip(TENSORS, shapes, strict=True):
         found = list(tensors[name].shape)
         if found != shape:
-            raise ValueError(f"has a {name} of shape {found} where {shape} was expected")
+            raise ValueError(f"{name} must be {shape}, got {found}")
         if not tensors[name].is_floating_point():
-            raise ValueError(f"has a {name} of {tensors[name].dtype}, not of floats")
+            raise ValueError(f"{name} must hold floats, got {tensors[name].dtype}")
 
 
 def _check_values(tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError where a value is not finite, or the inputs' mean norm is not above 0."""
     for name in TENSORS:
         if not tensors[name].isfinite().all():
-            raise ValueError(f"has values in {name} that are not finite")
+            raise ValueError(f"{name} holds values that are not finite")
     if not tensors["mean_norm"] > 0:
-        raise ValueError(f"has a mean_norm of {float(tensors['mean_norm'])}, not above 0")
+        raise ValueError(f"mean_norm must be above 0, got {float(tensors['mean_norm'])}")
 
 
 # ----------------------------------------------------------------------- prefixes and their loss

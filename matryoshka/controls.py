@@ -45,8 +45,15 @@ class InputScale:
 
     def scale(self, x: Tensor, share: float | Tensor) -> Tensor:
         """x [n_saes, batch, d_model], scaled, after its norm has entered the mean by `share`."""
-        mean_norm = self.state["mean_norm"]
-        mean_norm.lerp_(torch.linalg.vector_norm(x, dim=2).mean(dim=1), share)
+        mean_norm = self.state["mean_norm"].copy_(self.mean_with(x, share))
+        return self.scaled_by(mean_norm, x)
+
+    def mean_with(self, x: Tensor, share: float | Tensor) -> Tensor:
+        """The running mean [n_saes], with the norm of x in it by `share`."""
+        return self.state["mean_norm"].lerp(torch.linalg.vector_norm(x, dim=2).mean(dim=1), share)
+
+    def scaled_by(self, mean_norm: Tensor, x: Tensor) -> Tensor:
+        """x [n_saes, batch, d_model], scaled for a mean norm [n_saes]."""
         return x * (math.sqrt(self.d_model) / mean_norm.clamp_min(MIN_MEAN_NORM))[:, None, None]
 
 

@@ -160,9 +160,11 @@ class Trainer:
     @torch.inference_mode()
     def loss(self, x: Tensor) -> Tensor:
         """The loss that the next step would descend, on x as `step` takes it: [n_saes]."""
-        x, state = self._checked(x), self._state
-        scale = self.d_model**0.5 / state["mean_norm"]
-        objective = self._objective(x * scale[:, None, None], self._prefixes.of(self.n_steps_done))
+        x, step = self._checked(x), self.n_steps_done
+        mean_norm = self._input_scale.mean_with(x, self._schedule(step).norm_share)
+        objective = self._objective(
+            self._input_scale.scaled_by(mean_norm, x), self._prefixes.of(step)
+        )
         losses = [
             loss_of(self._params.one(i), objective.x[i], i, objective)[0] for i in range(len(x))
         ]
@@ -176,8 +178,7 @@ class Trainer:
     def saes(self) -> list[SAE]:
         """Copies of the SAEs as they stand, their latents in order: largest mean square first."""
         mean_norm = self._state["mean_norm"]
-        if self.n_steps_done == 0:
-            mean_norm = torch.ones_like(mean_norm)
+        mean_norm = torch.where(mean_norm > 0, mean_norm, 1.0)  # 0: of no inputs yet but zeros
         saes = []
         for i, order in enumerate(self.order()):
             one = self._params.one(i)
@@ -220,10 +221,16 @@ class Trainer:
                 f"x must be [batch, {self.d_model}] or [{n_saes}, batch, {self.d_model}], got "
                 f"{list(x.shape)}"
             )
+        if x.shape[-2] == 0:
+            raise ValueError("x must hold at least one sample, got a batch of 0")
         self.config.require_eights("the batch", x.shape[-2])
-        if x.device.type == "cpu" and not math.isfinite(float(x.sum())):
-            raise ValueError(f"step {self.n_steps_done}: x holds values that are not finite")
-        return x.to(dtype).expand(n_saes, -1, -1)
+        x = x.to(dtype)
+        if x.device.type == "cpu" and not math.isfinite(float(torch.linalg.vector_norm(x))):
+            raise ValueError(
+                f"step {self.n_steps_done}: x holds values that are not finite, or whose squares "
+                f"are not in {dtype}"
+            )
+        return x.expand(n_saes, -1, -1)
 
     def _schedule(self, step: int) -> Schedule:
         return Schedule.of(self.config, step)
@@ -282,6 +289,8 @@ def _check_stack(
         for name in ("d_model", "n_latents", "activation"):
             if getattr(sae, name) != getattr(first, name):
                 raise ValueError(f"SAEs that are stepped together must have the same {name}")
+        if sae.W_enc.device != first.W_enc.device:
+            raise ValueError("SAEs that are stepped together must be on the same device")
     for config in configs:
         config.check(first.n_latents)
         config.require_eights("d_model", first.d_model)

@@ -64,6 +64,12 @@ class TrainerConfig:
             if not 0 <= share <= 1:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} must be a share, between 0 and 1, got {share}")
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise UserError(f"--betas must be at least 0 and below 1, got {beta}")
+        begin, end = self.restart_window
+        if not 0 <= begin <= end <= 1:
+            raise UserError(f"--restart-window must be two rising shares, got {begin} {end}")
         for name in ("n_prefixes", "target_l0"):
             value = getattr(self, name)
             if value > n_latents:
@@ -99,12 +105,13 @@ class TrainerConfig:
     def learning_rate(self, step: int) -> float:
         """Warm-up, stable, decay: the learning rate of step `step`, which counts from 0.
 
-        Past the last step it stays what it was there.
+        Past step n_steps it stays what it is there.
         """
+        step = min(step, self.n_steps)
         warmup = min(self.lr_warmup_steps, self.n_steps // 20)
         decay_steps = self.lr_decay * self.n_steps
         into_decay = max(0.0, step - (self.n_steps - decay_steps)) / max(decay_steps, 1e-9)
-        falling = 1 - (1 - self.lr_end) * min(1.0, into_decay)
+        falling = 1 - (1 - self.lr_end) * into_decay
         return self.lr * min(1.0, step / max(warmup, 1)) * falling
 
 

@@ -30,12 +30,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import cache_activations
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import cache_activations
 import train_toy
 from matryoshka import metrics, tiny_model
 from matryoshka.command_line import main_guard, parse, pick_device, require_positive, setting, table

@@ -105,6 +105,13 @@ def mutations(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
             node.body = body
 
 
+def changed(value: bool | int | float) -> bool | int | float:
+    """Another constant: the other truth, one more of 0 or 1, or twice as much."""
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if value in (0, 1) else value * 2
+
+
 def _swapped(node: ast.AST, field: str, table: dict[type, type]) -> Iterator[tuple[ast.AST, str]]:
     old = getattr(node, field)
     if type(old) in table:

@@ -15,8 +15,8 @@ import torch
 from tiny_factory import make_state, write_model
 from torch import Tensor
 
-from script import UserError
-from tiny_model import TinyModel
+from matryoshka.errors import UserError
+from matryoshka.tiny_model import TinyModel
 
 N_HEADS = 16
 STANDIN = Path(__file__).parents[2] / "shared" / "data" / "standin_lm.pt"

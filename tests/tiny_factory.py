@@ -6,12 +6,15 @@ import os
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-BEGIN, END, PAD = 9996, 9997, 9998
+from matryoshka.tiny_model import BEGIN, PAD
+
+END = 9997  # what a story ends with, where its row is longer
 
 
 def make_state(
@@ -82,6 +85,17 @@ def write_rows(folder: Path, rows: list[list[int]], *, split: str = "train") -> 
     lines = "".join(json.dumps({"tok_ids": row}) + "\n" for row in rows)
     (folder / f"{split}.jsonl").write_text(lines)
     return folder
+
+
+def fresh_processes() -> Any:
+    """Starts processes that share nothing with this one, without importing torch in each.
+
+    They are forked from a server that has imported what is slow to import, and run nothing.
+    """
+    context = multiprocessing.get_context("forkserver")
+    slow = ["torch", "datasets", "safetensors.torch", "einops", "pytest"]
+    context.set_forkserver_preload(slow)
+    return context
 
 
 def die_with_parent(seconds: float = 120) -> None:
