@@ -1,7 +1,6 @@
 """The script: its settings, what it says, what it does with a folder that has a cache."""
 
 import dataclasses
-import importlib
 import os
 import subprocess
 import sys
@@ -92,17 +91,8 @@ def test_caches_where_there_are_no_locks(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As on a system without fcntl, where a module that imports it unasked does not import."""
-    file = cache_activations.__file__
-    spec = importlib.util.spec_from_file_location("without_fcntl", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "without_fcntl", module)
-    monkeypatch.setitem(sys.modules, "fcntl", None)
     monkeypatch.setattr(files, "fcntl", None)
-    spec.loader.exec_module(module)
-    assert module.run(config_for(sources, tmp_path / "c"))["shards_made"] == 4
+    assert run(config_for(sources, tmp_path / "c"))["shards_made"] == 4
     assert "cannot be locked" in capsys.readouterr().err
 
 
