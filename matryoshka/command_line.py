@@ -34,12 +34,14 @@ def setting(
     choices: Sequence[Any] | None = None,
     metavar: str | None = None,
     alias: str | None = None,
+    is_flag: bool = True,
 ) -> Any:
     """A dataclass field that is also a command-line flag: its default, one line on what it does.
 
-    `alias`: another name of the flag.
+    `alias`: another name of the flag. `is_flag`: False leaves it off the command line.
     """
-    metadata = {"help": help, "choices": choices, "metavar": metavar, "alias": alias}
+    metadata = {"help": help, "choices": choices, "metavar": metavar}
+    metadata |= {"alias": alias, "is_flag": is_flag}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -68,6 +70,8 @@ def parser_for(config_class: type, description: str) -> argparse.ArgumentParser:
     )
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
+        if not field.metadata["is_flag"]:
+            continue
         names = [name for name in (field.name, field.metadata["alias"]) if name]
         flags = ["--" + name.replace("_", "-") for name in names]
         parser.add_argument(*flags, **_argument(field, hints[field.name]))

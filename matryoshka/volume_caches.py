@@ -1,0 +1,126 @@
+"""Caches in a folder that comparisons share, such as a Modal Volume: each is made once.
+
+A cache's folder is named by what it is made of, so that the next comparison finds it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from matryoshka.cache_format import MANIFEST, Recipe, read_record
+from matryoshka.cache_writer import (
+    CacheConfig,
+    finish,
+    is_complete,
+    load_model,
+    recipe_of,
+    split_rows,
+)
+from matryoshka.files import make_folder
+from matryoshka.token_rows import count_rows
+
+# Settings that do not change the activations.
+NOT_NAMED = ("tokens", "batch_size")
+
+
+def short_hash(value: Any) -> str:
+    """Eight hexadecimal digits of a value that JSON has."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def folder_of(config: CacheConfig, root: Path) -> Path:
+    """Where the cache of `config` goes below `root`: MODEL.DATASET.SPLIT.layerL.DTYPE.HASH.TOKENS."""
+    shaping = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_NAMED}
+    parts = [Path(config.model).name, Path(config.dataset).name, config.split]
+    words = [re.sub(r"[^\w-]+", "_", part) for part in parts]
+    stem = ".".join([*words, f"layer{config.layer}", config.dtype, short_hash(shaping)])
+    return root / "caches" / f"{stem}.{config.tokens}"
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheJob:
+    """Dataset rows `start` up to `end`, for the cache in `folder`."""
+
+    config: CacheConfig
+    folder: Path
+    start: int
+    end: int
+
+    def __str__(self) -> str:
+        return f"caching rows {self.start} to {self.end - 1} of {self.config.split}"
+
+
+def make_caches(
+    wanted: Sequence[tuple[CacheConfig, int]],
+    root: Path,
+    run_all: Callable[[Sequence[CacheJob]], object],
+    commit: Callable[[], object],
+) -> list[Path]:
+    """The folders of finished caches, made where missing.
+
+    wanted: how each is made, and in how many parts at once. `run_all` caches what the jobs say and
+    returns when all are done; `commit` makes what was written visible to others. Raises
+    `UserError` where a setting, the model or the rows are not right.
+    """
+    model = load_model(wanted[0][0], torch.device("cpu"))
+    folders: list[Path] = []
+    jobs: list[CacheJob] = []
+    n_rows_of: dict[Path, int] = {}
+    for config, n_parts in wanted:
+        folder = folder_of(config, root)
+        found = finished_cache(config, folder, recipe_of(config, model))
+        folders.append(found or folder)
+        if found:
+            print(f"{found} is complete: no token is read, no language model run", flush=True)
+            continue
+        make_folder(folder, "--volume")
+        print(f"counting rows for {folder}", flush=True)
+        counted = count_rows(config.token_rows, config.tokens, config.keep_begin, model.d_vocab)
+        n_rows_of[folder], n_tokens = counted
+        if n_tokens < config.tokens:
+            print(f"the {config.split} split ends after {n_tokens:,} activations", flush=True)
+        ranges = split_rows(n_rows_of[folder], config.rows_per_shard, n_parts)
+        jobs += [CacheJob(config, folder, start, end) for start, end in ranges]
+    if jobs:
+        commit()
+        run_all(jobs)
+        for folder, n_rows in n_rows_of.items():
+            finish(folder, n_rows)
+        commit()
+    return folders
+
+
+def finished_cache(config: CacheConfig, folder: Path, recipe: Recipe) -> Path | None:
+    """The cache in `folder`, or for training the smallest finished one that holds it.
+
+    Raises `UserError` where one of that name is of another recipe: other weights, say.
+    """
+    if is_complete(folder, recipe):
+        return folder
+    if config.split != "train":  # figures on the validation split are of exactly what was asked
+        return None
+    for larger in larger_caches(folder):
+        # One may hold no more than the dataset had.
+        holds_it = read_record(larger / MANIFEST).n_tokens >= config.tokens
+        if holds_it and is_complete(larger, recipe):
+            return larger
+    return None
+
+
+def larger_caches(folder: Path) -> list[Path]:
+    """Finished caches beside `folder` that differ from it in having more tokens, by how many."""
+    if not folder.parent.is_dir():
+        return []
+    sizes = {}
+    for other in folder.parent.iterdir():
+        n_tokens = other.suffix[1:]
+        if other.stem == folder.stem and n_tokens.isdecimal() and (other / MANIFEST).exists():
+            sizes[other] = int(n_tokens)
+    own_size = int(folder.suffix[1:])
+    return sorted((f for f, n in sizes.items() if n > own_size), key=sizes.__getitem__)
