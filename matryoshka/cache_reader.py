@@ -40,15 +40,17 @@ class Batch(NamedTuple):
     positions: Tensor  # [n], int64, in the row
 
 
-# A buffer's chunks and the order in it -> activations, and which of them to take in turn.
+# From a buffer's chunks and the order in it to activations [n, d_model], and the indices of those
+# to take, in turn.
 Loader = Callable[[np.ndarray, np.ndarray], tuple[Tensor, Tensor]]
 
 
 class ActivationCache:
-    """A finished cache. Reads what it is asked for: it never holds more than `batches` says.
+    """A finished cache. Only `batches` keeps activations in memory, and no more than it says.
 
-    Raises `UserError` if `folder` holds no finished cache or a shard is missing or cut short;
-    `verify` looks at every byte. `n_tokens`: use only the first so many activations.
+    `n_tokens`: use only the first so many activations. Raises `UserError` if `folder` holds no
+    finished cache, or fewer activations than that, or a shard is missing or cut short; `verify`
+    looks at every byte.
     """
 
     def __init__(self, folder: str | Path, n_tokens: int | None = None) -> None:
@@ -85,7 +87,7 @@ class ActivationCache:
     def _damaged(self, shard: Shard, what: str) -> UserError:
         return UserError(
             f"{self.folder}: shard {shard.name} is damaged ({what}); delete {shard.name}.* there "
-            "and cache again: only that shard is made anew"
+            "and cache again: only that shard is computed again"
         )
 
     def verify(self) -> None:
@@ -99,20 +101,22 @@ class ActivationCache:
                 except OSError as error:
                     raise self._damaged(shard, f"{path.name}: {error.strerror}") from None
                 if digest != getattr(shard, f"{kind}_sha256"):
-                    raise self._damaged(shard, f"the checksum of {path.name} is not the recorded")
+                    raise self._damaged(
+                        shard, f"the checksum of {path.name} is not the recorded one"
+                    )
 
     def require(self, **expected: Any) -> None:
-        """Raises `UserError` unless the cache was made so: `require(layer=3, d_model=768)`.
+        """Raises `UserError` unless the recipe says so: `require(layer=3, d_model=768)`.
 
-        Names are those of `describe`, `weights_hash` and `split` among them.
+        Names are those of `cache_writer.recipe_of`, `weights_hash` and `split` among them.
         """
         for key, value in expected.items():
             found = self.recipe.get(key)
             if found != value:
                 raise UserError(f"{self.folder}: its {key} is {found}, expected {value}")
 
-    def _n_between(self, start: int, stop: int) -> int:
-        """How many activations lie there. Raises `ValueError` where start and stop are no range."""
+    def _count(self, start: int, stop: int) -> int:
+        """How many activations a range has. Raises `ValueError` where it is none."""
         whole_number("start", start, 0, self.n_tokens)
         return min(whole_number("stop", stop, start), self.n_tokens) - start
 
@@ -122,46 +126,46 @@ class ActivationCache:
         A `stop` past the end stands for the end. Raises `ValueError` unless 0 <= start <= stop and
         start <= n_tokens, all whole numbers.
         """
-        raw = np.empty((self._n_between(start, stop), 3), dtype="<i4")
+        raw = np.empty((self._count(start, stop), 3), dtype="<i4")
         self._read("tokens", start, raw.view(np.uint8))
         tok_ids, rows, positions = torch.from_numpy(raw).long().unbind(1)
         return tok_ids, rows, positions
-
-    def tok_ids(self, i: int) -> int:
-        """The token id of activation `i`. Raises `ValueError` unless 0 <= i < n_tokens."""
-        whole_number("i", i, 0, self.n_tokens - 1)
-        return int(self.tokens(i, i + 1)[0])
 
     def acts(self, start: int, stop: int) -> Tensor:
         """Activations `start` up to `stop`, [n, d_model] in the cache's dtype, on the CPU.
 
         `start` and `stop` as in `tokens`.
         """
-        out = torch.empty(self._n_between(start, stop), self.d_model, dtype=self.dtype)
+        out = torch.empty(self._count(start, stop), self.d_model, dtype=self.dtype)
         self._read("acts", start, out.view(torch.uint8).numpy())
         return out
 
     def _read(self, kind: str, start: int, out: np.ndarray) -> None:
         """Fills bytes `out` [n, ...] with what the cache holds of activations from `start` on."""
-        # Plain reads into memory of our own: mapped pages would count as resident memory.
-        n_done, each = 0, self._bytes_each[kind]
+        n_done = 0
         while n_done < len(out):
-            i = int(np.searchsorted(self._ends, start + n_done, side="right"))
+            i = int(np.searchsorted(self._ends, start + n_done, side="right"))  # whose shard it is
+            first_of_shard = int(self._ends[i - 1]) if i else 0
             n_here = min(len(out) - n_done, int(self._ends[i]) - start - n_done)
-            offset = start + n_done - (int(self._ends[i - 1]) if i else 0)
-            view = out[n_done : n_done + n_here].reshape(-1).data
-            path = self.folder / f"{self.shards[i].name}.{kind}"
-            try:
-                with path.open("rb", buffering=0) as file:
-                    file.seek(offset * each)
-                    while view:
-                        n_bytes = file.readinto(view)
-                        if not n_bytes:
-                            raise self._damaged(self.shards[i], f"{path.name} is cut short")
-                        view = view[n_bytes:]
-            except OSError as error:
-                raise self._damaged(self.shards[i], f"{path.name}: {error.strerror}") from None
+            part = out[n_done : n_done + n_here]
+            self._read_shard(self.shards[i], kind, start + n_done - first_of_shard, part)
             n_done += n_here
+
+    def _read_shard(self, shard: Shard, kind: str, start: int, out: np.ndarray) -> None:
+        """`_read` of one shard; `start` counts from its first activation."""
+        view = out.reshape(-1).data
+        path = self.folder / f"{shard.name}.{kind}"
+        try:
+            # Not a memory map: its pages would count as resident memory.
+            with path.open("rb", buffering=0) as file:
+                file.seek(start * self._bytes_each[kind])
+                while view:
+                    n_bytes = file.readinto(view)
+                    if not n_bytes:
+                        raise self._damaged(shard, f"{path.name} is cut short")
+                    view = view[n_bytes:]
+        except OSError as error:
+            raise self._damaged(shard, f"{path.name}: {error.strerror}") from None
 
     def sequential(self, batch_size: int, device: str | torch.device = "cpu") -> Iterator[Batch]:
         """Every activation once, in the dataset's order; the last batch may be smaller.
@@ -190,16 +194,17 @@ class ActivationCache:
     ) -> Iterator[Tensor]:
         """Training batches from step `start_step` on, without end: [batch_size, d_model], float32.
 
-        A pass is `steps_per_pass` batches, and takes no activation twice; the remainder, fewer
-        than one batch, is left out, and is another one in each pass. The order is a function of
-        the seed alone: chunks of 256 consecutive activations in random order, mixed within
-        buffers of about 512 chunks. So a step is found by arithmetic, whichever it is.
+        A pass is `steps_per_pass` batches, and takes no activation twice. Fewer than one batch are
+        left out of a pass, different ones in each. The order is a function of the seed alone:
+        chunks of 256 consecutive activations in random order, mixed within buffers of about 512
+        chunks. So the batch of any step is found by arithmetic, without those before it.
 
-        A cache of up to `max_resident` bytes is read once and held on `device`; otherwise two
-        buffers are held, one of them being read ahead. The batches are the same. Default: 1 GiB
-        on the CPU, 0.7 of the free memory on a GPU. Raises `UserError` where there is not one
-        batch in the cache, and `ValueError` where `batch_size` is not a whole number of 1 or more,
-        `seed` or `start_step` not one of 0 or more, or `max_resident` is negative.
+        A cache of up to `max_resident` bytes is read once and held on `device`; of a larger one
+        two buffers are held, one of them being read ahead. The batches are the same. By default,
+        `max_resident` is 1 GiB on the CPU, and 0.7 of the free memory on a GPU. Raises `UserError`
+        where the cache holds less than one batch, and `ValueError` where `batch_size` is not a
+        whole number of 1 or more, `seed` or `start_step` not one of 0 or more, or `max_resident`
+        is negative.
         """
         device = torch.device(device)
         whole_number("seed", seed, 0)
@@ -210,9 +215,7 @@ class ActivationCache:
                 f"{batch_size}"
             )
         if max_resident is None:
-            on_gpu = device.type == "cuda"
-            free = torch.cuda.mem_get_info(device)[0] if on_gpu else 0
-            max_resident = int(RESIDENT_SHARE * free) if on_gpu else 2**30
+            max_resident = _default_max_resident(device)
         if not max_resident >= 0:
             raise ValueError(f"max_resident must be bytes, 0 or more, got {max_resident}")
         fits = self.n_tokens * self._bytes_each["acts"] <= max_resident
@@ -224,30 +227,30 @@ class ActivationCache:
         """`batches`, with the whole cache held on `device` or a buffer at a time."""
         load = self._resident_loader(device) if resident else self._streaming_loader(device)
         schedule = self._schedule(batch_size, seed, start_step)
-        parts: list[Tensor] = []  # of the batch being put together: it may span two buffers
-        room = batch_size
+        parts: list[Tensor] = []  # of the next batch, which may span two buffers
+        n_missing = batch_size  # activations in the next batch
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(load, *next(schedule))
             while True:
                 acts, index = ahead.result()
                 ahead = pool.submit(load, *next(schedule))
                 while len(index):
-                    parts.append(acts.index_select(0, index[:room]))
-                    index = index[room:]
-                    room -= len(parts[-1])
-                    if room == 0:
+                    parts.append(acts.index_select(0, index[:n_missing]))
+                    index = index[n_missing:]
+                    n_missing -= len(parts[-1])
+                    if n_missing == 0:
                         batch = parts[0] if len(parts) == 1 else torch.cat(parts)
-                        parts, room = [], batch_size
+                        parts, n_missing = [], batch_size
                         yield batch.float()
 
     def _schedule(
         self, batch_size: int, seed: int, start_step: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """From `start_step` on, without end: a buffer's chunks, and the order of what is in them.
+        """The buffers from `start_step` on, without end: which chunks, and the order in them.
 
-        Yields the chunks' activation numbers, [n], and the order in which to take them: indices
-        into those, without the ones that steps before `start_step` took and, in a pass's last
-        buffer, the ones that are left over.
+        Yields the numbers of a buffer's chunks, [n_chunks], and the activations to take, in turn,
+        as positions in the buffer: without those that steps before `start_step` took and, in a
+        pass's last buffer, those that are left out.
         """
         steps = self.steps_per_pass(batch_size)
         skip = start_step % steps * batch_size
@@ -268,7 +271,7 @@ class ActivationCache:
         return int(np.minimum(CHUNK, self.n_tokens - chunks * CHUNK).sum())
 
     def _streaming_loader(self, device: torch.device) -> Loader:
-        """Reads a buffer's chunks from disk: (the buffer on `device`, the order given)."""
+        """A loader that reads a buffer's chunks from disk, and returns them on `device`."""
 
         def load(chunks: np.ndarray, order: np.ndarray) -> tuple[Tensor, Tensor]:
             size = self._buffer_size(chunks)
@@ -284,7 +287,7 @@ class ActivationCache:
         return load
 
     def _resident_loader(self, device: torch.device) -> Loader:
-        """Reads the whole cache once; then (all of it, where in it a buffer's order leads)."""
+        """Reads the whole cache once; the loader returns it, and a buffer's positions in it."""
         resident = torch.empty(self.n_tokens, self.d_model, dtype=self.dtype, device=device)
         at_once = CHUNK * CHUNKS_PER_BUFFER
         for start in range(0, self.n_tokens, at_once):
@@ -298,6 +301,13 @@ class ActivationCache:
         return load
 
 
+def _default_max_resident(device: torch.device) -> int:
+    """Bytes that a cache may take to be held on `device`."""
+    if device.type != "cuda":
+        return 2**30
+    return int(RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0])
+
+
 def _shuffle(seed: int, n_pass: int, part: int) -> np.random.Generator:
-    """The generator of one part of a pass: 0 for its chunks, b for what is in its b-th buffer."""
+    """The generator of a pass: of its chunks' order (part 0), or of what is in its b-th buffer."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(n_pass, part)))

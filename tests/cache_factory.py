@@ -87,7 +87,7 @@ def reorder(file: Path) -> None:
     file.write_text("".join(lines[::-1]))
 
 
-def hub_of(folder: Path, asked: list[Any]) -> Callable:
+def hub_of(folder: Path, asked: list[Any]) -> Callable[..., Any]:
     """`datasets.load_dataset` with a hub that has the files of `folder` in every repo."""
     load = datasets.load_dataset
 

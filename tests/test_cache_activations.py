@@ -101,7 +101,7 @@ def test_a_local_dataset_needs_no_home_to_write_to(sources: Path, tmp_path: Path
         name: "/dev/null/home"
         for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME", "HF_DATASETS_CACHE")
     }
-    settings = ["--model", sources / "model.pt", "--dataset", sources, "--tokens", "50"]
+    settings = ["--model", str(sources / "model.pt"), "--dataset", str(sources), "--tokens", "50"]
     ended = subprocess.run(
         [sys.executable, cache_activations.__file__, *settings, "--layer", "0", "--out", "c"],
         env={**os.environ, **nowhere},

@@ -16,7 +16,7 @@ from cache_factory import D_MODEL, config_for, numbers, write_cache, write_sourc
 from tiny_factory import die_with_parent, fresh_processes
 
 from cache_activations import run
-from matryoshka.cache_reader import CHUNK, ActivationCache
+from matryoshka.cache_reader import CHUNK, ActivationCache, _default_max_resident
 from matryoshka.errors import UserError
 
 
@@ -116,7 +116,7 @@ def test_a_cache_is_held_only_where_it_fits(
     cache = ActivationCache(write_cache(tmp_path / "c", 1000, d_model=4), n_tokens)
     n_bytes = (n_tokens or 1000) * 4 * 4
 
-    def choose(name: str) -> Callable:
+    def choose(name: str) -> Callable[..., Any]:
         def chosen(*args: object) -> None:
             raise Chosen(name)
 
@@ -136,13 +136,22 @@ def test_a_cache_is_held_only_where_it_fits(
     refused("streaming")
 
 
+def test_a_gpu_lends_a_cache_a_share_of_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    assert _default_max_resident(torch.device("cuda")) == 700
+    assert _default_max_resident(torch.device("cpu")) == 2**30
+
+
+def as_any(value: Any) -> Any:
+    """Hides a value's type from the type checker: that it is wrong is what is tested."""
+    return value
+
+
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda c: c.tok_ids(-1), "i must be a whole number between 0 and 999, got -1"),
-        (lambda c: c.tok_ids(1000), "i must be a whole number between 0 and 999, got 1000"),
-        (lambda c: c.tok_ids(1.0), "i must be a whole number between 0 and 999, got 1.0"),
         (lambda c: c.tokens(-1, 5), "start must be a whole number between 0 and 1000, got -1"),
+        (lambda c: c.tokens(1.0, 5), "start must be a whole number between 0 and 1000, got 1.0"),
         (lambda c: c.acts(1001, 1002), "start must be .* between 0 and 1000, got 1001"),
         (lambda c: c.tokens(5, 4), "stop must be a whole number of 5 or more, got 4"),
         (lambda c: c.acts(5, 4), "stop must be a whole number of 5 or more, got 4"),
@@ -158,7 +167,10 @@ def test_a_cache_is_held_only_where_it_fits(
         (lambda c: c.batches(10, 0, -1), "start_step must be a whole number of 0 or more, got -1"),
         (lambda c: c.batches(10, 0, 0.5), "start_step must be .* of 0 or more, got 0.5"),
         (lambda c: c.batches(10, 0, max_resident=-1), "max_resident must be bytes, 0 or more, got"),
-        (lambda c: ActivationCache(c.folder, 10.0), "n_tokens must be .* of 1 or more, got 10.0"),
+        (
+            lambda c: ActivationCache(c.folder, n_tokens=as_any(10.0)),
+            "n_tokens must be .* of 1 or more, got 10.0",
+        ),
     ],
 )
 def test_impossible_requests_say_what_would_be_right(
@@ -169,11 +181,23 @@ def test_impossible_requests_say_what_would_be_right(
         ask(cache)
 
 
+def test_any_range_is_what_was_written(tmp_path: Path) -> None:
+    cache = ActivationCache(write_cache(tmp_path / "c", 1000, n_shards=4))
+    for start, stop in np.random.default_rng(0).integers(1001, size=(300, 2)).tolist():
+        if start <= stop:
+            i = np.arange(start, stop)
+            assert numbers(cache.acts(start, stop)).tolist() == i.tolist()
+            tok_ids, rows, positions = (t.tolist() for t in cache.tokens(start, stop))
+            assert tok_ids == (i % 9000).tolist()
+            assert rows == (i // 100).tolist()
+            assert positions == (i % 100).tolist()
+
+
 def test_a_range_may_be_empty_or_go_past_the_end(tmp_path: Path) -> None:
     cache = ActivationCache(write_cache(tmp_path / "c", 1000))
     assert cache.acts(1000, 1000).shape == (0, 4)
     assert cache.acts(7, 7).shape == (0, 4)
-    assert len(cache.tokens(np.int64(990), 2000)[0]) == 10
+    assert len(cache.tokens(as_any(np.int64(990)), 2000)[0]) == 10
     assert torch.equal(cache.acts(990, 2000), cache.acts(990, 1000))
     for n_tokens in (0, -5):
         with pytest.raises(UserError, match=f"holds 1000 activations, not {n_tokens}"):

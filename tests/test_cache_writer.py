@@ -81,7 +81,7 @@ def test_holds_the_models_activations(
         torch.testing.assert_close(batch.acts, rounded, atol=1e-5, rtol=max(step, 1e-5))
         seen += len(batch.acts)
     assert seen == len(expected)
-    assert cache.tok_ids(seen - 1) == expected[-1][0]
+    assert cache.tokens(seen - 1, seen)[0].tolist() == [expected[-1][0]]
 
 
 @pytest.mark.parametrize("tokens", [1, 500, 643])
@@ -141,7 +141,7 @@ def run_and_die(config: Config, n_events: int, delay: float) -> None:
         if next(count) == n_events:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def around(function: Callable) -> Callable:
+    def around(function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any) -> Any:
             step()
             result = function(*args)
@@ -233,7 +233,7 @@ def test_a_full_disk_keeps_what_was_finished(
     ActivationCache(tmp_path / "c").verify()
 
 
-def failing(function: Callable, fails: Callable[[], bool]) -> Callable:
+def failing(function: Callable[..., Any], fails: Callable[[], bool]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if fails():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -6,7 +6,9 @@ The textbook shares no code with the module: plain matrices, one head and one ro
 import errno
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -19,6 +21,7 @@ from matryoshka.errors import UserError
 from matryoshka.tiny_model import TinyModel
 
 N_HEADS = 16
+Spoil = Callable[[dict[str, Any]], object]  # changes a state dict
 STANDIN = Path(__file__).parents[2] / "shared" / "data" / "standin_lm.pt"
 
 
@@ -106,7 +109,7 @@ def test_residual_runs_only_the_blocks_it_needs() -> None:
 def test_gradients_reach_a_spliced_residual() -> None:
     model = TinyModel.from_state_dict(make_state(d_vocab=50))
     residual = model.residual(torch.zeros(1, 4, dtype=torch.long), 1).requires_grad_()
-    model.forward_from(residual, 1)[..., 0].sum().backward()
+    model.forward_from(residual, 1)[..., 0].sum().backward()  # type: ignore[no-untyped-call]
     assert residual.grad is not None
     assert residual.grad.abs().sum() > 0
 
@@ -160,11 +163,11 @@ def test_a_download_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None
         TinyModel.from_pretrained("someone/tiny")
 
 
-def drop(name: str):
+def drop(name: str) -> Spoil:
     return lambda state: state.pop(name)
 
 
-def put(name: str, value: object):
+def put(name: str, value: Any) -> Spoil:
     return lambda state: state.update({name: value})
 
 
@@ -185,7 +188,7 @@ def put(name: str, value: object):
         (put("pos_embed", torch.ones(1, 0, 32)), "expected sizes above zero"),
     ],
 )
-def test_wrong_weights_are_named(tmp_path: Path, spoil, message: str) -> None:
+def test_wrong_weights_are_named(tmp_path: Path, spoil: Spoil, message: str) -> None:
     state = make_state(d_vocab=50)
     spoil(state)
     torch.save(state, tmp_path / "w.pt")
@@ -203,7 +206,7 @@ def test_a_file_of_something_else(tmp_path: Path, name: str, content: bytes) -> 
 
 def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
     class Trap:
-        def __reduce__(self):
+        def __reduce__(self) -> tuple[Any, ...]:
             return (Path.touch, (tmp_path / "sprung",))
 
     torch.save({"embed.weight": Trap()}, tmp_path / "w.pt")

@@ -121,7 +121,12 @@ def test_a_file_that_is_no_dataset(sources: Path, tmp_path: Path, text: str, mes
 def test_other_columns_and_blank_lines_are_passed_over(sources: Path, tmp_path: Path) -> None:
     """A column that turns up late, one that changes its type, a last line without its end."""
     rows = make_rows(40, seq=32)
-    extras = [{}, {"story": 1}, {"story": "one"}, {"story": {"n": [None]}, "late": 5}]
+    extras: list[dict[str, Any]] = [
+        {},
+        {"story": 1},
+        {"story": "one"},
+        {"story": {"n": [None]}, "late": 5},
+    ]
     lines = [json.dumps({**extras[i // 10], "tok_ids": row}) for i, row in enumerate(rows)]
     (tmp_path / "train.jsonl").write_text("\n" + "\r\n\n".join(lines))
     run(config_for(sources, tmp_path / "c", dataset=str(tmp_path)))
