@@ -4,7 +4,9 @@ Samples may have any leading dimensions, as [batch, seq, d_model] has: they all 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,12 +33,14 @@ def fvu(x: Tensor, x_hat: Tensor) -> Tensor:
 
 def sum_of_squares(x: Tensor) -> Tensor:
     """Over all elements, squared and summed in float64: []."""
-    return torch.linalg.vector_norm(x, dtype=torch.float64).square()
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
+    return norm.square()
 
 
 def squared_norms(x: Tensor) -> Tensor:
     """Of vectors x [..., d_model], squared and summed in float64: [...]."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).square()
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
+    return norms.square()
 
 
 def l0(acts: Tensor) -> Tensor:
@@ -53,6 +57,24 @@ def dead_share(acts: Tensor) -> Tensor:
     acts: [..., n_latents], of any dtype. Returns float64 [], between 0 and 1.
     """
     return 1 - (acts > 0).reshape(-1, acts.shape[-1]).any(0).double().mean()
+
+
+def density_histogram(fired: Tensor, n: int) -> dict[str, Any]:
+    """How often latents fire: how many latents there are by the logarithm of their frequency.
+
+    fired: int64 [n_latents], the number of samples on which each fires, of n samples in all.
+    Returns "log10_edges", those of 80 bins from 1e-8 to 1, each a tenth of a power of ten wide;
+    "counts", the latents in each bin, of which the first has the rarer ones as well; and "never",
+    the number of latents that never fire.
+    """
+    edges = np.arange(-80, 1) / 10
+    frequencies = fired[fired > 0].cpu().numpy() / n
+    counts, _ = np.histogram(np.log10(frequencies).clip(edges[0], 0), edges)
+    return {
+        "log10_edges": edges.tolist(),
+        "counts": counts.tolist(),
+        "never": int((fired == 0).sum()),
+    }
 
 
 # ------------------------------------------------------------------------------------- directions

@@ -1,0 +1,174 @@
+"""Absorption without ground truth: latents that fire in place of a concept's own latent.
+
+A concept is a set of token ids. On one half of the rows a latent is chosen for each concept, its
+detector, and the latents that are more specific than it; on the other half it is counted how often
+the detector is silent on a token of the concept while one of these fires.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from matryoshka.cache_reader import ActivationCache, Batch
+from sae import SAE, seeded_generator
+
+STREAM_HALVES = 30  # of random numbers: which rows choose the detectors
+MIN_FIRES = 5  # on so many tokens a latent must have fired for its precision to be believed
+
+
+class Detectors(NamedTuple):
+    """What is chosen on the first half of the rows, for each concept."""
+
+    latent: Tensor  # int64 [n_concepts]: the detector
+    precision: Tensor  # float64 [n_concepts], of the detector, nan if it never fired
+    recall: Tensor  # float64 [n_concepts], of the detector, nan if there were no tokens
+    specific: Tensor  # bool [n_concepts, n_latents]: latents that may fire in its place
+
+
+def choose_detectors(
+    fired: Tensor,
+    hits: Tensor,
+    n_members: Tensor,
+    min_precision: float,
+    min_fires: int = MIN_FIRES,
+) -> Detectors:
+    """A detector for each concept, and the latents more specific than it, from counts on tokens.
+
+    With n_C the tokens in concept C, n_j the tokens on which latent j fires and h_Cj those of
+    them in C, j as a classifier "fires iff the token is in C" has
+
+        precision_Cj = h_Cj / n_j,   recall_Cj = h_Cj / n_C,   F1_Cj = 2 h_Cj / (n_j + n_C)
+
+    The detector D(C) is the latent of the highest F1, the first of them on a tie. Latent j is
+    *more specific* where precision_Cj >= min_precision, n_j >= min_fires, and
+    recall_Cj < recall_CD: when it fires the token is in the concept, but it covers less of it.
+
+    fired: [n_latents], n_j; hits: [n_concepts, n_latents], h_Cj; n_members: [n_concepts], n_C.
+    """
+    fired, hits, n_members = fired.double(), hits.double(), n_members.double()
+    precision = hits / fired  # nan where a latent never fired
+    f1 = 2 * hits / (fired + n_members[:, None]).clamp(min=1)
+    latent = f1.max(1, keepdim=True).indices  # [n_concepts, 1]
+    specific = (precision >= min_precision) & (fired >= min_fires) & (hits < hits.gather(1, latent))
+    return Detectors(
+        latent[:, 0],
+        precision.gather(1, latent)[:, 0],
+        (hits.gather(1, latent) / n_members[:, None])[:, 0],
+        specific,
+    )
+
+
+def count_absorbed(
+    fires: Tensor, is_member: Tensor, detectors: Detectors
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How many of a concept's tokens its detector misses, and how many of those are absorbed.
+
+    Token i of concept C is *missed* where the detector is silent, and *absorbed* where besides a
+    more specific latent fires:
+
+        miss_C       = #{i in C : a_iD = 0} / n_C
+        absorption_C = #{i in C : a_iD = 0 and a_ij > 0 for some j specific to C} / n_C
+
+    A high rate says that the concept is scattered over latents for its parts. Whether a general
+    latent has holes, or there is none and the "detector" is only the largest part, shows in the
+    detector's recall and in the miss rate. A latent that fires on everything is not counted: its
+    precision is low.
+
+    fires: bool [n, n_latents]; is_member: bool [n_concepts, n].
+    Returns int64 [n_concepts] each: tokens, missed, absorbed. They add up over batches.
+    """
+    silent = ~fires[:, detectors.latent].T  # [n_concepts, n]
+    missed = is_member & silent
+    instead = detectors.specific.float() @ fires.float().T > 0  # [n_concepts, n]
+    return is_member.sum(1), missed.sum(1), (missed & instead).sum(1)
+
+
+def halves(n_rows: int, seed: int) -> Tensor:
+    """Which rows are the first half: bool [n_rows], drawn by `seed`, n_rows // 2 of them."""
+    order = torch.randperm(n_rows, generator=seeded_generator(seed, STREAM_HALVES))
+    first = torch.zeros(n_rows, dtype=torch.bool)
+    first[order[: n_rows // 2]] = True
+    return first
+
+
+class ConceptCounts:
+    """How often each latent of one SAE fires on the first half of the rows, and on which concepts.
+
+    members: bool [n_concepts, d_vocab], the token ids that belong to each concept; first_half:
+    bool [n_rows].
+    """
+
+    def __init__(self, n_latents: int, members: Tensor, first_half: Tensor):
+        """All three counts are on the device of `members`, where `first_half` must be as well."""
+        self.members, self.first_half = members, first_half
+        zeros = members.new_zeros(len(members), n_latents, dtype=torch.float64)
+        self.hits = zeros  # [n_concepts, n_latents], on the concept's tokens
+        self.fired = torch.zeros_like(zeros[0], dtype=torch.int64)  # [n_latents]
+        self.n_members = torch.zeros_like(zeros[:, 0], dtype=torch.int64)  # [n_concepts]
+
+    def add(self, fires: Tensor, batch: Batch) -> None:
+        """fires: bool [n, n_latents], on the activations of `batch`."""
+        chosen = self.first_half[batch.rows]  # [n]
+        fires, is_member = fires[chosen], self.members[:, batch.tok_ids[chosen]]
+        self.fired += fires.sum(0)
+        self.hits += is_member.float() @ fires.float()  # counts below 2^24: exact
+        self.n_members += is_member.sum(1)
+
+
+@torch.inference_mode()
+def absorption(
+    counted: Sequence[tuple[SAE, ConceptCounts]],
+    cache: ActivationCache,
+    concepts: Sequence[str],
+    min_precision: float,
+    batch_size: int,
+) -> list[list[dict[str, Any]]]:
+    """For each SAE, what `count_absorbed` finds on the second half of the rows, by concept.
+
+    `counted`: the SAEs, and their counts on the first half, which choose the detectors; `concepts`:
+    names. `batch_size` must be that of the first half, so that activations are the same bit for
+    bit. A concept that has no tokens in one of the halves has None for what cannot be said.
+    """
+    chosen = [choose_detectors(of.fired, of.hits, of.n_members, min_precision) for _, of in counted]
+    counts = [torch.zeros(3, len(concepts), dtype=torch.int64) for _ in counted]
+    for batch in cache.sequential(batch_size, counted[0][0].W_dec.device):
+        for (sae, of), detectors, count in zip(counted, chosen, counts, strict=True):
+            second = ~of.first_half[batch.rows]
+            fires = sae.encode(batch.acts)[second] > 0
+            is_member = of.members[:, batch.tok_ids[second]]
+            count += torch.stack(count_absorbed(fires, is_member, detectors)).cpu()
+    return [
+        [
+            concept_result(name, i, detectors, int(of.n_members[i]), count[:, i].tolist())
+            for i, name in enumerate(concepts)
+        ]
+        for (_, of), detectors, count in zip(counted, chosen, counts, strict=True)
+    ]
+
+
+def concept_result(
+    name: str, i: int, detectors: Detectors, n_chosen_on: int, counts: Sequence[int]
+) -> dict[str, Any]:
+    """Concept i as evaluation.json has it: `counts` are those of `count_absorbed`."""
+    n, missed, absorbed = counts
+    has_detector = bool(detectors.precision[i] > 0)
+    is_known = n > 0 and has_detector
+    return {
+        "concept": name,
+        "tokens_chosen_on": n_chosen_on,
+        "tokens": n,
+        "detector": int(detectors.latent[i]) if has_detector else None,
+        "precision": float(detectors.precision[i]) if has_detector else None,
+        "recall": float(detectors.recall[i]) if has_detector else None,
+        "specific_latents": int(detectors.specific[i].sum()),
+        "miss_rate": missed / n if is_known else None,
+        "absorption": absorbed / n if is_known else None,
+    }
+
+
+def mean_absorption(concepts: Sequence[dict[str, Any]]) -> float | None:
+    """The plain mean over the concepts that have a rate, None where none has."""
+    rates = [concept["absorption"] for concept in concepts if concept["absorption"] is not None]
+    return sum(rates) / len(rates) if rates else None
