@@ -12,6 +12,7 @@ for its runs, and the folder it was in. `runs` has an item a run, with the name 
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,35 +64,51 @@ def kept_run(run: dict[str, Any], name: str, n_tokens: int | None) -> dict[str, 
     fired = run.pop("fired", None)
     if fired is not None and n_tokens:
         run["density_histogram"] = density_histogram(fired, n_tokens)
-    return without_paths(run)
+    kept: dict[str, Any] = without_paths(run)
+    return kept
 
 
 def keep(folders: Sequence[Path], file: str) -> dict[str, Any]:
-    """What is kept of `file` in each of `folders`. Raises `UserError` where one is not there."""
-    shared = Path(*common_parts(folders))
+    """What is kept of `file` in each of `folders`.
+
+    Raises `UserError` where one is not there or holds no results, and where two folders would
+    have one name.
+    """
+    names = short_names([folder.resolve() for folder in folders])
     sources, runs = [], []
-    for folder in folders:
-        try:
-            content = json.loads((folder / file).read_text())
-            of_file = content.pop("runs", [])
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{folder / file} cannot be kept: {error}") from None
-        name = str(folder.relative_to(shared)) if len(folders) > 1 else folder.name
-        n_tokens = content.get("cache", {}).get("n_tokens")
+    for name, folder in zip(names, folders, strict=True):
+        content = results_in(folder / file)
+        of_file = content.pop("runs", [])
+        n_tokens = (content.get("cache") or {}).get("n_tokens")
         sources.append({"source": name, **without_paths(content)})
         runs += [kept_run(run, name, n_tokens) for run in of_file]
     return {"sources": sources, "runs": runs}
 
 
-def common_parts(folders: Sequence[Path]) -> list[str]:
-    """The parts that all paths begin with, less the last of each."""
-    parts = [folder.parts[:-1] for folder in folders]
-    shared = []
-    for at in zip(*parts, strict=False):
-        if len(set(at)) > 1:
-            break
-        shared.append(at[0])
-    return shared
+def results_in(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `UserError` where there is none."""
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be kept: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} cannot be kept: it must hold an object, not a list or a value")
+    return dict(content)
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """What tells absolute paths apart: each less the folders that hold all of them.
+
+    Raises `UserError` where two are the same, or where the system's root is all that they share:
+    their names would say how this machine is laid out.
+    """
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise UserError(f"--runs names {folder} twice")
+    shared = Path(os.path.commonpath([folder.parent for folder in folders]))
+    if len(shared.parts) == 1 < len(folders):
+        raise UserError("--runs: the folders must lie in one, such as runs/")
+    return [str(folder.relative_to(shared)) for folder in folders]
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -107,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with main_guard():
         config = parse(Config, __doc__, argv)
         kept = run(config)
-        print(f"{config.to}: {len(kept['sources'])} files, {len(kept['runs'])} runs")
+        print(f"{config.to}: runs {len(kept['runs'])}, from files {len(kept['sources'])}")
 
 
 if __name__ == "__main__":

@@ -1,67 +1,116 @@
-"""Whether two runs came out the same: every SAE bit for bit, every row of results.json.
+"""Whether two runs came out the same: every tensor bit for bit, every row of results.json.
 
     python -m studies.same_results runs/before runs/after
 
 For a change that should not alter results. Exits with 1, naming what differs, where it does.
 """
 
+import argparse
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
+
+from matryoshka.command_line import main_guard
+from matryoshka.errors import UserError
 
 # What may differ between two equal runs: when and where they ran, and what their files are called.
 IGNORED = {"seconds", "waited_for_data", "environment", "config", "file_sha256"}
 
 
-def tensors_of(path: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(path)
-
-
 def differences(before: Path, after: Path) -> list[str]:
-    """What differs between two folders, a line each."""
+    """What differs between two folders, a line each.
+
+    Raises `UserError` where there is nothing to compare, or a file cannot be read.
+    """
+    for folder in (before, after):
+        if not files_of(folder) and not (folder / "results.json").exists():
+            raise UserError(f"{folder} holds no results.json and no file of tensors")
     lines = []
-    names = {path.relative_to(before) for path in before.rglob("*.safetensors")}
-    names |= {path.relative_to(after) for path in after.rglob("*.safetensors")}
-    for name in sorted(names):
-        if not ((before / name).exists() and (after / name).exists()):
-            lines.append(f"{name}: only in one of them")
-            continue
-        old, new = tensors_of(before / name), tensors_of(after / name)
-        lines += [
-            f"{name}: {key}"
-            for key in sorted(old.keys() | new.keys())
-            if key not in old or key not in new or not torch.equal(old[key], new[key])
-        ]
-    old, new = rows_of(before), rows_of(after)
+    for name in sorted(files_of(before) | files_of(after)):
+        lines += differing_tensors(name, before, after)
+    return lines + differing_rows(rows_of(before), rows_of(after))
+
+
+def files_of(folder: Path) -> set[Path]:
+    """The files of tensors in a folder and in those below it, as seen from there."""
+    return {path.relative_to(folder) for path in folder.rglob("*.safetensors")}
+
+
+def differing_tensors(name: Path, before: Path, after: Path) -> list[str]:
+    """Which tensors of one file differ, a line each."""
+    for folder in (before, after):
+        if not (folder / name).exists():
+            return [f"{name}: not in {folder}"]
+    old, new = tensors_of(before / name), tensors_of(after / name)
+    return [
+        f"{name}: {key}"
+        for key in sorted(old.keys() | new.keys())
+        if key not in old or key not in new or not same_bits(old[key], new[key])
+    ]
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether dtype, shape and every bit agree: NaN is equal to itself, 0 is not to -0."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    bits = (tensor.reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(*bits)
+
+
+def differing_rows(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[str]:
+    """Which entries of the rows of results.json differ, a line each."""
+    lines = []
     if len(old) != len(new):
         lines.append(f"results.json: {len(old)} rows and {len(new)}")
     for i, (one, other) in enumerate(zip(old, new, strict=False)):
-        lines += [f"results.json, row {i}: {key}" for key in one if one[key] != other.get(key)]
+        lines += [
+            f"results.json, row {i}: {key}"
+            for key in sorted(one.keys() | other.keys())
+            if key not in one or key not in other or one[key] != other[key]
+        ]
     return lines
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a folder's results.json, less what may differ; none where there is no file."""
     path = folder / "results.json"
     if not path.exists():
         return []
-    rows = json.loads(path.read_text())["runs"]
-    return [{key: row[key] for key in row if key not in IGNORED} for row in rows]
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        return [{key: row[key] for key in row.keys() - IGNORED} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is no results.json of a run") from None
 
 
-def main() -> None:
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    before, after = map(Path, sys.argv[1:])
-    found = differences(before, after)
-    if found:
-        print("\n".join(found))
-        sys.exit(1)
-    n_files = len(list(after.rglob("*.safetensors")))
-    print(f"the same: {n_files} files of tensors, {len(rows_of(after))} rows")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("before", type=Path, help="a folder of results")
+    parser.add_argument("after", type=Path, help="another, that should hold the same")
+    with main_guard():
+        folders = parser.parse_args(argv)
+        found = differences(folders.before, folders.after)
+        if not found:
+            n_files, n_rows = len(files_of(folders.after)), len(rows_of(folders.after))
+            print(f"the same: {n_files} files of tensors, {n_rows} rows")
+        else:
+            print("\n".join(found))
+            raise SystemExit(1)
 
 
 if __name__ == "__main__":
