@@ -12,13 +12,12 @@ What runs where: `compare` in a CPU container starts the others and waits for th
 them calls the scripts, and can be called again with the same input: it goes on where it was. The
 entrypoint, here, says what will be used, waits for `compare`, prints the table, downloads the run.
 
-On the Volume: caches/MAKE.TOKENS/, a cache of activations, and runs/NAME/, a comparison.
+On the Volume: caches/NAME.TOKENS/, a cache of activations, and runs/NAME/, a comparison.
 """
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import re
 import shutil
@@ -34,69 +33,47 @@ import modal
 import numpy as np
 import torch
 
-import cache_activations
 import evaluate
-import plots
-import script
 import train_tinystories
-from cache_activations import MANIFEST, RESIDENT_SHARE, TOKEN_BYTES
-from script import UserError, setting
+from matryoshka import plots
+from matryoshka.cache_format import MANIFEST, read_record
+from matryoshka.cache_reader import RESIDENT_SHARE
+from matryoshka.cache_writer import CacheConfig, cache_rows, load_model
+from matryoshka.command_line import (
+    inherited,
+    main_guard,
+    parser_for,
+    pick_device,
+    require_not_negative,
+    require_positive,
+    setting,
+    table,
+)
+from matryoshka.errors import UserError
+from matryoshka.files import make_folder, one_writer, write_atomically, write_json
+from matryoshka.modal_plan import GPUS, plan_text, timeout
+from matryoshka.run_folder import METRICS
+from matryoshka.saved_runs import training_curves
+from matryoshka.volume_caches import CacheJob, make_caches, short_hash
 
 ROOT = "/volume"  # where the Volume is in a container
 
-# By the names that Modal gives them: memory in GB, and peak float32 TFLOP/s, of the data sheets.
-GPUS = {
-    "T4": (16, 8.1),
-    "L4": (24, 30.3),
-    "A10": (24, 31.2),
-    "L40S": (48, 91.6),
-    "A100": (40, 19.5),
-    "A100-40GB": (40, 19.5),
-    "A100-80GB": (80, 19.5),
-    "RTX-PRO-6000": (96, 125),
-    "H100": (80, 67),
-    "H100!": (80, 67),
-    "H200": (141, 67),
-    "B200": (180, 75),
-    "B200+": (180, 75),
-}
 
-
-def as_in(config_class: type, name: str) -> Any:
-    """The setting `name` of a script's Config: its default, its help, its choices."""
-    field = next(f for f in dataclasses.fields(config_class) if f.name == name)
-    return setting(field.default, **field.metadata)
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(train_tinystories.Config):
     """Every setting. Those of the scripts have the scripts' defaults: the write-up's comparison."""
 
-    model: str = as_in(cache_activations.Config, "model")
-    model_revision: str | None = as_in(cache_activations.Config, "model_revision")
-    dataset: str = as_in(cache_activations.Config, "dataset")
-    dataset_revision: str | None = as_in(cache_activations.Config, "dataset_revision")
-    tokens: int = as_in(cache_activations.Config, "tokens")
+    model: str = inherited(CacheConfig, "model")
+    model_revision: str | None = inherited(CacheConfig, "model_revision")
+    dataset: str = inherited(CacheConfig, "dataset")
+    dataset_revision: str | None = inherited(CacheConfig, "dataset_revision")
+    tokens: int = inherited(CacheConfig, "tokens")
     validation_tokens: int = setting(500_000, "activations of the validation split to evaluate on")
-    layer: int = as_in(cache_activations.Config, "layer")
-    dtype: str = as_in(cache_activations.Config, "dtype")
-    keep_begin: bool = as_in(cache_activations.Config, "keep_begin")
-    rows_per_shard: int = as_in(cache_activations.Config, "rows_per_shard")
-
-    n_latents: int = as_in(train_tinystories.Config, "n_latents")
-    n_prefixes: int = as_in(train_tinystories.Config, "n_prefixes")
-    target_l0: float = as_in(train_tinystories.Config, "target_l0")
-    lr: float = as_in(train_tinystories.Config, "lr")
-    n_steps: int = as_in(train_tinystories.Config, "n_steps")
-    batch_size: int = as_in(train_tinystories.Config, "batch_size")
-    prefixes: str = as_in(train_tinystories.Config, "prefixes")
-    products: str = as_in(train_tinystories.Config, "products")
-    refit: bool = as_in(train_tinystories.Config, "refit")
-    sparsity: str = as_in(train_tinystories.Config, "sparsity")
-    sparsity_weight: float = as_in(train_tinystories.Config, "sparsity_weight")
-    seed: int = as_in(train_tinystories.Config, "seed")
-    seeds: int = setting(1, "how many seeds, from --seed on; each trains two SAEs")
-    checkpoint_every: int = as_in(train_tinystories.Config, "checkpoint_every")
+    layer: int = inherited(CacheConfig, "layer")
+    dtype: str = inherited(CacheConfig, "dtype")
+    keep_begin: bool = inherited(CacheConfig, "keep_begin")
+    rows_per_shard: int = inherited(CacheConfig, "rows_per_shard")
+    seeds: int = setting(1, "how many seeds, from --seed on; each trains every SAE of --saes")
 
     gpu: str = setting("H100", "GPU of a caching or training container: " + ", ".join(GPUS))
     cache_workers: int = setting(3, "containers that cache side by side, a GPU each")
@@ -105,18 +82,23 @@ class Config:
     )
     name: str | None = setting(None, "the comparison's name; default: made of its settings")
     out: str = setting("runs/tinystories", "folder here; the comparison goes to NAME/ in it")
+    # What the comparison decides itself.
+    cache: str = setting("", is_flag=False)
+    resume: bool = setting(True, is_flag=False)
+    device: str = setting("auto", is_flag=False)
 
 
 # Settings that do not change what an SAE becomes: they may differ between a run and its going on.
-ELSEWHERE = ("seed", "seeds", "checkpoint_every", "gpu", "cache_workers", "volume", "name", "out")
+NOT_SHAPING = ("seed", "seeds", "checkpoint_every", "gpu", "cache_workers", "volume", "name", "out")
 
 
 def check(config: Config) -> None:
     """Raises `UserError` where a setting is impossible, before anything has started."""
-    script.require_positive(config, "tokens", "validation_tokens", "rows_per_shard")
-    script.require_positive(config, "seeds", "cache_workers")
-    script.require_not_negative(config, "layer")
-    train_tinystories.check(train_config(config, "", "", "vanilla", config.seed))
+    require_positive(config, "tokens", "validation_tokens", "rows_per_shard")
+    require_positive(config, "seeds", "cache_workers")
+    require_not_negative(config, "layer")
+    cache_config(config, "train", config.tokens).check()
+    train_tinystories.check(config)
     if config.batch_size > config.tokens:
         raise UserError(f"--batch-size {config.batch_size} is more than --tokens {config.tokens}")
     if config.gpu not in GPUS:
@@ -146,170 +128,31 @@ def name_of(config: Config) -> str:
 
 
 def shape_of(config: Config) -> dict[str, Any]:
-    """The settings that shape an SAE."""
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in ELSEWHERE}
+    """The settings that shape an SAE, as JSON gives them back."""
+    shape = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SHAPING}
+    return dict(json.loads(json.dumps(shape)))
 
 
-def short_hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def cache_config(config: Config, root: str, split: str, tokens: int) -> cache_activations.Config:
-    """How a cache is made, and where: a folder named by what it is made of."""
-    made = cache_activations.Config(
-        model=config.model,
-        model_revision=config.model_revision,
-        dataset=config.dataset,
-        dataset_revision=config.dataset_revision,
-        split=split,
-        tokens=tokens,
-        layer=config.layer,
-        dtype=config.dtype,
-        keep_begin=config.keep_begin,
-        rows_per_shard=config.rows_per_shard,
+def cache_config(config: Config, split: str, tokens: int) -> CacheConfig:
+    """How a cache of one split is made."""
+    shared = {field.name for field in dataclasses.fields(CacheConfig)} - {"batch_size", "split"}
+    return CacheConfig(
+        **{n: getattr(config, n) for n in shared} | {"tokens": tokens, "split": split}
     )
-    make = dataclasses.asdict(made)
-    for key in ("tokens", "out", "device", "batch_size"):
-        del make[key]
-    parts = [Path(config.model).name, Path(config.dataset).name, split, f"layer{config.layer}"]
-    slug = ".".join(re.sub(r"[^\w-]+", "_", part) for part in [*parts, config.dtype])
-    return dataclasses.replace(made, out=f"{root}/caches/{slug}.{short_hash(make)}.{tokens}")
 
 
-def train_config(
-    config: Config, root: str, cache: str, sae: str, seed: int
-) -> train_tinystories.Config:
+def train_config(config: Config, root: str, cache: str, sae: str, seed: int) -> Any:
     """How one SAE is trained on the cache in the folder `cache`, and where it goes."""
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(train_tinystories.Config)}
     return train_tinystories.Config(
-        cache=cache,
-        sae=sae,
-        n_latents=config.n_latents,
-        n_prefixes=config.n_prefixes,
-        target_l0=config.target_l0,
-        lr=config.lr,
-        n_steps=config.n_steps,
-        batch_size=config.batch_size,
-        prefixes=config.prefixes,
-        products=config.products,
-        refit=config.refit,
-        sparsity=config.sparsity,
-        sparsity_weight=config.sparsity_weight,
-        seed=seed,
-        out=f"{root}/runs/{name_of(config)}/{sae}_seed{seed}",
-        resume=True,
-        checkpoint_every=config.checkpoint_every,
-    )
-
-
-# -------------------------------------------------------------------------------------- the plan
-
-# TinyModel and its rows, for the plan only: the scripts read shapes off the weights.
-D_MODEL, D_MLP, SEQ = 768, 3072, 128
-JSON_BYTES = 533  # a row of train.jsonl: 1.44 GB over 2.7M rows
-
-# (rate, where it is from). "measured here" is on 2 busy CPU cores, without Modal.
-TOKENS_A_ROW = 93.8, "measured: 349,677 activations in 3,727 rows"
-READ_ROWS = 6_000, "measured here: rows/s of cache_activations.read_rows"
-HASH = 1.2e9, "measured here: bytes/s of SHA-256 on one core"
-VOLUME_READ = 1.0e9, "assumed: bytes/s a container; Modal says up to 2.5e9"
-VOLUME_WRITE = 0.5e9, "assumed: bytes/s a container"
-DISK = 1.0e9, "assumed: bytes/s of a container's own disk"
-GPU_SHARE = 0.4, "assumed: share of the GPU's peak in float32, whatever --products"
-STEP_FLOOR = 1e-3, "assumed: no step is faster, by its many small kernels"
-STEP_FACTOR = 2.0, "assumed, after 2.16 measured for the original: FLOPs over five dense products"
-EVALUATE = 60.0, "assumed: seconds"
-START = 60.0, "assumed: seconds until a container has imported torch; the image is built once"
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """One row of the plan: what one of its containers reads, writes and computes, and how long."""
-
-    what: str
-    containers: int
-    on_gpu: bool
-    read: float  # bytes off the hub or the Volume, all containers together; so the next two
-    kept: float  # on the Volume
-    flops: float
-    seconds: float  # of the longest container
-    from_rates: tuple[str, ...]
-
-
-def plan(config: Config) -> list[Phase]:
-    """Where the time goes, for TinyModel and its token data, when nothing is cached yet."""
-    memory, peak = GPUS[config.gpu]
-    gpu = 1e12 * peak * GPU_SHARE[0]  # FLOP/s
-    each = D_MODEL * cache_activations.DTYPES[config.dtype].itemsize + TOKEN_BYTES
-    tokens = config.tokens + config.validation_tokens
-    rows = tokens / TOKENS_A_ROW[0]
-    n_bytes = config.tokens * each
-    a_position = 2 * (4 * D_MODEL**2 + 2 * D_MODEL * D_MLP) + 4 * SEQ * D_MODEL
-    flops = rows * SEQ * config.layer * a_position
-    workers = config.cache_workers
-    # Each reads the file from its first row up to its own last one: half of it, on average.
-    caching = rows / READ_ROWS[0] + max(
-        flops / workers / gpu, tokens * each / workers * (1 / HASH[0] + 1 / VOLUME_WRITE[0])
-    )
-    n_saes = 2 * config.seeds
-    a_step = STEP_FACTOR[0] * 5 * 2 * config.batch_size * D_MODEL * config.n_latents
-    held = n_bytes * (1 - TOKEN_BYTES / each) <= RESIDENT_SHARE * 1e9 * memory
-    reads = 2 if held else 1  # of the Volume: to check and to load, or to copy to the own disk
-    steps = config.n_steps * max(a_step / gpu, STEP_FLOOR[0])
-    passes = config.n_steps * config.batch_size / config.tokens
-    from_disk = 0 if held else n_bytes * passes / DISK[0]
-    training = n_bytes * (reads / VOLUME_READ[0] + 1 / HASH[0]) + max(steps, from_disk)
-    return [
-        Phase(
-            "count the rows",
-            *(1, False, rows * JSON_BYTES, 0, 0, START[0] + rows / READ_ROWS[0]),
-            (TOKENS_A_ROW[1], READ_ROWS[1], START[1]),
-        ),
-        Phase(
-            "cache",
-            *(workers, True, rows * JSON_BYTES * (workers + 1) / 2, tokens * each, flops),
-            START[0] + caching,
-            (READ_ROWS[1], GPU_SHARE[1], HASH[1], VOLUME_WRITE[1]),
-        ),
-        Phase(
-            "check the cache, " + ("load it" if held else "stream it") + ", train",
-            *(n_saes, True, n_saes * n_bytes * reads),
-            n_saes * 8 * D_MODEL * config.n_latents * 4,  # the SAE, and a checkpoint: 3 times it
-            n_saes * config.n_steps * a_step,
-            START[0] + training,
-            (VOLUME_READ[1], HASH[1], STEP_FACTOR[1], STEP_FLOOR[1]),
-        ),
-        Phase(
-            "evaluate, in the same container",
-            *(n_saes, True, n_saes * config.validation_tokens * each, 0, 0, EVALUATE[0]),
-            (EVALUATE[1],),
-        ),
-    ]
-
-
-def plan_text(config: Config) -> str:
-    """The plan as a table, and its sum in a sentence."""
-    phases = plan(config)
-    rows = [
-        [
-            phase.what,
-            f"{phase.containers} x {config.gpu if phase.on_gpu else 'CPU'}",
-            f"{phase.read / 1e9:.1f}",
-            f"{phase.kept / 1e9:.1f}",
-            f"{phase.flops / 1e15:.2f}",
-            f"{phase.seconds / 60:.1f}",
-        ]
-        for phase in phases
-    ]
-    headers = ["where the time goes", "containers", "GB read", "GB kept", "PFLOP", "min"]
-    minutes = sum(phase.seconds for phase in phases) / 60
-    gpu_minutes = sum(p.containers * p.seconds for p in phases if p.on_gpu) / 60
-    at_once = max(phase.containers for phase in phases if phase.on_gpu)
-    return (
-        script.table(headers, rows)
-        + f"\n{at_once} {config.gpu} at most at once, about {gpu_minutes:.0f} GPU-minutes in "
-        f"{minutes:.0f} minutes, {sum(p.kept for p in phases) / 1e9:.1f} GB on the Volume "
-        f"{config.volume}. A cache that is there already saves the first two rows. These are "
-        "estimates, from rates that were partly assumed: see the README."
+        **shared
+        | {
+            "cache": cache,
+            "tokens": 0,
+            "saes": (sae,),
+            "seed": seed,
+            "out": f"{root}/runs/{name_of(config)}/{sae}_seed{seed}",
+        }
     )
 
 
@@ -330,7 +173,7 @@ def typed() -> Config | None:
     here = [i for i, word in enumerate(after) if Path(word.split("::")[0]).stem == __name__]
     if not here:
         return None
-    with script.main_guard():
+    with main_guard():
         config = parse(after[here[0] + 1 :], "modal run modal_tinystories.py")
         check_for_modal(config)
         print(plan_text(config))
@@ -343,36 +186,15 @@ def typed() -> Config | None:
 
 def parse(argv: Sequence[str] | None, prog: str | None = None) -> Config:
     """A command line as a checked `Config`. Raises `UserError` where a setting is impossible."""
-    parser = script.parser_for(Config, __doc__.split("\n")[0])
+    parser = parser_for(Config, __doc__.split("\n")[0])
     parser.prog = prog or parser.prog
     config = Config(**vars(parser.parse_args(argv)))
     check(config)
     return config
 
 
-def timeout(config: Config, what: str) -> int:
-    """Seconds after which a container that does `what` is stopped: 5 times the plan's, 1 to 24 h.
-
-    It is then started again, as after any failure, and goes on where it was.
-    """
-    planned = sum(phase.seconds for phase in plan(config) if what in phase.what)
-    return int(min(max(5 * planned, 3600), 24 * 3600))
-
-
 SETTINGS = typed() or Config()
-MODULES = (
-    "cache_activations",
-    "evaluate",
-    "gradients",
-    "cuda_graph",
-    "plots",
-    "refit",
-    "sae",
-    "script",
-    "tiny_model",
-    "toy_model",
-    "train_tinystories",
-)
+MODULES = ("evaluate", "matryoshka", "sae", "train", "train_tinystories")
 
 app = modal.App("matryoshka-tinystories")
 volume = modal.Volume.from_name(SETTINGS.volume, create_if_missing=True)
@@ -380,8 +202,7 @@ image = (
     modal.Image.debian_slim(python_version="3.11")
     .pip_install_from_pyproject(str(Path(__file__).with_name("pyproject.toml")))
     .env({"TQDM_MININTERVAL": "5"})  # seconds: a bar is a line of the log here
-    .add_local_python_source(*MODULES)
-    .add_local_file(Path(__file__).with_name("concepts.json"), "/root/concepts.json")
+    .add_local_python_source(*MODULES, ignore=["**/__pycache__"])
 )
 RETRIES = modal.Retries(max_retries=5, initial_delay=10.0)  # preemptions come on top
 
@@ -421,18 +242,6 @@ def reload() -> None:
 # ----------------------------------------------------------------------- in containers of their own
 
 
-@dataclasses.dataclass(frozen=True)
-class CacheJob:
-    """Dataset rows `start` up to `end`, for the cache of `config`."""
-
-    config: cache_activations.Config
-    start: int
-    end: int
-
-    def __str__(self) -> str:
-        return f"caching rows {self.start} to {self.end - 1} of {self.config.split}"
-
-
 @app.function(
     image=image,
     gpu=SETTINGS.gpu,
@@ -448,9 +257,9 @@ def cache_part(job: CacheJob) -> int:
     """Caches a range of rows. Returns how many shards it made; finished ones are kept."""
     reload()
     print(job, flush=True)
-    model = cache_activations.load_model(job.config)
+    model = load_model(job.config, pick_device("auto"))
     try:
-        return cache_activations.cache_rows(job.config, model, job.start, job.end)
+        return cache_rows(job.folder, job.config, model, job.start, job.end)
     finally:
         commit()
 
@@ -462,8 +271,12 @@ class TrainJob:
     config: train_tinystories.Config
     validation: str
 
+    @property
+    def sae(self) -> str:
+        return self.config.saes[0]
+
     def __str__(self) -> str:
-        return f"training {self.config.sae}, seed {self.config.seed}"
+        return f"training {self.sae}, seed {self.config.seed}"
 
 
 @app.function(
@@ -511,7 +324,7 @@ def fits_on_gpu(cache: Path) -> bool:
         return True
     torch.cuda.empty_cache()  # of the SAE that this container may have trained before
     n_bytes = sum(path.stat().st_size for path in cache.glob("*.acts"))
-    return n_bytes <= cache_activations.RESIDENT_SHARE * torch.cuda.mem_get_info()[0]
+    return n_bytes <= RESIDENT_SHARE * torch.cuda.mem_get_info()[0]
 
 
 @app.function(
@@ -531,8 +344,12 @@ def compare(config: Config, root: str) -> dict[str, Any]:
     began = time.monotonic()
     run = Path(root) / "runs" / name_of(config)
     claim(run, shape_of(config))
-    cache, validation = make_caches(config, root)
-    n_tokens = cache_activations.read_record(cache / MANIFEST).n_tokens
+    wanted = [
+        (cache_config(config, "train", config.tokens), config.cache_workers),
+        (cache_config(config, "validation", config.validation_tokens), 1),
+    ]
+    cache, validation = make_caches(wanted, Path(root), cache_all, commit)
+    n_tokens = read_record(cache / MANIFEST).n_tokens
     jobs = [
         TrainJob(
             dataclasses.replace(
@@ -542,7 +359,7 @@ def compare(config: Config, root: str) -> dict[str, Any]:
             str(validation),
         )
         for seed in range(config.seed, config.seed + config.seeds)
-        for sae in ("matryoshka", "vanilla")
+        for sae in config.saes
     ]
     done = each(train_one, jobs)
     reload()
@@ -551,12 +368,12 @@ def compare(config: Config, root: str) -> dict[str, Any]:
         "config": dataclasses.asdict(config),
         "caches": [str(cache), str(validation)],
         "runs": [
-            {"sae": job.config.sae, "seed": job.config.seed, "out": job.config.out, **result}
+            {"sae": job.sae, "seed": job.config.seed, "out": job.config.out, **result}
             for job, result in zip(jobs, done, strict=True)
         ],
         "seconds": round(time.monotonic() - began, 1),
     }
-    script.write_json(run / "results.json", results)
+    write_json(run / "results.json", results)
     commit()
     return results
 
@@ -571,86 +388,29 @@ def claim(run: Path, shape: dict[str, Any]) -> None:
                     f"--name {run.name} was a comparison with --{key.replace('_', '-')} {before}, "
                     f"not {shape[key]}: choose another --name"
                 )
-    script.make_folder(run, "--volume")
-    script.write_json(file, shape)
+    make_folder(run, "--volume")
+    write_json(file, shape)
     commit()
 
 
-def make_caches(config: Config, root: str) -> tuple[Path, Path]:
-    """The folders of finished caches of the train and the validation split, made where missing."""
-    wanted = [
-        cache_config(config, root, "train", config.tokens),
-        cache_config(config, root, "validation", config.validation_tokens),
-    ]
-    model = cache_activations.load_model(dataclasses.replace(wanted[0], device="cpu"))
-    folders: list[Path] = []
-    jobs: list[CacheJob] = []
-    to_finish: list[tuple[Path, int]] = []
-    for one, workers in zip(wanted, (config.cache_workers, 1), strict=True):
-        found = finished_cache(one, cache_activations.describe(one, model))
-        folders.append(found or Path(one.out))
-        if found:
-            print(f"{found} is complete: no token is read, no language model run", flush=True)
-            continue
-        script.make_folder(folders[-1], "--volume")
-        print(f"counting rows for {one.out}", flush=True)
-        n_rows, n_tokens = cache_activations.count_rows(one, model.d_vocab)
-        if n_tokens < one.tokens:
-            print(f"the {one.split} split ends after {n_tokens:,} activations", flush=True)
-        to_finish.append((folders[-1], n_rows))
-        ranges = cache_activations.split_rows(one, n_rows, workers)
-        jobs += [CacheJob(one, start, end) for start, end in ranges]
-    if jobs:
-        commit()
-        each(cache_part, jobs)
-        reload()
-        for folder, n_rows in to_finish:
-            cache_activations.finish(folder, n_rows)
-        commit()
-    return folders[0], folders[1]
-
-
-def finished_cache(wanted: cache_activations.Config, make: dict[str, Any]) -> Path | None:
-    """The cache that was wished for, or for training the smallest finished one that holds it.
-
-    Raises `UserError` where one of that name is of another make: other weights, say.
-    """
-    own = Path(wanted.out)
-    if cache_activations.is_complete(own, make):
-        return own
-    if wanted.split == "train":  # figures on the validation split are of exactly what was asked
-        for folder in sorted(own.parent.glob(f"{own.stem}.*"), key=n_tokens_in_name):
-            if n_tokens_in_name(folder) <= wanted.tokens or not (folder / MANIFEST).exists():
-                continue
-            if cache_activations.read_record(folder / MANIFEST).n_tokens < wanted.tokens:
-                continue  # the dataset had no more
-            if cache_activations.is_complete(folder, make):
-                return folder
-    return None
-
-
-def n_tokens_in_name(folder: Path) -> int:
-    return int(folder.suffix[1:])
+def cache_all(jobs: Sequence[CacheJob]) -> None:
+    """Caches what the jobs say, side by side."""
+    each(cache_part, jobs)
+    reload()
 
 
 def draw(run: Path, jobs: Sequence[TrainJob], done: Sequence[Any], target_l0: float) -> None:
-    """Both SAEs, all seeds: training curves; of the first seed: FVU by prefix, and densities."""
+    """Every SAE, all seeds: training curves; of the first seed: FVU by prefix, and densities."""
     curves: dict[str, dict[str, list[list[float]]]] = {}  # a metric's curve for each seed
     for job in jobs:
-        metrics = Path(job.config.out) / train_tinystories.METRICS
-        steps, by_sae = evaluate.training_curves(metrics)
-        for what, values in by_sae[job.config.sae].items():
-            curves.setdefault(job.config.sae, {}).setdefault(what, []).append(values)
+        steps, by_sae = training_curves(Path(job.config.out) / METRICS)
+        for what, values in by_sae[job.sae].items():
+            curves.setdefault(job.sae, {}).setdefault(what, []).append(values)
     plots.training_curves(run / "training_curves.png", steps, curves, target_l0)
-    pair = [evaluation_of(result) for result in done[:2]]
-    plots.fvu_by_prefix(run / "fvu_by_prefix.png", {e["sae"]: e["fvu_by_prefix"] for e in pair})
-    plots.density_histograms(
-        run / "density_histograms.png",
-        {
-            e["sae"]: np.array(e["fired"]) / result["evaluation"]["cache"]["n_tokens"]
-            for e, result in zip(pair, done, strict=False)
-        },
-    )
+    first = [evaluation_of(result) for result in done[: len(curves)]]
+    plots.fvu_by_prefix(run / "fvu_by_prefix.png", {e["sae"]: e["fvu_by_prefix"] for e in first})
+    densities = {e["sae"]: [e["density_histogram"]] for e in first}
+    plots.density_histograms(run / "density_histograms.png", densities)
 
 
 def evaluation_of(result: dict[str, Any]) -> dict[str, Any]:
@@ -754,8 +514,8 @@ def download(source: Any, folder: PurePosixPath, out: Path) -> None:
             continue
         name = PurePosixPath(entry.path.lstrip("/")).relative_to(folder)
         path = out / name
-        script.make_folder(path.parent)
-        script.write_atomically(path, functools.partial(_read_into, source, entry.path))
+        make_folder(path.parent)
+        write_atomically(path, functools.partial(_read_into, source, entry.path))
 
 
 def _read_into(source: Any, path: str, part: Path) -> None:
@@ -767,13 +527,13 @@ def _read_into(source: Any, path: str, part: Path) -> None:
 def report(config: Config, results: dict[str, Any]) -> str:
     """The write-up's table: an SAE a row, the mean over seeds."""
     rows = []
-    for sae in ("matryoshka", "vanilla"):
+    for sae in config.saes:
         of_seeds = [evaluation_of(run) for run in results["runs"] if run["sae"] == sae]
         fvu, l0, dead = (np.mean([e[k] for e in of_seeds]) for k in ("fvu", "l0", "dead_share"))
         rows.append([sae, f"{fvu:.4f}", f"{l0:.2f}", f"{dead:.1%}"])
     where = f"{config.seeds} seed(s), on held-out tokens"
     return (
-        script.table([f"TinyStories, {where}", "FVU", "L0", "dead"], rows)
+        table([f"TinyStories, {where}", "FVU", "L0", "dead"], rows)
         + f"\n{results['seconds']:.0f} s; results.json, metrics, figures and checkpoints are in "
         f"{Path(config.out) / name_of(config)}"
     )
@@ -785,8 +545,8 @@ def run(config: Config) -> dict[str, Any]:
     Returns its results. Raises `UserError` where the input is wrong or a part failed.
     """
     check(config)
-    script.make_folder(Path(config.volume), "--volume")
-    with cache_activations.writer_lock(Path(config.volume)):
+    make_folder(Path(config.volume), "--volume")
+    with one_writer(Path(config.volume), "--volume"):
         results = checked(config, _here(compare, config, config.volume))
     name = name_of(config)
     shutil.copytree(
@@ -796,6 +556,6 @@ def run(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with script.main_guard():
+    with main_guard():
         config = parse(None)
         print(report(config, run(config)))

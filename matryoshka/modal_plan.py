@@ -152,9 +152,9 @@ def plan_text(config: Comparison) -> str:
     return (
         table(headers, rows) + f"\n{at_once} {config.gpu} at most at once, about "
         f"{gpu_minutes:.0f} GPU-minutes in {minutes:.0f} minutes, "
-        f"{sum(p.kept for p in phases) / 1e9:.1f} GB on the Volume {config.volume}. A cache that is "
-        "there already saves the first two rows. These are estimates, from rates that were partly "
-        "assumed: see docs/modal.md."
+        f"{sum(p.kept for p in phases) / 1e9:.1f} GB on the Volume {config.volume}. A cache that "
+        "is there already saves the first two rows. These are estimates, from rates that were "
+        "partly assumed: see docs/modal.md."
     )
 
 
