@@ -6,11 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cache_factory import as_format_1, config_for, write_sources
 from tiny_factory import write_dataset
 
 from cache_activations import run
+from matryoshka.cache_format import (
+    Record,
+    Shard,
+    bytes_each,
+    read_record,
+    shard_name,
+    whole_number,
+    write_record,
+    wrong_size,
+)
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.errors import UserError
 
@@ -122,3 +133,34 @@ def test_manifest_says_what_the_cache_is(sources: Path, tmp_path: Path) -> None:
     assert manifest["n_tokens"] == sum(shard["n_tokens"] for shard in manifest["shards"])
     assert manifest["make"]["layer"] == 1
     assert manifest["make"]["split"] == "train"
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    recipe = {"format": 2, "tokens": 9, "d_model": 4, "rows_per_shard": 3, "dtype": "bfloat16"}
+    shards = [Shard("00000", 0, 3, 5, "a" * 64, "b" * 64), Shard("100000", 3, 4, 0, "c", "d")]
+    record = Record(recipe, 5, 4, shards)
+    write_record(tmp_path / "manifest.json", record)
+    assert read_record(tmp_path / "manifest.json") == record
+    assert json.loads((tmp_path / "manifest.json").read_text())["make"] == recipe
+    assert bytes_each(recipe) == {"acts": 8, "tokens": 12}
+    assert shard_name(8, recipe) == "00002"
+    assert shard_name(300_000, recipe) == "100000"
+
+
+def test_what_is_wrong_with_a_shards_files(tmp_path: Path) -> None:
+    shard, each = Shard("00000", 0, 3, 5, "", ""), {"acts": 8, "tokens": 12}
+    (tmp_path / "00000.acts").write_bytes(b"x" * 40)
+    assert wrong_size(tmp_path, shard, each) == "00000.tokens: No such file or directory"
+    (tmp_path / "00000.tokens").write_bytes(b"x" * 60)
+    assert wrong_size(tmp_path, shard, each) is None
+    for n_bytes in (39, 41, 0):
+        (tmp_path / "00000.acts").write_bytes(b"x" * n_bytes)
+        found = wrong_size(tmp_path, shard, each)
+        assert found == f"00000.acts has {n_bytes} bytes, expected 40"
+
+
+@pytest.mark.parametrize("value", [0, 6, -1, 2.0, "2", None, float("nan"), float("inf")])
+def test_what_is_no_whole_number_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=f"n must be a whole number between 1 and 5, got {value}"):
+        whole_number("n", value, 1, 5)
+    assert [whole_number("n", i, 1, 5) for i in (1, np.int64(5))] == [1, 5]

@@ -503,7 +503,11 @@ def test_a_part_starts_with_a_shard(sources: Path, tmp_path: Path) -> None:
         cache_rows(Path(config.out), config, model, 40, 70)
     with pytest.raises(ValueError, match="n_parts must be a whole number of 1 or more, got 0"):
         split_rows(100, 30, 0)
-    with pytest.raises(ValueError, match="start must be a whole number of 0 or more, got -1"):
-        next(config.token_rows.read(-1, None, 10_000))
-    with pytest.raises(ValueError, match="end must be a whole number of 5 or more, got 4"):
-        next(config.token_rows.read(5, 4, 10_000))
+
+
+def test_parts_are_whole_shards_as_even_as_can_be() -> None:
+    assert split_rows(100, 30, 1) == [(0, 100)]
+    assert split_rows(100, 30, 2) == [(0, 60), (60, 100)]
+    assert split_rows(100, 30, 3) == [(0, 30), (30, 60), (60, 100)]
+    assert split_rows(100, 30, 9) == [(0, 30), (30, 60), (60, 90), (90, 100)]
+    assert split_rows(90, 30, 3) == [(0, 30), (30, 60), (60, 90)]

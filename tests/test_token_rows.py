@@ -1,10 +1,13 @@
 """Rows of token ids: from folders and the hub, and what is said of wrong ones."""
 
+import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from cache_factory import config_for, hub_of, kept_tokens, write_sources
@@ -14,6 +17,7 @@ from cache_activations import run
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.errors import UserError
 from matryoshka.tiny_model import BEGIN, PAD
+from matryoshka.token_rows import TokenRows, count_rows, kept_positions
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +145,71 @@ def test_unreachable_hub(sources: Path, tmp_path: Path, monkeypatch: pytest.Monk
     message = r"cannot get someone/rows/train.jsonl .*hub.*give --dataset the folder"
     with pytest.raises(UserError, match=message):
         run(config_for(sources, tmp_path / "c", dataset="someone/rows"))
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 100, 1000])
+def test_reads_any_range_in_blocks(sources: Path, block_size: int) -> None:
+    rows = make_rows(100, seq=32)
+    for start, end in [(0, None), (0, 100), (13, 57), (99, 100), (40, 40), (90, 500), (100, None)]:
+        blocks = list(TokenRows(str(sources)).read(start, end, 10_000, block_size))
+        assert [row for block in blocks for row in block.tolist()] == rows[start:end]
+        assert {len(block) for block in blocks[:-1]} <= {block_size}
+        assert all(block.dtype == np.int64 and block.ndim == 2 for block in blocks)
+
+
+def test_the_first_wrong_row_is_named(tmp_path: Path) -> None:
+    """Also where a later one is wrong in a kind that is noticed sooner."""
+    (tmp_path / "train.jsonl").write_text('{"tok_ids": [1]}\n{"tok_ids": [99]}\nnot json\n')
+    with pytest.raises(UserError, match=r"train.jsonl row 1: token id 99 is out .*, 0 to 49"):
+        list(TokenRows(str(tmp_path)).read(0, None, 50))
+    with pytest.raises(UserError, match=r"train.jsonl row 2 is not JSON"):
+        list(TokenRows(str(tmp_path)).read(2, None, 50))
+    assert len(next(TokenRows(str(tmp_path)).read(0, 2, 100))) == 2
+
+
+def test_impossible_ranges_say_what_would_be_right(sources: Path) -> None:
+    token_rows = TokenRows(str(sources))
+    with pytest.raises(ValueError, match="start must be a whole number of 0 or more, got -1"):
+        next(token_rows.read(-1, None, 10_000))
+    with pytest.raises(ValueError, match="end must be a whole number of 5 or more, got 4"):
+        next(token_rows.read(5, 4, 10_000))
+
+
+def test_what_is_kept_of_a_row() -> None:
+    rows = np.array([[BEGIN, 5, PAD, BEGIN], [PAD, PAD, 0, 9999]])
+    kept = [[False, True, False, False], [False, False, True, True]]
+    assert kept_positions(rows, keep_begin=False).tolist() == kept
+    kept[0] = [True, True, False, True]
+    assert kept_positions(rows, keep_begin=True).tolist() == kept
+
+
+@pytest.mark.parametrize("keep_begin", [False, True])
+def test_counts_as_one_row_after_another_would(tmp_path: Path, keep_begin: bool) -> None:
+    rows = make_rows(60, seq=16)
+    rows[3] = [BEGIN] + [PAD] * 15
+    kept = [len(kept_tokens([row], keep_begin)) for row in rows]
+    token_rows = TokenRows(str(write_rows(tmp_path, rows)))
+    totals = list(itertools.accumulate(kept))
+    for wanted in (1, totals[1], totals[1] + 1, totals[30] - 1, totals[-1], totals[-1] + 1):
+        n_rows = next((i + 1 for i, total in enumerate(totals) if total >= wanted), 60)
+        found = count_rows(token_rows, wanted, keep_begin, 10_000)
+        assert found == (n_rows, totals[n_rows - 1])
+
+
+def test_counts_beyond_one_block(tmp_path: Path) -> None:
+    token_rows = TokenRows(str(write_rows(tmp_path, [[5, 6, PAD]] * 2500)))
+    assert count_rows(token_rows, 4801, False, 10_000) == (2401, 4802)
+    assert count_rows(token_rows, 10**6, False, 10_000) == (2500, 5000)
+
+
+def test_a_local_file_is_known_by_its_bytes(sources: Path) -> None:
+    data = (sources / "train.jsonl").read_bytes()
+    assert TokenRows(str(sources), "train", "v1").identity() == {
+        "dataset": str(sources),
+        "dataset_revision": "v1",
+        "dataset_bytes": len(data),
+        "dataset_sha256": hashlib.sha256(data).hexdigest(),
+        "split": "train",
+    }
+    hub = TokenRows("someone/rows", "validation").identity()
+    assert (hub["split"], hub["dataset_bytes"], hub["dataset_sha256"]) == ("validation", None, None)
