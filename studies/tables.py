@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 THRESHOLDS = ("0.9", "0.95", "0.99")  # cosines over which a feature is clean
 REFITS = ("", ", refit", ", refit both")  # what follows an SAE's name where it was refitted
+FVU_AND_L0 = (("fvu", 4), ("l0", 3))  # with digits
 
 Results = dict[str, Any]
 Run = dict[str, Any]
@@ -48,20 +49,34 @@ def standin_runs(sae: str, recipe: str, refit: str = "") -> list[Run]:
     )
 
 
-def where(name: str) -> str:
-    """On what a file of results/ was made: device, CPU, versions, commit."""
-    seen = dict.fromkeys(_place(source) for source in read(name)["sources"])
+def kinds_of(results: Results) -> list[str]:
+    """The kinds of SAE that were trained, in the order of the file; not what was refitted."""
+    return [sae for sae in dict.fromkeys(run["sae"] for run in results["runs"]) if "," not in sae]
+
+
+def where(*patterns: str) -> str:
+    """On what files of results/ were made: CPU, threads, versions, commit.
+
+    patterns: of their names, such as "toy/*.json". Raises `UserError` where there is no such file.
+    """
+    seen: dict[str, None] = {}
+    for pattern in patterns:
+        names = sorted(str(path.relative_to(RESULTS)) for path in RESULTS.glob(pattern))
+        for name in names or [pattern]:
+            seen |= dict.fromkeys(_place(source) for source in read(name)["sources"])
     return "; ".join(seen)
 
 
 def _place(source: dict[str, Any]) -> str:
     environment = source["environment"]
-    parts = [environment.get("cpu"), environment["device"].split(",")[0]]
+    on_cpu = environment["device"].startswith("cpu")
+    parts = [(environment.get("cpu") or "CPU") if on_cpu else environment["device"]]
     parts.append(f"{environment['threads']} thread" + "s" * (environment["threads"] > 1))
     parts.append(f"torch {environment['torch']}")
     commit = environment.get("commit")
-    parts.append(f"commit {commit[:7]}" + "+changes" * ("+" in commit) if commit else None)
-    return ", ".join(part for part in parts if part)
+    if commit:
+        parts.append(f"commit {commit[:7]}" + "+changes" * ("+" in commit))
+    return ", ".join(parts)
 
 
 # -------------------------------------------------------------------------------------- counting
@@ -76,6 +91,11 @@ def share(count: int, n: int) -> str:
     """A count over seeds with its exact 95% interval (Clopper and Pearson): 88 of 100 (80-94%)."""
     low, high = scipy.stats.binomtest(count, n).proportion_ci(0.95, "exact")
     return f"{count} of {n} ({100 * low:.0f}-{100 * high:.0f}%)"
+
+
+def percent(share: float, digits: int) -> str:
+    """A share in percent; "-" where it is NaN."""
+    return "-" if np.isnan(share) else f"{100 * share:.{digits}f}%"
 
 
 def complete_seeds(results: Results, sae: str = "matryoshka") -> set[int]:
@@ -98,24 +118,27 @@ def mean_clean(runs: Sequence[Run]) -> list[str]:
 # --------------------------------------------------------------------------------------- the toy
 
 
+# What the write-up reports of one seed each: FVU, L0, and how many of the 20 features are clean.
+AS_REPORTED = {"matryoshka": ("0.021", "1.13", 20), "vanilla": ("0.000", "0.86", 11)}
+
+
 def toy() -> str:
-    """The write-up's table over the hundred seeds, at three thresholds."""
+    """The write-up's table over the hundred seeds, at three thresholds, and as it is there."""
     results = read("toy/sampled.json")
-    rows = []
-    for sae, expected in (("matryoshka", 20), ("vanilla", 11)):
-        runs = runs_of(results, sae)
-        count = sum(run["clean_features"] == expected for run in runs)
-        fvu, l0 = (spread([run[key] for run in runs], digits) for key, digits in FVU_AND_L0)
-        rows.append(
-            [sae, fvu, l0, f"{expected}/20 in {share(count, len(runs))}", *mean_clean(runs)]
-        )
-    rows.append(["as reported, matryoshka", "0.021", "1.13", "20/20 in 1 of 1", "20", "", ""])
-    rows.append(["as reported, vanilla", "0.000", "0.86", "11/20 in 1 of 1", "11", "", ""])
-    headers = [f"{len(runs)} seeds", "FVU", "L0", "clean at 0.9", *(f"> {t}" for t in THRESHOLDS)]
-    return table(headers, rows)
+    rows = [_toy_row(sae, runs_of(results, sae)) for sae in kinds_of(results)]
+    for sae, (fvu, l0, clean) in AS_REPORTED.items():
+        rows.append([f"as reported, {sae}", fvu, l0, f"{clean}/20 in 1 of 1", str(clean), "", ""])
+    n_seeds = len({run["seed"] for run in results["runs"]})
+    headers = [f"{n_seeds} seeds", "FVU", "L0", "as many clean as reported"]
+    return table([*headers, *(f"clean > {t}" for t in THRESHOLDS)], rows)
 
 
-FVU_AND_L0 = (("fvu", 4), ("l0", 3))
+def _toy_row(sae: str, runs: Sequence[Run]) -> list[str]:
+    fvu, l0 = (spread([run[key] for run in runs], digits) for key, digits in FVU_AND_L0)
+    reported = AS_REPORTED[sae][2]
+    count = sum(run["clean_features"] == reported for run in runs)
+    return [sae, fvu, l0, f"{reported}/20 in {share(count, len(runs))}", *mean_clean(runs)]
+
 
 RECIPES = {
     "sampled prefixes (the paper)": "sampled",
@@ -127,30 +150,27 @@ RECIPES = {
 
 def recipes() -> str:
     """Success over seeds by recipe: what is trained differently, and what it does how soon."""
-    times = read("bench/toy.json")["sources"][0]["toy"]
-    rows = []
-    for name, file in RECIPES.items():
-        results = read(f"toy/{file}.json")
-        runs, refitted = (runs_of(results, f"matryoshka{how}") for how in ("", ", refit"))
-        seeds = [run["seed"] for run in runs]
-        steps = median_steps(runs, "0.9")
-        expected = ", expected prefixes" if file == "expected" else ""
-        ms = times[f"of matryoshka{expected}"]["median"]
-        rows.append(
-            [
-                name,
-                f"{min(seeds)} to {max(seeds)}",
-                share(len(complete_seeds(results)), len(runs)),
-                f"{np.median([run['fvu'] for run in runs]):.4f}",
-                f"{max(run['fvu'] for run in runs):.4f}",
-                f"{np.median([run['l0'] for run in runs]):.3f}",
-                f"{steps:,.0f}",
-                f"{steps * ms / 1e3:.1f}",
-                f"{median_steps(refitted, '0.9'):,.0f}",
-            ]
-        )
     headers = ["", "seeds", "20/20", "median FVU", "worst", "median L0", "steps to 20/20", "s"]
+    rows = [[name, *_recipe_row(file)] for name, file in RECIPES.items()]
     return table([*headers, "steps, refit"], rows)
+
+
+def _recipe_row(file: str) -> list[str]:
+    results, times = read(f"toy/{file}.json"), read("bench/toy.json")["sources"][0]["toy"]
+    runs, refitted = (runs_of(results, f"matryoshka{how}") for how in REFITS[:2])
+    seeds, fvu = ([run[key] for run in runs] for key in ("seed", "fvu"))
+    steps = median_steps(runs, "0.9")
+    ms = times["of matryoshka" + ", expected prefixes" * (file == "expected")]["median"]
+    return [
+        f"{min(seeds)} to {max(seeds)}",
+        share(len(complete_seeds(results)), len(runs)),
+        f"{np.median(fvu):.4f}",
+        f"{max(fvu):.4f}",
+        f"{np.median([run['l0'] for run in runs]):.3f}",
+        f"{steps:,.0f}",
+        f"{steps * ms / 1e3:.1f}",
+        f"{median_steps(refitted, '0.9'):,.0f}",
+    ]
 
 
 def refitted() -> str:
@@ -196,20 +216,19 @@ TREES = {
 
 def trees() -> str:
     """Harder trees than the paper's: with and without restarts, and with the refits."""
-    rows = []
+    rows, kinds = [], list[str]()
     for name, title in TREES.items():
         for every, recipe in ((0, ""), (100, ", restarts")):
             results = read(f"trees/{name}_{every}.json")
-            pairs = [
-                [runs_of(results, sae + how) for sae in ("vanilla", "matryoshka")] for how in REFITS
-            ]
+            kinds = kinds_of(results)
+            pairs = [[runs_of(results, sae + how) for sae in kinds] for how in REFITS]
             clean = [_of_pair(pair, "clean_features", 1) for pair in pairs]
             fvu = [_of_pair(pair, "fvu", 4) for pair in pairs]
-            count = f"{len(complete_seeds(results))} of {len(pairs[0][1])}"
-            rows.append([title + recipe, *clean, count, *fvu])
+            complete, n_seeds = complete_seeds(results), len(pairs[0][0])
+            rows.append([title + recipe, *clean, f"{len(complete)} of {n_seeds}", *fvu])
     stages = ("as trained", "refit", "refit both")
     clean_headers = [f"clean, {stage}" for stage in stages]
-    headers = ["vanilla / Matryoshka", *clean_headers, "all 20", *(f"FVU, {s}" for s in stages)]
+    headers = [" / ".join(kinds), *clean_headers, "all 20", *(f"FVU, {s}" for s in stages)]
     return table(headers, rows)
 
 
@@ -251,39 +270,47 @@ def standin_short() -> str:
 
 
 def _standin(titles: Sequence[str]) -> str:
-    rows = []
-    for title in titles:
-        runs = standin_runs(*STANDIN[title])
-        fvu, l0 = (spread([run[key] for run in runs], n) for key, n in (("fvu", 4), ("l0", 2)))
-        cosine = spread([run["mean_highest_cosine"] for run in runs], 3)
-        dead, recovered, absorbed = (
-            f"{100 * np.mean([run[key] for run in runs]):.1f}%"
-            for key in ("dead_share", "loss_recovered", "absorption")
-        )
-        rows.append([title, fvu, l0, dead, recovered, cosine, absorbed])
-    headers = [f"stand-in, {len(runs)} seeds", "FVU", "L0", "dead", "loss recovered"]
+    by_title = {title: standin_runs(*STANDIN[title]) for title in titles}
+    n_seeds = max(map(len, by_title.values()))
+    headers = [f"stand-in, {n_seeds} seeds", "FVU", "L0", "dead", "loss recovered"]
+    rows = [[title, *_standin_row(runs)] for title, runs in by_title.items()]
     return table([*headers, "highest cosine", "absorption"], rows)
 
 
+def _standin_row(runs: Sequence[Run]) -> list[str]:
+    fvu, l0 = (spread([run[key] for run in runs], n) for key, n in (("fvu", 4), ("l0", 2)))
+    cosine = spread([run["mean_highest_cosine"] for run in runs], 3)
+    dead, recovered, absorbed = (
+        f"{100 * np.mean([run[key] for run in runs]):.1f}%"
+        for key in ("dead_share", "loss_recovered", "absorption")
+    )
+    return [fvu, l0, dead, recovered, cosine, absorbed]
+
+
 def concepts() -> str:
-    """Absorption by concept, the mean over seeds, and the share of an SAE's total it makes."""
-    by_sae = {sae: standin_runs(sae, "sampled") for sae in ("matryoshka", "vanilla")}
+    """Absorption by concept: the mean over seeds, the share of the SAE's total that a concept
+    makes, and each seed's; "-" where it is not known, since no latent detects the concept."""
+    saes = kinds_of(read("standin/evaluation.json"))
+    by_sae = {sae: standin_runs(sae, "sampled") for sae in saes}
     absorbed = {
-        sae: np.array([[c["absorption"] or 0.0 for c in run["concepts"]] for run in runs])
+        sae: np.array([[c["absorption"] for c in run["concepts"]] for run in runs], dtype=float)
         for sae, runs in by_sae.items()
-    }  # [n_seeds, n_concepts] each
-    first = by_sae["matryoshka"][0]["concepts"]
+    }  # [n_seeds, n_concepts] each, NaN where it is not known
     rows = []
-    for i, concept in enumerate(first):
-        cells = []
-        for of_sae in absorbed.values():
-            cells.append(f"{100 * of_sae[:, i].mean():.1f}%")
-            cells.append(f"{100 * of_sae[:, i].sum() / max(of_sae.sum(), 1e-9):.0f}%")
-        by_seed = " / ".join(f"{100 * a:.0f}%" for a in absorbed["matryoshka"][:, i])
-        vanilla = " / ".join(f"{100 * a:.0f}%" for a in absorbed["vanilla"][:, i])
-        rows.append([concept["concept"], concept["tokens"], *cells, by_seed, vanilla])
-    headers = ["concept", "tokens", "matryoshka", "of its total", "vanilla", "of its total"]
-    return table([*headers, "matryoshka, by seed", "vanilla, by seed"], rows)
+    for i, concept in enumerate(by_sae[saes[0]][0]["concepts"]):
+        means = [cell for rates in absorbed.values() for cell in _mean_and_share(rates, i)]
+        by_seed = [" / ".join(percent(r, 0) for r in rates[:, i]) for rates in absorbed.values()]
+        rows.append([concept["concept"], concept["tokens"], *means, *by_seed])
+    headers = [column for sae in saes for column in (sae, "of its total")]
+    return table(["concept", "tokens", *headers, *(f"{sae}, by seed" for sae in saes)], rows)
+
+
+def _mean_and_share(rates: np.ndarray, concept: int) -> list[str]:
+    """A concept's mean of `rates` [n_seeds, n_concepts], and what it makes of their sum."""
+    known = rates[~np.isnan(rates[:, concept]), concept]
+    total = np.nansum(rates)
+    mean = known.mean() if known.size else np.nan
+    return [percent(mean, 1), percent(known.sum() / total if total else 0.0, 0)]
 
 
 # ------------------------------------------------------------------------------------------ speed
@@ -314,19 +341,19 @@ def data() -> str:
     return bench.show(read("bench/data.json")["sources"][0]["data"])
 
 
-# By the name that a page calls a table by: the function, and the file of results/ that it shows.
-TABLES: dict[str, tuple[Callable[[], str], str]] = {
-    "toy": (toy, "toy/sampled.json"),
-    "recipes": (recipes, "toy/sampled.json"),
-    "refit": (refitted, "toy/sampled.json"),
-    "trees": (trees, "trees/three_levels_0.json"),
-    "defects": (defects, "ablation/ablation.json"),
-    "standin": (standin, "standin/evaluation.json"),
-    "standin_short": (standin_short, "standin/evaluation.json"),
-    "concepts": (concepts, "standin/evaluation.json"),
-    "bench": (step, "bench/step.json"),
-    "growth": (growth, "bench/growth.json"),
-    "data": (data, "bench/data.json"),
+# By the name that a page calls a table by: the function, and the files of results/ that it shows.
+TABLES: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
+    "toy": (toy, ("toy/sampled.json",)),
+    "recipes": (recipes, ("toy/*.json", "bench/toy.json")),
+    "refit": (refitted, ("toy/*.json",)),
+    "trees": (trees, ("trees/*.json",)),
+    "defects": (defects, ("ablation/ablation.json",)),
+    "standin": (standin, ("standin/evaluation.json",)),
+    "standin_short": (standin_short, ("standin/evaluation.json",)),
+    "concepts": (concepts, ("standin/evaluation.json",)),
+    "bench": (step, ("bench/step.json",)),
+    "growth": (growth, ("bench/growth.json",)),
+    "data": (data, ("bench/data.json",)),
 }
 
 
@@ -334,5 +361,6 @@ def named(name: str) -> str:
     """The table `name`, and under it where its figures were made. Raises `UserError` for none."""
     if name not in TABLES:
         raise UserError(f"there is no table {name}, only {', '.join(TABLES)}")
-    make, file = TABLES[name]
-    return f"{make()}\n\n<sub>results/{file}: {where(file)}</sub>"
+    make, files = TABLES[name]
+    made_from = ", ".join(f"`results/{file}`" for file in files)
+    return f"{make()}\n\n<sub>{made_from}: {where(*files)}</sub>"
