@@ -58,6 +58,13 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line on stderr for a command line that cannot be parsed."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"error: {message} ({self.prog} --help shows every flag)\n")
+
+
 def parser_for(config_class: type, description: str) -> argparse.ArgumentParser:
     """An argparse parser with one flag a field of `config_class`: `n_latents` is `--n-latents`.
 
@@ -65,9 +72,7 @@ def parser_for(config_class: type, description: str) -> argparse.ArgumentParser:
     of a `Literal` its values, one of a tuple as many values. Flags are written out: `--step` is
     unknown where there is `--steps`.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=_Help, allow_abbrev=False
-    )
+    parser = _Parser(description=description, formatter_class=_Help, allow_abbrev=False)
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         if not field.metadata["is_flag"]:
