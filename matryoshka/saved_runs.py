@@ -1,0 +1,203 @@
+"""What is read back of a training run's folder: its SAEs, its results, its curves.
+
+An SAE is a file NAME.safetensors, and NAME is what it is called. results.json, where there is one,
+says which SAEs are of the run, and what they were trained on.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from matryoshka.cache_format import MANIFEST, read_record
+from matryoshka.cache_reader import ActivationCache
+from matryoshka.errors import UserError
+from sae import SAE
+
+RESULTS, METRICS, CHECKPOINT = "results.json", "metrics.jsonl", "checkpoint.safetensors"
+CURVES = ("l0", "fvu", "sparsity_weight")  # of metrics.jsonl
+
+
+def training_results(folder: Path) -> dict[str, Any]:
+    """results.json of a run, {} where there is none. Raises `UserError` where it is damaged."""
+    path = folder / RESULTS
+    if not path.exists():
+        return {}
+    try:
+        results: dict[str, Any] = json.loads(path.read_text())
+        # What is read of it must be there:
+        float(results["config"]["target_l0"])
+        str(results["config"]["cache"]), dict(results["cache"]["make"])
+        {run["sae"]: run["sae"].lower() for run in results["runs"]}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged, or was not written by training ({type(error).__name__}: {error})"
+        ) from None
+    return results
+
+
+def training_curves(path: Path) -> tuple[list[int], dict[str, dict[str, list[float]]]]:
+    """metrics.jsonl: the steps, and for each SAE "l0", "fvu" and "sparsity_weight" at them.
+
+    Raises `UserError` where it is damaged.
+    """
+    steps: dict[str, list[int]] = {}
+    curves: dict[str, dict[str, list[float]]] = {}
+    try:
+        for record in map(json.loads, path.read_text().splitlines()):
+            name = str(record["sae"])
+            steps.setdefault(name, []).append(int(record["step"]))
+            curve = curves.setdefault(name, {key: [] for key in CURVES})
+            for key in CURVES:
+                curve[key].append(float(record[key]))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+    if len(set(map(tuple, steps.values()))) != 1:
+        raise UserError(f"{path} is damaged: it should have a line for each SAE and step")
+    return next(iter(steps.values())), curves
+
+
+# --------------------------------------------------------------------------------------- the SAEs
+
+
+def load_saes(folder: Path, device: torch.device, trained: Mapping[str, Any]) -> dict[str, SAE]:
+    """The SAEs in a run's folder, by name, in float32. `trained`: of `training_results`.
+
+    They are in the order of results.json; refits of these follow, and without results.json all are
+    in the order of their names. A file that is not of the run, but of an older one in its folder,
+    is left out, with a line on stderr. Raises `UserError` where a file is not the one that was
+    recorded, or none is left.
+    """
+    paths = {path.stem: path for path in sorted(folder.glob("[!.]*.safetensors"))}
+    paths.pop(Path(CHECKPOINT).stem, None)
+    if not paths:
+        raise UserError(f"{folder} holds no SAEs: finish a training with --out {folder}")
+    if not trained:
+        return {name: load_sae(path, device)[0] for name, path in paths.items()}
+    saes, checksums = {}, set()
+    for run in trained["runs"]:
+        path = paths.pop(run["sae"], None)
+        if path is None:
+            print(f"not scored: {folder / run['sae']}.safetensors is missing", file=sys.stderr)
+            continue
+        saes[run["sae"]], checksum = load_sae(path, device, run.get("file_sha256"))
+        checksums.add(checksum)
+    for name, path in paths.items():
+        sae, _ = load_sae(path, device)
+        if refit_of(sae).get("file_sha256") in checksums:
+            saes[name] = sae
+        else:
+            print(f"not scored: {path} is not of this run ({RESULTS})", file=sys.stderr)
+    if not saes:
+        raise UserError(f"{folder} holds no SAE of the run that its {RESULTS} is of")
+    return saes
+
+
+def load_sae(
+    path: Path, device: torch.device, recorded_sha256: str | None = None
+) -> tuple[SAE, str]:
+    """One SAE, in float32, and its file's SHA-256.
+
+    Raises `UserError` where the file is no SAE, or its checksum is not the one that was recorded.
+    """
+    try:
+        sha256 = file_sha256(path)
+        sae = SAE.load(path, device).float().requires_grad_(False)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
+    if recorded_sha256 not in (None, sha256):
+        raise UserError(
+            f"{path} is not the file that {RESULTS} beside it is of: its checksum is another; "
+            "train again, or move it to a folder of its own"
+        )
+    if sae.n_latents < 2:
+        raise UserError(f"{path}: an SAE of {sae.n_latents} latents; at least 2 are needed")
+    return sae, sha256
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal. Raises `OSError` where it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refit_of(sae: SAE) -> dict[str, Any]:
+    """What refit.py recorded in an SAE's file, `file_sha256` of the SAE that was refitted and
+    `acts_sha256`, a list, of what on; {} where the SAE is no refit."""
+    refit = sae.about.get("refit")
+    if not isinstance(refit, dict) or not isinstance(refit.get("acts_sha256"), list):
+        return {}
+    return refit
+
+
+# ----------------------------------------------------------------------- what they were trained on
+
+
+def check_cache(
+    cache: ActivationCache, saes: Mapping[str, SAE], trained: Mapping[str, Any]
+) -> None:
+    """Raises `UserError` where the cache is too small, or of another width, layer or model than
+    the SAEs'."""
+    for name, sae in saes.items():
+        if sae.d_model != cache.d_model:
+            raise UserError(
+                f"the {name} SAE's d_model is {sae.d_model}, that of {cache.folder} {cache.d_model}"
+            )
+    if cache.manifest.n_rows < 2:
+        raise UserError(
+            f"{cache.folder} holds {cache.manifest.n_rows} rows: too few for two halves"
+        )
+    recipe = trained["cache"]["make"] if trained else {}
+    cache.require(**{key: recipe[key] for key in ("layer", "weights_hash") if key in recipe})
+
+
+def is_held_out(
+    cache: ActivationCache, saes: Mapping[str, SAE], trained: Mapping[str, Any]
+) -> bool | None:
+    """Whether the cache's activations were not trained on; None where that is not known.
+
+    A shard that an SAE was trained or refitted on, by its checksum, settles it, and so do the same
+    dataset and split, however the dataset's path is spelled. Another split of that dataset was not
+    trained on. Another dataset might be a copy: that is settled only where the checksums trained on
+    are known.
+    """
+    here = {shard.acts_sha256 for shard in cache.shards}
+    refits = (refit_of(sae).get("acts_sha256", []) for sae in saes.values())
+    if any(checksum in here for checksums in refits for checksum in checksums):
+        return False
+    if not trained:
+        return None
+    recipe, known = trained["cache"]["make"], trained_shards(trained)
+    is_same_dataset = _is_same_place(recipe.get("dataset"), cache.recipe["dataset"])
+    if known & here or (is_same_dataset and recipe.get("split") == cache.recipe["split"]):
+        return False
+    return True if is_same_dataset or known else None
+
+
+def trained_shards(trained: Mapping[str, Any]) -> set[str]:
+    """Checksums of the shards that were trained on: as results.json records them, or else of the
+    training cache, if it is where it was. Empty where they are not known."""
+    recorded, folder = trained["cache"], Path(trained["config"]["cache"])
+    if "acts_sha256" in recorded:
+        return set(recorded["acts_sha256"])
+    try:
+        manifest = read_record(folder / MANIFEST)
+    except UserError:
+        return set()
+    if manifest.recipe != recorded["make"]:
+        return set()
+    return {shard.acts_sha256 for shard in manifest.shards}
+
+
+def _is_same_place(a: str | None, b: str) -> bool:
+    """Whether two names of a dataset are one folder or, if they are none, one name."""
+    return a is not None and os.path.realpath(a) == os.path.realpath(b)
