@@ -11,15 +11,17 @@ for its runs, and the folder it was in. `runs` has an item a run, with the name 
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from matryoshka.command_line import main_guard, parse, setting
 from matryoshka.errors import UserError
 from matryoshka.files import make_folder, write_json
+from matryoshka.metrics import density_histogram
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,23 +49,12 @@ def is_path(text: str) -> bool:
     return text.startswith(("/", "~", "./", "../")) or (text.count("/") > 1 and " " not in text)
 
 
-def density_histogram(fired: Sequence[int], n_tokens: int) -> dict[str, Any]:
-    """How often latents fire, by tenths of a power of ten, from how many tokens each fired on."""
-    edges = [tenth / 10 for tenth in range(-80, 1)]
-    counts = [0] * (len(edges) - 1)
-    for n in fired:
-        if n:
-            place = math.floor((math.log10(n / n_tokens) - edges[0]) * 10)
-            counts[min(max(place, 0), len(counts) - 1)] += 1
-    return {"log10_edges": edges, "counts": counts, "never": sum(n == 0 for n in fired)}
-
-
 def kept_run(run: dict[str, Any], name: str, n_tokens: int | None) -> dict[str, Any]:
     """A run as it is kept: older evaluations had a count a latent in place of a histogram."""
     run = {"source": name, **run}
     fired = run.pop("fired", None)
     if fired is not None and n_tokens:
-        run["density_histogram"] = density_histogram(fired, n_tokens)
+        run["density_histogram"] = density_histogram(torch.tensor(fired), n_tokens)
     kept: dict[str, Any] = without_paths(run)
     return kept
 
