@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cache_factory import D_MODEL, config_for, numbers, write_cache, write_sources
+from cache_factory import D_MODEL, config_for, cut, flip, numbers, write_cache, write_sources
 from tiny_factory import die_with_parent, fresh_processes
 
 from cache_activations import run
@@ -60,6 +60,21 @@ def test_require_says_what_differs(sources: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_cache(tmp_path_factory.mktemp("big") / "c", N_TOKENS, n_shards=5)
+
+
+@pytest.mark.parametrize("kind", ["acts", "tokens"])
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+def test_damage_that_verify_or_opening_finds(
+    tmp_path: Path, damage: Callable[[Path], object], kind: str
+) -> None:
+    cache = ActivationCache(write_cache(tmp_path / "c", 1000))
+    cache.verify()
+    damage(tmp_path / "c" / f"00001.{kind}")
+    with pytest.raises(UserError, match=rf"shard 00001 is damaged \(.*00001.{kind}"):
+        cache.verify()
+    if damage is not flip:
+        with pytest.raises(UserError, match=rf"shard 00001 is damaged \(00001.{kind}"):
+            ActivationCache(tmp_path / "c")
 
 
 @pytest.mark.parametrize("max_resident", [0, 2**40])

@@ -202,6 +202,16 @@ def test_counts_beyond_one_block(tmp_path: Path) -> None:
     assert count_rows(token_rows, 10**6, False, 10_000) == (2500, 5000)
 
 
+def test_the_hubs_rows_are_read_from_any_row_on(
+    sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", hub_of(sources, []))
+    rows = make_rows(100, seq=32)
+    for start, end in [(0, None), (13, 57), (99, 100), (100, None)]:
+        blocks = TokenRows("someone/rows").read(start, end, 10_000, block_size=9)
+        assert [row for block in blocks for row in block.tolist()] == rows[start:end]
+
+
 def test_a_local_file_is_known_by_its_bytes(sources: Path) -> None:
     data = (sources / "train.jsonl").read_bytes()
     assert TokenRows(str(sources), "train", "v1").identity() == {
