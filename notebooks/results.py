@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Do Matryoshka SAEs replicate?
 #
-# What this repository measured, with figures and tables made from the files in `results/`. Above or
-# below each stands the command that made its file, read from the settings in that file; a test runs
-# this notebook again and compares. Nothing is trained here.
+# What this repository measured, with figures and tables made from the files in `results/`. Beside
+# them stand the commands that made those files, read from the settings in them, and on which CPU,
+# at which commit. A test runs this notebook again and compares. Nothing is trained here.
 #
 # The paper: Bussmann, Nabeshima, Karvonen, Nanda 2025, [Learning Multi-Level Features with
 # Matryoshka Sparse Autoencoders](https://arxiv.org/abs/2503.17547). "The write-up" is the guided
@@ -11,7 +11,8 @@
 # hierarchies*; its numbers are labelled as reported.
 #
 # In short: on the paper's toy tree it replicates, in most seeds, and a recipe of our own makes the
-# rest succeed (section 2). On a stand-in for the language model, Matryoshka SAEs reconstruct better
+# rest succeed (section 2); that is at a cosine of 0.9, at 0.95 vanilla wins until the decoder is
+# refitted (5). On a stand-in for the language model, Matryoshka SAEs reconstruct better
 # than vanilla ones and absorb less (3); the real model has not been run. Least squares on a trained
 # SAE pays back nearly all of the toy's reconstruction cost. On other trees than the paper's,
 # Matryoshka SAEs do not always win (5).
@@ -21,15 +22,18 @@ import sys
 
 sys.path.insert(0, "..")  # the repository, where it is not installed
 
-import parts
-from parts import figure, made_by, png, text
+import figures
+import language_model
+import toy
+from showing import bench_table, figure, made_by, measured_by, png, text
 
-import plots
-import report
 import train_toy
+from matryoshka import plots
+from studies import report, tables
 
-TOY = report.read("toy/results.json")
-TREE = train_toy.load_tree(TOY["config"]["tree"])
+TOY = tables.read("toy/sampled.json")
+TREE = train_toy.load_tree(TOY["sources"][0]["config"]["tree"])
+RECIPES = [f"toy/{file}.json" for file in tables.RECIPES.values()]
 
 # %% [markdown]
 # ## 1. The idea
@@ -41,7 +45,9 @@ TREE = train_toy.load_tree(TOY["config"]["tree"])
 # themselves, so they stay general; the last ones are in one or two and may build on the rest.
 
 # %%
-figure(parts.nested, alt="Prefixes of one step, the law of their lengths, and each latent's reach")
+figure(
+    figures.nested, alt="Prefixes of one step, the law of their lengths, and each latent's reach"
+)
 
 # %% [markdown]
 # Left: the ten prefixes of the toy's first step (seed 0). Middle: lengths are drawn with
@@ -57,7 +63,7 @@ figure(parts.nested, alt="Prefixes of one step, the law of their lengths, and ea
 
 # %%
 png(
-    report.RESULTS / "toy" / "activations.png",
+    tables.RESULTS / "toy" / "activations.png",
     alt="The same samples as the features, the vanilla and the Matryoshka SAE see them",
 )
 
@@ -70,11 +76,11 @@ png(
 # A feature is *clean* where some latent's decoder direction has a cosine over 0.9 with it.
 
 # %%
-text(made_by("toy/results.json", "train_toy.py"), report.toy)
+text(made_by("toy/sampled.json", "train_toy.py"), tables.toy)
 
 # %% [markdown]
-# As reported by the write-up, for one seed each: Matryoshka FVU 0.021, L0 1.13, 20/20; vanilla FVU
-# 0.000, L0 0.86, 11/20.
+# The rows *as reported* are the write-up's, of one seed each. Counts over seeds carry the exact 95%
+# interval of Clopper and Pearson.
 #
 # ### Absorption and hedging in the cosines
 #
@@ -92,7 +98,7 @@ text(made_by("toy/results.json", "train_toy.py"), report.toy)
 # nobody to be confused with.
 
 # %%
-figure(parts.cosines, TOY, alt="Histograms of the best decoder cosine by kind of feature")
+figure(figures.cosines, TOY, alt="Histograms of the best decoder cosine by kind of feature")
 
 # %% [markdown]
 # Both SAEs make a systematic error, of different size: the threshold of 0.9 lies between them.
@@ -102,7 +108,7 @@ figure(parts.cosines, TOY, alt="Histograms of the best decoder cosine by kind of
 # %%
 figure(
     plots.toy_seeds,
-    [run for run in TOY["runs"] if run["sae"] in train_toy.SAES],
+    [run for run in TOY["runs"] if run["sae"] in tables.kinds_of(TOY)],
     TREE,
     alt="Best cosine of every feature and seed, and how many seeds reach how many clean features",
 )
@@ -111,11 +117,11 @@ figure(
 # ### Why seeds fail
 
 # %%
-text(parts.failures(TOY))
+text(toy.failures(TOY))
 
 # %% [markdown]
-# A single run hides this. In all of seven failed seeds looked at, the parents are found; in six,
-# the last latent fires where a parent is active *without* a child (in the seventh it is dead).
+# A single run hides this. In nearly all of the failed seeds that were looked at, the parents are
+# found, and the last latent fires where a parent is active *without* a child.
 # Hedging makes that a twenty-first thing to explain: the parent's direction holds some of its
 # children, and where there are none, that is an error. A latent that settles there is missing
 # elsewhere, and one that fires on none of a feature's samples gets no gradient from them, so
@@ -131,10 +137,10 @@ text(parts.failures(TOY))
 
 # %%
 text(
-    *(made_by(f"{folder}/results.json", "train_toy.py") for folder in report.RECIPES.values()),
-    report.recipes,
+    *(made_by(name, "train_toy.py") for name in RECIPES),
+    tables.recipes,
 )
-figure(parts.recipes, alt="FVU of every Matryoshka seed by recipe, failed seeds marked")
+figure(figures.recipes, alt="FVU of every Matryoshka seed by recipe, failed seeds marked")
 
 # %% [markdown]
 # Is it the re-implementation that fails? The original code has three defects that change what is
@@ -143,7 +149,11 @@ figure(parts.recipes, alt="FVU of every Matryoshka seed by recipe, failed seeds 
 # and all together:
 
 # %%
-text(made_by("toy_ablation/ablation.json", "ablate_toy.py"), report.defects, parts.told_apart)
+text(
+    made_by("ablation/ablation.json", "-m studies.ablate_toy"),
+    tables.defects,
+    toy.told_apart,
+)
 
 # %% [markdown]
 # Seeds fail with the defects and without them. So few seeds do not show that any of the three helps
@@ -162,14 +172,14 @@ text(made_by("toy_ablation/ablation.json", "ablate_toy.py"), report.defects, par
 # | Matryoshka | 0.189 | 29.9 | 0% |
 # | vanilla | 0.176 | 30.1 | 0% |
 #
-# Its cache is made by `cache_activations.py` of the stand-in and its stories; see the README. The
-# rows with *refit* are of section 5.
+# Its caches, and the commands that evaluate and refit, are in `docs/language_models.md`. The rows
+# with *refit* are of section 5.
 
 # %%
-STAND_IN = parts.StandIn()
+STAND_IN = language_model.StandIn()
 text(
-    parts.standin_commands(),
-    report.standin,
+    made_by(language_model.TRAINING, "train_tinystories.py"),
+    tables.standin,
     STAND_IN.judged_on(),
     STAND_IN.better(),
 )
@@ -185,14 +195,14 @@ text(
 #
 # The refit of the decoder lowers FVU and with it, slightly, the cross-entropy recovered: what fits
 # the activations better need not serve the model better. *Refit both* fits the encoder anew as well
-# and kills a third of the latents. Expected prefixes reconstruct alike before the refit, and
-# better after it in every seed, by little. *bfloat16* rounds the operands of training's matrix
-# products, of the encoder's alone where few latents fire, and of all with *dense*, as on a GPU.
+# and kills many of the latents. Expected prefixes reconstruct alike. *bfloat16* rounds the operands
+# of training's matrix products, of the encoder's alone where few latents fire, and of all with
+# *dense*, as on a GPU.
 #
 # ### The first latents alone
 
 # %%
-figure(plots.fvu_by_prefix, STAND_IN.fvu_curves(), alt="FVU by how many latents are used")
+figure(plots.fvu_by_prefix, report.fvu_curves(), alt="FVU by how many latents are used")
 text(STAND_IN.by_prefix())
 
 # %% [markdown]
@@ -200,44 +210,45 @@ text(STAND_IN.by_prefix())
 # rest.
 
 # %%
-figure(plots.density_histograms, STAND_IN.densities(), alt="How often latents fire")
+figure(plots.density_histograms, report.density_histograms(), alt="How often latents fire")
 
 # %% [markdown]
 # ### Absorption
 #
 # There is no truth to compare with, so concepts stand in for parents: sets of token ids, as of
-# animals or colours (`concepts.json`). On half of the rows, each concept gets a detector: the
-# latent whose firing tells its tokens best (by F1). On the other half, a token is *absorbed* where
-# the detector is silent and a more specific latent fires instead, one that fires almost only on the
-# concept but covers less of it. Means over seeds, v for vanilla and M for Matryoshka:
+# animals or colours (`matryoshka/concepts.json`). On half of the rows, each concept gets a
+# detector: the latent whose firing tells its tokens best (by F1). On the other half, a token is
+# *absorbed* where the detector is silent and a more specific latent fires instead, one that fires
+# almost only on the concept but covers less of it. Means over seeds:
 
 # %%
-text(STAND_IN.concepts())
+text(STAND_IN.concepts, tables.concepts)
 
 # %% [markdown]
 # Read absorption with the detector's precision and recall: where those are low, no latent stands
-# for the concept, and there is little that could be absorbed. The mean in the table above is made
-# by a few concepts of frequent tokens; most have next to none in either SAE.
+# for the concept, and there is little that could be absorbed. *Of its total* is the share of an
+# SAE's whole absorption that a concept makes: a few concepts of frequent tokens make most of it.
+# Which SAE absorbs more depends on the concept, and for some on the seed.
 #
 # ## 4. Speed
 #
 # A step at the write-up's size (`d_model` 768, 3,072 latents, batch 1,024), against the five dense
 # matrix products that a dense implementation cannot do without: encode, decode, and three backward.
-# The gradient is written out by hand and skips what is silent (`gradients.py`). Bars without a word
-# fire 30 latents an input, on synthetic data (`bench.py` says which); *fresh* ones are at
-# initialisation, where half of all latents fire. *bfloat16*: the products' operands are rounded to
-# it, and what is learnt is not (`--products bfloat16`).
+# The gradient is written out by hand and skips what is silent (`matryoshka/kernels/`). Bars without
+# a word fire 30 latents an input, on synthetic data (`studies/bench.py` says which); *fresh* ones
+# are at initialisation, where half of all latents fire. *bfloat16*: the products' operands are
+# rounded to it, and what is learnt is not (`--matmul-dtype bfloat16`).
 
 # %%
-figure(parts.speed, alt="Time of a training step by kind, and by the size of the dictionary")
+figure(figures.speed, alt="Time of a training step by kind, and by the size of the dictionary")
 for part, table in (
-    ("step", report.bench),
-    ("growth", report.growth),
-    ("data", report.data),
-    ("toy", lambda: parts.bench_table("toy")),
-    ("toy-whole", lambda: parts.bench_table("toy-whole")),
+    ("step", tables.step),
+    ("growth", tables.growth),
+    ("data", tables.data),
+    ("toy", lambda: bench_table("toy")),
+    ("toy-whole", lambda: bench_table("toy-whole")),
 ):
-    text(parts.measured_by(part), table)
+    text(measured_by(part), table)
 
 # %% [markdown]
 # Times are medians of repeats on a shared machine; ratios within one table are what they are good
@@ -253,30 +264,29 @@ for part, table in (
 # ### The refit
 #
 # Hedging costs reconstruction that a finished SAE need not pay: with the encoder fixed, the decoder
-# that reconstructs best is a least-squares problem (`refit.py`). The same latents fire before and
-# after. But a parent's latent fires stronger where a child is active, and no decoder can undo that.
-# *Refit both* keeps only where latents fire: each is to stand for what it adds wherever it fires,
-# and its encoder is fitted to that by least squares, too.
+# that reconstructs best is a least-squares problem (`matryoshka/refit.py`). The same latents fire
+# before and after. But a parent's latent fires stronger where a child is active, and no decoder can
+# undo that. *Refit both* keeps only where latents fire: each is to stand for what it adds wherever
+# it fires, and its encoder is fitted to that by least squares, too.
 
 # %%
-figure(report.refit_figure, alt="Best cosines by kind of feature before and after the refits")
+figure(report.draw_refits, alt="Best cosines by kind of feature before and after the refits")
 text(
-    *(made_by(f"{folder}/results.json", "train_toy.py") for folder in report.RECIPES.values()),
-    report.refitted,
+    *(made_by(name, "train_toy.py") for name in RECIPES),
+    tables.refitted,
 )
 
 # %% [markdown]
 # Means over seeds; starred columns over the seeds whose Matryoshka SAE had 20/20 as trained: the
 # largest FVU, how many have all features over 0.95 and 0.99, and the lowest best cosine of all. In
-# those, refitting both pays back what Matryoshka costs, but for an FVU below 0.0001. The
-# refits leave the vanilla SAE's directions where they are: what absorption has done lies in which
-# latents fire. They mend no failed seed, and count fewer clean features in some of them. On the
-# stand-in (section 3) refitting both does harm: there, whether a latent fires is not a half-space
-# that least squares finds.
+# those, refitting both pays back next to all of what Matryoshka costs. The refits leave the vanilla
+# SAE's directions where they are: what absorption has done lies in which latents fire. They mend no
+# failed seed, and count fewer clean features in some of them. On the stand-in (section 3) refitting
+# both does harm: there, whether a latent fires is not a half-space that least squares finds.
 
 # %%
 figure(
-    parts.clean_by_threshold, TOY, alt="Clean features by threshold, before and after the refits"
+    figures.clean_by_threshold, TOY, alt="Clean features by threshold, before and after the refits"
 )
 
 # %% [markdown]
@@ -284,21 +294,23 @@ figure(
 #
 # Three levels deep, children of uneven frequency, activations that are not 0 or 1, and 20 features
 # in 14 dimensions, which cannot be orthogonal. Clean features at 0.9 and FVU, means over seeds;
-# *all 20* counts seeds.
+# *all 20* counts Matryoshka seeds.
 
 # %%
-text("\n".join(f"- {made_by(name, 'train_toy.py')}" for name in parts.TREES), report.trees)
+for name in tables.TREES:
+    text(*(made_by(f"trees/{name}_{every}.json", "train_toy.py") for every in (0, 100)))
+text(tables.trees)
 
 # %% [markdown]
 # So the toy's result depends on the toy's tree. With graded activations it holds in every seed.
 # With three levels, Matryoshka SAEs recover fewer features than vanilla ones; with uneven children
 # or in too few dimensions, they recover more, but far from all. Restarts, which never failed on the
 # paper's tree, make none of these succeed; nor does refitting both, which made every success there
-# perfect. In two seeds of the three-level tree that were looked at, four of twenty latents fire
-# where a parent is active without its children, at both levels: what costs one latent in failed
-# seeds of the paper's tree costs four here. Where features are not binary, refitting both lets the
-# *vanilla* SAE find nearly all: its parents' latents do fire beside their children there, only
-# weaker, and strengths are what is refitted.
+# perfect. In the seeds of the three-level tree that were looked at, latents fire where a parent is
+# active without its children, once a level: what costs one latent in failed seeds of the paper's
+# tree costs several here. Where features are not binary, refitting both lets the *vanilla* SAE find
+# nearly all: its parents' latents do fire beside their children there, only weaker, and strengths
+# are what is refitted.
 #
 # ## 6. Limits
 #

@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import train_toy
 from matryoshka import plots
@@ -25,7 +26,7 @@ from studies.tables import (
     named,
     read,
     runs_of,
-    standin_runs,
+    standin_by_kind,
 )
 
 
@@ -67,24 +68,28 @@ def draw_refits(path: Path) -> None:
     plots.refit_cosines(path, best, tree)
 
 
-def draw_standin(folder: Path) -> None:
-    """The stand-in's FVU by prefix and its densities, over its seeds."""
-    runs = {sae: standin_runs(sae, "sampled") for sae in ("vanilla", "matryoshka")}
-    curves = {
+def fvu_curves() -> dict[str, dict[str, Any]]:
+    """The stand-in's FVU by prefix over its seeds, as `plots.fvu_by_prefix` takes it."""
+    return {
         sae: {
-            "prefix": of_sae[0]["fvu_by_prefix"]["prefix"],
-            "fvu": [run["fvu_by_prefix"]["fvu"] for run in of_sae],
+            "prefix": runs[0]["fvu_by_prefix"]["prefix"],
+            "fvu": [run["fvu_by_prefix"]["fvu"] for run in runs],
         }
-        for sae, of_sae in runs.items()
+        for sae, runs in standin_by_kind().items()
     }
-    plots.fvu_by_prefix(folder / "fvu_by_prefix.png", curves)
-    densities = {sae: [run["density_histogram"] for run in of_sae] for sae, of_sae in runs.items()}
-    plots.density_histograms(folder / "densities.png", densities)
+
+
+def density_histograms() -> dict[str, list[dict[str, Any]]]:
+    """How often the stand-in's latents fire, a histogram a seed, as `plots` takes them."""
+    return {
+        sae: [run["density_histogram"] for run in runs] for sae, runs in standin_by_kind().items()
+    }
 
 
 def write() -> None:
     """Draws the figures, and puts every table between its markers."""
-    draw_standin(RESULTS / "standin")
+    plots.fvu_by_prefix(RESULTS / "standin" / "fvu_by_prefix.png", fvu_curves())
+    plots.density_histograms(RESULTS / "standin" / "densities.png", density_histograms())
     draw_refits(RESULTS / "toy" / "refit_cosines.png")
     for page in pages():
         text = with_tables(page.read_text(encoding="utf-8"))

@@ -49,6 +49,12 @@ def standin_runs(sae: str, recipe: str, refit: str = "") -> list[Run]:
     )
 
 
+def standin_by_kind() -> dict[str, list[Run]]:
+    """The stand-in's runs of each kind of SAE that is trained as the write-up has it."""
+    kinds = kinds_of(read("standin/evaluation.json"))
+    return {sae: standin_runs(sae, "sampled") for sae in kinds}
+
+
 def kinds_of(results: Results) -> list[str]:
     """The kinds of SAE that were trained, in the order of the file; not what was refitted."""
     return [sae for sae in dict.fromkeys(run["sae"] for run in results["runs"]) if "," not in sae]
@@ -290,19 +296,18 @@ def _standin_row(runs: Sequence[Run]) -> list[str]:
 def concepts() -> str:
     """Absorption by concept: the mean over seeds, the share of the SAE's total that a concept
     makes, and each seed's; "-" where it is not known, since no latent detects the concept."""
-    saes = kinds_of(read("standin/evaluation.json"))
-    by_sae = {sae: standin_runs(sae, "sampled") for sae in saes}
+    by_sae = standin_by_kind()
     absorbed = {
         sae: np.array([[c["absorption"] for c in run["concepts"]] for run in runs], dtype=float)
         for sae, runs in by_sae.items()
     }  # [n_seeds, n_concepts] each, NaN where it is not known
     rows = []
-    for i, concept in enumerate(by_sae[saes[0]][0]["concepts"]):
+    for i, concept in enumerate(next(iter(by_sae.values()))[0]["concepts"]):
         means = [cell for rates in absorbed.values() for cell in _mean_and_share(rates, i)]
         by_seed = [" / ".join(percent(r, 0) for r in rates[:, i]) for rates in absorbed.values()]
         rows.append([concept["concept"], concept["tokens"], *means, *by_seed])
-    headers = [column for sae in saes for column in (sae, "of its total")]
-    return table(["concept", "tokens", *headers, *(f"{sae}, by seed" for sae in saes)], rows)
+    headers = [column for sae in by_sae for column in (sae, "of its total")]
+    return table(["concept", "tokens", *headers, *(f"{sae}, by seed" for sae in by_sae)], rows)
 
 
 def _mean_and_share(rates: np.ndarray, concept: int) -> list[str]:

@@ -1,0 +1,42 @@
+"""Sentences of the notebook on the toy, made from results/."""
+
+from typing import Any
+
+import scipy.stats
+
+from studies import tables
+
+
+def failures(results: dict[str, Any]) -> str:
+    """How many Matryoshka seeds fall short, and how their FVU stands apart."""
+    runs = tables.runs_of(results, "matryoshka")
+    complete = tables.complete_seeds(results)
+    whole = [run["fvu"] for run in runs if run["seed"] in complete]
+    short = [run["fvu"] for run in runs if run["seed"] not in complete]
+    kinds = runs[0]["lost"]
+    lost = ", ".join(f"{kind} {sum(run['lost'][kind] for run in runs)}" for kind in kinds)
+    found = (
+        f"**{len(short)} of {len(runs)}** Matryoshka seeds recover fewer than all features. Lost "
+        f"by kind, over all seeds: {lost}."
+    )
+    if not short or not whole:
+        return found
+    return (
+        f"{found} Their FVU is {min(short):.4f} to {max(short):.4f}, that of the others "
+        f"{min(whole):.4f} to {max(whole):.4f}."
+    )
+
+
+def told_apart() -> str:
+    """Whether the ablation's seeds tell the original's three defects together from none of them."""
+    (source,) = tables.read("ablation/ablation.json")["sources"]
+    n = source["config"]["seeds"]
+    counts = [
+        source["variants"][name]["matryoshka"]["clean_features"].get("20", 0)
+        for name in ("none", "all")
+    ]
+    p = scipy.stats.fisher_exact([[k, n - k] for k in counts]).pvalue
+    return (
+        f"20/20 in {counts[0]} of {n} seeds with none of the defects, in {counts[1]} with all "
+        f"three: Fisher's exact test, two-sided, p = {p:.2f}."
+    )
