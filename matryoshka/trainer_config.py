@@ -9,6 +9,9 @@ from matryoshka.kernels.dispatch import MAX_LATENTS_OF_ALL_PAIRS
 from sae import Sparsity
 
 
+L0Control = Literal["original", "steady"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """How an SAE is trained. Defaults are the original's for the toy."""
@@ -26,7 +29,7 @@ class TrainerConfig:
     )
     sparsity_weight: float = setting(0.2, "where the adaptive sparsity weight starts")
     sparsity_warmup: float = setting(0.2, "share of the steps over which it rises from 0 to there")
-    l0_control: Literal["original", "steady"] = setting(
+    l0_control: L0Control = setting(
         "original", "how the sparsity weight follows L0: see SparsityController"
     )
     lr: float = setting(3e-2, "learning rate, of Adam")

@@ -1,0 +1,65 @@
+"""A training's checkpoint: its tensors with a checksum, and what it is of."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from matryoshka.errors import UserError
+from matryoshka.files import write_atomically
+
+NUMBERS = {"metrics_bytes": int, "seconds": float, "waited": float}
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of all values of `tensors`, which are on the CPU; safetensors has no checksum."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].numpy().data)
+    return digest.hexdigest()
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Writes `tensors` and `about`, whole or not at all.
+
+    about: "config" and "cache_hash", and the NUMBERS. Raises `CannotWrite`.
+    """
+    on_cpu = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    metadata = {
+        "config": json.dumps(about["config"]),
+        "cache_hash": about["cache_hash"],
+        "tensors_hash": tensors_hash(on_cpu),
+        **{name: str(about[name]) for name in NUMBERS},
+    }
+    write_atomically(path, lambda part: safetensors.torch.save_file(on_cpu, part, metadata))
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a checkpoint is about, and its tensors. Raises `UserError` where it is damaged."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata["tensors_hash"] != tensors_hash(tensors):
+            raise ValueError("its checksum is not the recorded one")
+        about: dict[str, Any] = {
+            "config": dict(json.loads(metadata["config"])),
+            "cache_hash": metadata["cache_hash"],
+            **{name: kind(metadata[name]) for name, kind in NUMBERS.items()},
+        }
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise no_checkpoint(path, error) from None
+    return about, tensors
+
+
+def no_checkpoint(path: Path, error: Exception) -> UserError:
+    """The error of a file that is no checkpoint of the run in its folder."""
+    return UserError(
+        f"{path} is no checkpoint of this run ({error}): to start over, delete {path.parent} or "
+        "choose another --out"
+    )

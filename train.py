@@ -1,0 +1,251 @@
+"""Trains SAEs from one cache of activations: any number of them, of one size, in one pass.
+
+    python train.py --cache cache/train --n-latents 4096 --target-l0 40 --n-steps 20_000
+    python evaluate.py --run runs/saes --cache cache/validation
+
+All SAEs see the same batches. Metrics go to metrics.jsonl as training goes; checkpoints resume
+exactly, so that a run that was killed and resumed ends with the weights of one that was not.
+Ctrl-C and SIGTERM write one first. A folder holds one run, which is written by one process.
+"""
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback; `main_guard` ends this
+    import signal
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from matryoshka.cache_reader import ActivationCache
+from matryoshka.command_line import main_guard, parse, pick_device
+from matryoshka.environment import environment
+from matryoshka.errors import CannotWrite, UserError
+from matryoshka.files import make_folder, one_writer, write_json
+from matryoshka.refit import refit_decoder
+from matryoshka.run_folder import (
+    claim,
+    clear_leftovers,
+    cut_metrics,
+    lacking,
+    read_metrics,
+    sha256_of,
+)
+from matryoshka.saved_runs import CHECKPOINT, METRICS, RESULTS
+from matryoshka.training import (
+    GO_ON,
+    Training,
+    TrainingConfig,
+    check_training,
+    checkpoint,
+    train,
+)
+from matryoshka.training_report import closing, is_broken, problems, summary
+from sae import SAE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(TrainingConfig):
+    """Every setting."""
+
+
+def run(
+    config: TrainingConfig, on_checkpoint: Callable[[], object] | None = None
+) -> dict[str, Any]:
+    """Trains the SAEs; writes them, metrics.jsonl and results.json to `config.out`.
+
+    `on_checkpoint` is called after each checkpoint, of which the first is that of a run not yet
+    begun. Then no file of the run is open but the empty .lock: where the folder needs a word to be
+    safe, as a Modal Volume does, that is the time for it.
+
+    Returns what results.json holds; `problems` says what is wrong with it. A finished run is only
+    completed: SAEs that are missing, or not yet refitted, are made. Raises `UserError` where the
+    input is wrong or the cache is damaged, before anything is trained, and where training diverges.
+    Raises `KeyboardInterrupt` after Ctrl-C or SIGTERM; training then goes on from the step it was
+    at.
+    """
+    check_training(config)
+    cache = ActivationCache(config.cache, config.tokens or None)
+    if cache.steps_per_pass(config.batch_size) == 0:
+        raise UserError(
+            f"{config.cache} holds {cache.n_tokens} activations: too few for --batch-size "
+            f"{config.batch_size}"
+        )
+    device = pick_device(config.device)
+    with naming_memory(config):
+        training = Training(config, cache, device)
+    make_folder(training.out)
+    with one_writer(training.out):
+        results = claim(training.out, config.as_json())
+        has_checkpoint = (training.out / CHECKPOINT).exists()
+        if has_checkpoint:
+            training.load()
+        if results:
+            missing = lacking(training.out, results, config.refit)
+            if not missing:
+                return results  # it was finished before
+            if not has_checkpoint:
+                raise UserError(
+                    f"{training.out} holds a finished run without its checkpoint, and not all of "
+                    f"its SAEs ({', '.join(missing)}): choose another --out"
+                )
+        if not training.is_trained or config.refit:
+            cache.verify()
+        if not has_checkpoint:
+            require_variance(cache)
+            checkpoint(training, on_checkpoint)  # whatever is here from now on has one beside it
+        clear_leftovers(training.out, training.names)
+        cut_metrics(training.out / METRICS, training.metrics_bytes)
+        with naming_memory(config):
+            train(training, on_checkpoint)
+        return complete(training, results)
+
+
+@contextlib.contextmanager
+def naming_memory(config: TrainingConfig) -> Iterator[None]:
+    """Raises `UserError` where there is no memory for a run of this size."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).strip().split("\n")[0]
+        words = ("allocate", "out of memory", "Storage size", "overflow")
+        if not isinstance(error, MemoryError) and not any(word in reason for word in words):
+            raise
+        raise UserError(
+            f"--n-latents {config.n_latents} with --batch-size {config.batch_size} takes more "
+            f"memory than there is ({reason})"
+        ) from None
+
+
+def require_variance(cache: ActivationCache) -> None:
+    """Raises `UserError` where the activations are all the same: there is nothing to learn."""
+    first = cache.acts(0, 1)
+    for start in range(0, cache.n_tokens, 65_536):
+        if (cache.acts(start, start + 65_536) != first).any():
+            return
+    raise UserError(f"{cache.folder}: its activations are all the same: nothing to explain")
+
+
+def complete(training: Training, results: dict[str, Any]) -> dict[str, Any]:
+    """Writes the SAEs of a trained run, and results.json; of `results`, only what is lacking."""
+    config, out = training.config, training.out
+    wanted = lacking(out, results, config.refit) if results else None
+    results = results or results_of(training)
+    try:
+        for result, sae in zip(results["runs"], training.trainer.saes, strict=True):
+            sae.about = about(training, result)
+            name = f"{result['sae']}.safetensors"
+            if wanted is None or name in wanted:
+                result["file_sha256"] = save(sae, out / name)
+            if config.refit and (wanted is None or f"refit/{name}" in wanted):
+                make_folder(out / "refit")
+                acts = (batch.acts for batch in training.cache.sequential(4096, training.device))
+                fitted = refit_decoder(sae, acts)
+                result["refit_file_sha256"] = save(fitted, out / "refit" / name)
+        results["config"]["refit"] |= config.refit
+        write_json(out / RESULTS, results)
+    except CannotWrite as error:
+        raise UserError(f"{error}; {GO_ON}") from error
+    except UserError:
+        raise
+    except ValueError as error:  # of the refit
+        raise UserError(
+            f"no refit is possible ({error}): --resume --no-refit does without"
+        ) from None
+    return results
+
+
+def save(sae: SAE, path: Path) -> str:
+    """Writes an SAE's file; returns its SHA-256. Raises `CannotWrite`."""
+    try:
+        sae.save(path)
+    except OSError as error:
+        raise CannotWrite(f"cannot write {path} ({error.strerror or error})") from error
+    return sha256_of(path)
+
+
+def about(training: Training, result: dict[str, Any]) -> dict[str, Any]:
+    """What an SAE's file says of how it was trained, and on what; no path is in it."""
+    config, recipe = training.config, training.cache.make
+    names = ("n_prefixes", "prefixes", "sparsity", "target_l0", "lr", "n_steps", "batch_size")
+    i = training.names.index(result["sae"])
+    of_member = training.trainer.configs[i]
+    return {
+        "name": result["sae"],
+        "l0": result["final_l0"],
+        "seed": config.seed,
+        **{name: getattr(of_member, name) for name in names[:6]},
+        "batch_size": config.batch_size,
+        "model": Path(recipe["model"]).name if "model" in recipe else None,
+        "dataset": Path(recipe["dataset"]).name if "dataset" in recipe else None,
+        **{name: recipe.get(name) for name in ("weights_hash", "layer", "split")},
+        "n_tokens": training.cache.n_tokens,
+    }
+
+
+def results_of(training: Training) -> dict[str, Any]:
+    """What results.json holds of a finished run."""
+    config, cache = training.config, training.cache
+    last = read_metrics(training.out / METRICS, training.names)[-len(training.names) :]
+    return {
+        "config": config.as_json(),
+        "environment": environment(training.device),
+        "cache": {
+            "make": cache.make,
+            "n_tokens": cache.n_tokens,
+            "acts_sha256": [shard.acts_sha256 for shard in shards_used(cache)],
+        },
+        "seconds": round(training.seconds, 2),
+        "waited_for_data": round(training.waited, 2),
+        "passes": round(config.n_steps * config.batch_size / cache.n_tokens, 3),
+        "runs": [
+            {
+                "sae": name,
+                "seed": config.seed,
+                "final_l0": float(training.final_l0_sum[i]) / training.n_final,
+                "training_loss": last[i]["loss"],
+                "training_fvu": last[i]["fvu"],
+                "dead_share": last[i]["dead_share"],
+            }
+            for i, name in enumerate(training.names)
+        ],
+    }
+
+
+def shards_used(cache: ActivationCache) -> list[Any]:
+    """The shards that hold the cache's first `n_tokens` activations."""
+    left, used = cache.n_tokens, []
+    for shard in cache.shards:
+        if left > 0:
+            used.append(shard)
+        left -= shard.n_tokens
+    return used
+
+
+def report(results: dict[str, Any], out: str) -> None:
+    """Prints what a run ended with, and warns of what is wrong with it.
+
+    Raises `UserError` where an SAE is of no use.
+    """
+    print(summary(results))
+    print(f"\n{closing(results)}; SAEs and metrics are in {out}")
+    print(f"Next: python evaluate.py --run {out}")
+    for line in problems(results):
+        print(f"warning: {line}", file=sys.stderr)
+    if any(map(is_broken, results["runs"])):
+        raise UserError(f"what {out} holds is of no use; see the warnings above")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    with main_guard():
+        config = parse(Config, __doc__ or "", argv)
+        report(run(config), config.out)
+
+
+if __name__ == "__main__":
+    main()
