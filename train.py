@@ -170,7 +170,7 @@ def save(sae: SAE, path: Path) -> str:
 
 def about(training: Training, result: dict[str, Any]) -> dict[str, Any]:
     """What an SAE's file says of how it was trained, and on what; no path is in it."""
-    config, recipe = training.config, training.cache.make
+    config, recipe = training.config, training.cache.recipe
     names = ("n_prefixes", "prefixes", "sparsity", "target_l0", "lr", "n_steps", "batch_size")
     i = training.names.index(result["sae"])
     of_member = training.trainer.configs[i]
@@ -195,7 +195,7 @@ def results_of(training: Training) -> dict[str, Any]:
         "config": config.as_json(),
         "environment": environment(training.device),
         "cache": {
-            "make": cache.make,
+            "make": cache.recipe,
             "n_tokens": cache.n_tokens,
             "acts_sha256": [shard.acts_sha256 for shard in shards_used(cache)],
         },
