@@ -7,7 +7,8 @@ import shlex
 import pytest
 import torch
 
-from matryoshka import metrics
+import modal_tinystories
+from matryoshka import metrics, modal_plan
 from matryoshka.command_line import parse
 from sae import SAE, matryoshka_loss, sample_prefixes, seeded_generator
 from studies import report, tables
@@ -92,6 +93,7 @@ def commands():
 @pytest.mark.parametrize(("module", "flags"), list(commands()))
 def test_every_command_shown_is_one_that_the_script_takes(module, flags):
     config = getattr(importlib.import_module(module), "Config", None)
+    flags = re.sub(r"\$\w+", "0", flags)  # of a loop: $seed
     words = [word for word in shlex.split(flags) if word != "--help"]
     if config is None:  # takes no flags, only what to work on
         assert not any(word.startswith("-") for word in words)
@@ -135,3 +137,13 @@ def test_files_that_are_named_are_there(page):
 
 def test_the_readme_is_short():
     assert len(PAGES["README.md"].encode()) <= 12_000
+
+
+def test_modals_plan_is_the_one_that_is_printed():
+    config = parse(modal_tinystories.Config, "", ["--n-latents", "3072", "--target-l0", "30"])
+    *rows, sentence = modal_plan.plan_text(config).splitlines()
+    plan = [[cell.strip() for cell in row.split("|")] for row in rows if "---" not in row]
+    page = [[cell.strip() for cell in row.split("|")] for row in PAGES["modal.md"].splitlines()]
+    assert all(row in page for row in plan)
+    gpu_minutes, minutes = re.search(r"about (\d+) GPU-minutes in (\d+) minutes", sentence).groups()
+    assert f"About {gpu_minutes} GPU-minutes in {minutes} minutes" in PAGES["modal.md"]
