@@ -8,6 +8,7 @@ this prints, so that no number in a table is typed by hand.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,7 +94,7 @@ def write() -> None:
     draw_refits(RESULTS / "toy" / "refit_cosines.png")
     for page in pages():
         text = with_tables(page.read_text(encoding="utf-8"))
-        write_atomically(page, lambda part, text=text: part.write_text(text, encoding="utf-8"))
+        write_atomically(page, functools.partial(Path.write_text, data=text, encoding="utf-8"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
