@@ -57,6 +57,8 @@ def test_a_complete_cache_is_recognised(
     monkeypatch.setattr(datasets, "load_dataset", never)
     assert run(config_for(sources, tmp_path / "c"))["shards_made"] == 0
     assert run(config_for(sources, tmp_path / "c", tokens=5))["shards_made"] == 0  # a smaller wish
+    there_are = len(kept_tokens(make_rows(100, seq=32)))
+    assert run(config_for(sources, tmp_path / "c", tokens=there_are))["shards_made"] == 0
     assert contents(tmp_path / "c") == before
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -511,3 +512,27 @@ def test_parts_are_whole_shards_as_even_as_can_be() -> None:
     assert split_rows(100, 30, 3) == [(0, 30), (30, 60), (60, 100)]
     assert split_rows(100, 30, 9) == [(0, 30), (30, 60), (60, 90), (90, 100)]
     assert split_rows(90, 30, 3) == [(0, 30), (30, 60), (60, 90)]
+
+
+def test_finishing_clears_what_killed_writers_left(sources: Path, tmp_path: Path) -> None:
+    config = config_for(sources, tmp_path)
+    cache_rows(tmp_path, config, load_model(config, CPU), 0, 100)
+    for name in (".00001.acts.x.acts", ".00001.json.x.json", ".manifest.json.x.json", ".mine"):
+        (tmp_path / name).write_bytes(b"half")
+    finish(tmp_path, 100)
+    assert [path.name for path in tmp_path.glob(".*")] == [".mine"]
+
+
+def test_the_models_revision_reaches_the_hub(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(repo: str, file: str, revision: str | None) -> str:
+        asked.append((repo, revision))
+        return str(sources / "model.pt")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    config = config_for(sources, tmp_path, model="someone/tiny", model_revision="v2")
+    load_model(config, CPU)
+    assert asked == [("someone/tiny", "v2")]
