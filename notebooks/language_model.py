@@ -43,9 +43,8 @@ class StandIn:
         """In how many seeds which SAE reconstructs best."""
         seeds = list(zip(*self.runs.values(), strict=True))
         best = Counter(min(runs, key=lambda run: run["fvu"])["sae"] for runs in seeds)
-        return "The lowest FVU is that of " + ", ".join(
-            f"{sae} in **{n} of {len(seeds)}** seeds" for sae, n in best.most_common()
-        )
+        counts = [f"{sae} in **{n} of {len(seeds)}** seeds" for sae, n in best.most_common()]
+        return f"The lowest FVU is that of {', '.join(counts)}."
 
     def by_prefix(self) -> str:
         """FVU from the first latents alone, for some of the prefixes evaluated."""

@@ -13,6 +13,7 @@ import PIL.Image
 import train_tinystories
 import train_toy
 from matryoshka.errors import UserError
+from matryoshka.kinds import KINDS
 from studies import ablate_toy, bench, tables
 
 # Settings that say where files are or how the work is shared, not what is computed.
@@ -77,7 +78,7 @@ def _made_by(name: str, program: str) -> str:
 
 def command(config: dict[str, Any], program: str) -> str:
     """The command line that has the settings of a recorded `config`."""
-    recorded = with_todays_names(config)
+    recorded = with_todays_names(config, program)
     flags = [
         flag(field.name, recorded[field.name])
         for field in dataclasses.fields(CONFIGS[program])
@@ -109,17 +110,17 @@ def flag(name: str, value: Any) -> str:
     return " ".join(words)
 
 
-def with_todays_names(config: dict[str, Any]) -> dict[str, Any]:
-    """Recorded settings under the names that they have today."""
-    recorded = dict(config)
-    if "steps" in recorded:
-        recorded["n_steps"] = recorded.pop("steps")
-    if recorded.get("sae", "both") != "both":
-        recorded["saes"] = [recorded["sae"]]
-    if "products" in recorded:
-        recorded["matmul_dtype"] = recorded.pop("products")
+def with_todays_names(config: dict[str, Any], program: str) -> dict[str, Any]:
+    """Recorded settings under the names, and with the values, that they have today."""
+    recorded, known = dict(config), CONFIGS[program].__dataclass_fields__
+    for name, todays in (("steps", "n_steps"), ("products", "matmul_dtype")):
+        if name in recorded and name not in known:
+            recorded[todays] = recorded.pop(name)
     if "dense" in recorded:
         recorded["gradient"] = "dense" if recorded.pop("dense") else "auto"
+    if "sae" in recorded:
+        sae = recorded.pop("sae")
+        recorded["saes"] = list(KINDS) if sae == "both" else [sae]
     if str(recorded.get("tree", "")).startswith("trees/"):
         recorded["tree"] = f"studies/{recorded['tree']}"
     return recorded

@@ -115,7 +115,7 @@ def test_each_command_shown_gives_the_settings_of_its_file(name):
         assert any(f"- `{shown}`" in text for text in markdown(COMMITTED)), AGAIN
         flags = shlex.split(shown.removeprefix(f"python {program}"))
         config = vars(parse(showing.CONFIGS[program], "", flags))
-        recorded = showing.with_todays_names(source["config"])
+        recorded = showing.with_todays_names(source["config"], program)
         for key in recorded.keys() & config.keys() - showing.NOT_SHOWN - {"n_latents"}:
             assert showing.list_of(config[key]) == recorded[key], (name, key)
             checked += 1
@@ -127,7 +127,7 @@ def test_no_recorded_setting_is_forgotten(name):
     """A setting without a name today would be left out of the command in silence."""
     program = program_of(name)
     for source in tables.read(name)["sources"]:
-        recorded = showing.with_todays_names(source["config"])
+        recorded = showing.with_todays_names(source["config"], program)
         assert recorded.keys() <= showing.CONFIGS[program].__dataclass_fields__.keys()
 
 
