@@ -40,6 +40,7 @@ from tiny_factory import (
 
 from cache_activations import Config, run
 from matryoshka import cache_writer
+from matryoshka.cache_format import read_record
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.cache_writer import cache_rows, finish, load_model, split_rows
 from matryoshka.errors import UserError
@@ -536,3 +537,26 @@ def test_the_models_revision_reaches_the_hub(
     config = config_for(sources, tmp_path, model="someone/tiny", model_revision="v2")
     load_model(config, CPU)
     assert asked == [("someone/tiny", "v2")]
+
+
+def test_each_shards_record_is_of_its_rows(sources: Path, tmp_path: Path) -> None:
+    run(config_for(sources, tmp_path / "c"))
+    cache = ActivationCache(tmp_path / "c")
+    assert [(s.first_row, s.end_row) for s in cache.shards] == [
+        (0, 30),
+        (30, 60),
+        (60, 90),
+        (90, 100),
+    ]
+    for shard in cache.shards:
+        record = read_record(tmp_path / "c" / f"{shard.name}.json")
+        assert (record.recipe, record.shards) == (cache.recipe, [shard])
+        assert (record.n_tokens, record.n_rows) == (shard.n_tokens, shard.end_row - shard.first_row)
+    assert sum(shard.n_tokens for shard in cache.shards) == cache.n_tokens
+
+
+def test_a_layer_that_is_not_there_is_refused_before_anything_is_read(
+    sources: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="layer 3 is not there: this model has 0 to 2"):
+        load_model(config_for(sources, tmp_path, layer=3, dataset="nowhere"), CPU)
