@@ -9,11 +9,11 @@ from typing import Any
 
 import datasets
 import pytest
-from cache_factory import config_for, contents, kept_tokens, write_sources
-from tiny_factory import make_rows
+from cache_factory import D_MODEL, config_for, contents, kept_tokens, write_sources
+from tiny_factory import make_rows, write_rows
 
 import cache_activations
-from cache_activations import Config, run
+from cache_activations import Config, result_table, run
 from matryoshka import files
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.errors import UserError
@@ -148,3 +148,40 @@ def test_impossible_settings(
     with pytest.raises(UserError, match=message):
         run(dataclasses.replace(config_for(sources, tmp_path / "c"), **settings))
     assert not (tmp_path / "c" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_returns_what_is_in_the_folder(
+    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    result = run(config_for(sources, tmp_path / "c", tokens=1500, dtype=dtype))
+    cache = ActivationCache(tmp_path / "c")
+    files = [*(tmp_path / "c").glob("*.acts"), *(tmp_path / "c").glob("*.tokens")]
+    assert result.pop("seconds") > 0
+    assert result == {
+        "out": str(tmp_path / "c"),
+        "tokens_asked": 1500,
+        "tokens": 1500,
+        "rows": cache.shards[-1].end_row,
+        "shards": len(cache.shards),
+        "shards_made": len(cache.shards),
+        "bytes": sum(path.stat().st_size for path in files),
+        "layer": 1,
+        "d_model": D_MODEL,
+        "dtype": dtype,
+        "weights_hash": cache.recipe["weights_hash"],
+    }
+    assert "1.2" in result_table({**result, "bytes": 1_230_000, "seconds": 9}).split("\n")[-1]
+
+
+def test_half_written_files_are_removed_before_more_are_written(
+    sources: Path, tmp_path: Path
+) -> None:
+    """They may be what fills the disk."""
+    leftover = tmp_path / "c" / ".00001.acts.half.acts"
+    leftover.parent.mkdir()
+    leftover.write_bytes(b"half")
+    write_rows(tmp_path / "data", [[-1]])
+    with pytest.raises(UserError, match="token id -1"):
+        run(config_for(sources, tmp_path / "c", dataset=str(tmp_path / "data")))
+    assert not leftover.exists()

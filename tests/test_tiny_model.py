@@ -4,6 +4,7 @@ The textbook shares no code with the module: plain matrices, one head and one ro
 """
 
 import errno
+import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -18,7 +20,7 @@ from tiny_factory import make_state, write_model
 from torch import Tensor
 
 from matryoshka.errors import UserError
-from matryoshka.tiny_model import TinyModel
+from matryoshka.tiny_model import BEGIN, PAD, TinyModel
 
 N_HEADS = 16
 Spoil = Callable[[dict[str, Any]], object]  # changes a state dict
@@ -133,6 +135,35 @@ def test_same_weights_same_hash_from_every_source(tmp_path: Path) -> None:
     assert TinyModel.from_state_dict(half).weights_hash != models[0].weights_hash
 
 
+def test_the_hash_is_of_names_shapes_and_values_in_the_names_order() -> None:
+    state = make_state(d_model=16, n_layers=1, d_mlp=8, d_vocab=5, max_seq_len=4)
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(f"{name} {list(state[name].shape)}\n".encode())
+        digest.update(np.asarray(state[name], dtype="<f4").tobytes())
+    assert TinyModel.from_state_dict(state).weights_hash == digest.hexdigest()
+
+
+def test_a_model_keeps_its_weights_when_their_source_changes() -> None:
+    state = make_state(d_vocab=50)
+    model = TinyModel.from_state_dict(state)
+    before = model.embed.weight.clone()
+    state["embed.weight"].zero_()
+    assert torch.equal(model.embed.weight, before)
+
+
+def test_the_number_of_heads_arrives(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "w.pt", d_vocab=50)
+    tok_ids = torch.arange(10).reshape(1, 10)
+    four, sixteen = (TinyModel.from_pretrained(path, n_heads=n)(tok_ids) for n in (4, 16))
+    assert (four - sixteen).abs().max() > 1e-3
+    assert torch.equal(TinyModel.from_pretrained(path)(tok_ids), sixteen)
+
+
+def test_the_special_ids_are_those_of_the_vocabulary() -> None:
+    assert (BEGIN, PAD) == (9996, 9998)
+
+
 def test_from_the_hub_at_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_model(tmp_path / "downloaded.pt", d_vocab=50)
     asked = []
@@ -231,6 +262,7 @@ def test_impossible_requests(tmp_path: Path) -> None:
             model.residual(row, layer)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="rows of 9 tokens: the model has 8 positions"):
         model(torch.zeros(1, 9, dtype=torch.long))
+    assert model(row).shape == (1, 8, 50)  # as many tokens as there are positions
     with pytest.raises(UserError, match="n_heads is 5: it must divide the weights' d_model, 32"):
         TinyModel.from_state_dict(make_state(d_vocab=50), n_heads=5)
     with pytest.raises(UserError, match=r"holds no tiny_model\.pt"):
