@@ -1,0 +1,152 @@
+"""What a language model loses by reconstructions, against a loop over rows and tokens."""
+
+import json
+import math
+
+import pytest
+import torch
+from run_factory import D_MODEL, LAYER, SEQ, randn, random_sae, write_cache
+from tiny_factory import make_rows, make_state, write_dataset, write_model
+
+from matryoshka.cache_reader import ActivationCache
+from matryoshka.errors import UserError
+from matryoshka.loss_recovered import ROWS_AT_ONCE, cached_rows, next_token_loss, splice_losses
+from matryoshka.tiny_model import BEGIN, PAD, TinyModel
+from sae import SAE
+
+
+@pytest.fixture(scope="module")
+def model() -> TinyModel:
+    return TinyModel.from_state_dict(make_state(d_model=D_MODEL, d_mlp=24))
+
+
+def loss_by_loop(model, rows, replace, left_alone=(PAD, BEGIN)):
+    """Mean loss in nats, a row and a token at a time; `replace` makes of a position's residual
+    what takes its place, where the token is not one that is `left_alone`."""
+    losses = []
+    for row in rows:
+        ids = torch.tensor([row])
+        residual = model.residual(ids, LAYER)
+        for t, token in enumerate(row):
+            if token not in left_alone:
+                residual[0, t] = replace(residual[0, t])
+        log_probs = model.forward_from(residual, LAYER)[0].double()
+        losses += [-log_probs[t, row[t + 1]].item() for t in range(SEQ - 1) if row[t + 1] != PAD]
+    return math.fsum(losses) / len(losses), len(losses)
+
+
+def identity_sae() -> SAE:
+    """x = relu(x) - relu(-x): reconstructs everything."""
+    eye = torch.eye(D_MODEL)
+    pair = torch.cat([eye, -eye])  # [2 d_model, d_model]
+    tensors = {"W_enc": pair.T, "b_enc": torch.zeros(2 * D_MODEL), "W_dec": pair}
+    norm = torch.tensor(math.sqrt(D_MODEL))
+    return SAE.from_tensors({**tensors, "b_dec": torch.zeros(D_MODEL), "mean_norm": norm})
+
+
+def constant_sae(value: torch.Tensor) -> SAE:
+    """Reconstructs everything as `value`."""
+    sae = random_sae()
+    sae.W_dec.zero_()
+    sae.b_dec.copy_(value * sae.scale)
+    return sae
+
+
+def test_splicing_is_the_plain_loop(model):
+    rows = make_rows(7, seq=SEQ, seed=5)
+    assert {BEGIN, PAD} <= {token for row in rows for token in row}
+    mean, sae = randn(D_MODEL, seed=8), random_sae()
+    saes = [identity_sae(), constant_sae(mean), sae]
+    batches = iter([torch.tensor(rows[:4]), torch.tensor(rows[4:])])
+    found = splice_losses(model, saes, mean, batches, LAYER)
+
+    clean, n = loss_by_loop(model, rows, lambda x: x)
+    assert found["predictions"] == n
+    assert found["replaced"] == sum(token not in (PAD, BEGIN) for row in rows for token in row)
+    assert found["clean"] == pytest.approx(clean, rel=1e-6)
+    assert found["mean"] == pytest.approx(loss_by_loop(model, rows, lambda x: mean)[0], rel=1e-6)
+    spliced, _ = loss_by_loop(model, rows, lambda x: sae(x[None])[0])
+    assert found["saes"][2] == pytest.approx(spliced, rel=1e-6)
+    assert found["saes"][0] == found["clean"]  # exactly: the same numbers go in
+    assert found["recovered"][0] == 1
+    assert found["recovered"][1] == pytest.approx(0, abs=1e-6)
+    expected = (found["mean"] - spliced) / (found["mean"] - clean)
+    assert found["recovered"][2] == pytest.approx(expected, rel=1e-5)
+
+
+def test_positions_of_begin_are_replaced_where_the_cache_has_them(model):
+    rows = make_rows(5, seq=SEQ, seed=5)
+    mean = randn(D_MODEL, seed=8)
+    batches = [torch.tensor(rows)]
+    found = splice_losses(model, [], mean, batches, LAYER, keep_begin=True)
+    with_begin, _ = loss_by_loop(model, rows, lambda x: mean, left_alone=(PAD,))
+    assert found["mean"] == pytest.approx(with_begin, rel=1e-6)
+    assert found["replaced"] == sum(token != PAD for row in rows for token in row)
+    without = splice_losses(model, [], mean, batches, LAYER)
+    assert found["replaced"] == without["replaced"] + 5
+    assert found["mean"] != pytest.approx(without["mean"], rel=1e-4)
+
+
+def test_nothing_is_recovered_where_the_mean_costs_nothing():
+    model = TinyModel.from_state_dict(make_state(d_model=D_MODEL, d_mlp=24))
+    last = model.n_layers  # of a head that is silent, whatever the residual stream is
+    model.lm_head.weight.zero_()
+    found = splice_losses(
+        model, [random_sae()], torch.zeros(D_MODEL), [torch.tensor(make_rows(2, seq=SEQ))], last
+    )
+    assert found["recovered"] == [None]
+
+
+def test_clean_loss_is_the_models_own(model):
+    rows = torch.tensor(make_rows(5, seq=SEQ, seed=6))
+    found = splice_losses(model, [], torch.zeros(D_MODEL), iter([rows]), LAYER)
+    loss, n = next_token_loss(model(rows), rows)
+    assert found["clean"] == pytest.approx(loss.item() / n, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Of 61 rows, with the files that it was made of beside it."""
+    folder = tmp_path_factory.mktemp("rows")
+    write_model(folder / "model.pt", d_model=D_MODEL, d_mlp=24)
+    write_dataset(folder, 61, split="validation", seq=SEQ, seed=1)
+    return ActivationCache(write_cache(folder, "validation"))
+
+
+def rows_in(folder):
+    lines = (folder / "validation.jsonl").read_text().splitlines()
+    return [json.loads(line)["tok_ids"] for line in lines]
+
+
+def test_cached_rows_are_whole_batches_up_to_the_number_of_tokens(cache):
+    folder = cache.folder.parent
+    every = list(cached_rows(cache, str(folder), 10**9, 10_000))
+    assert torch.cat(every).tolist() == rows_in(folder)
+    assert [len(rows) for rows in every] == [ROWS_AT_ONCE] * 3 + [61 - 3 * ROWS_AT_ONCE]
+    first = sum(token not in (BEGIN, PAD) for row in every[0].tolist() for token in row)
+    for n_tokens, n_batches in ((1, 1), (first, 1), (first + 1, 2)):
+        assert len(list(cached_rows(cache, str(folder), n_tokens, 10_000))) == n_batches
+
+
+def test_a_cache_that_ends_within_a_row_has_that_row(cache, tmp_path):
+    folder = cache.folder.parent
+    short = ActivationCache(
+        write_cache(folder, "validation", tokens=30, out=str(tmp_path / "short"))
+    )
+    [rows] = cached_rows(short, str(folder), 10**9, 10_000)
+    assert rows.tolist() == rows_in(folder)[: short.manifest.n_rows]
+
+
+def test_rows_that_the_cache_was_not_made_of_are_refused(cache, tmp_path):
+    other = write_dataset(tmp_path / "other", 61, split="validation", seq=SEQ, seed=2)
+    with pytest.raises(UserError, match="tokens differ after the first 0; give its --dataset"):
+        list(cached_rows(cache, str(other), 10**9, 10_000))
+    lines = (cache.folder.parent / "validation.jsonl").read_text().splitlines(keepends=True)
+    for n, named in ((20, "it ends after"), (60, "it ends after")):
+        (other / "validation.jsonl").write_text("".join(lines[:n]))
+        with pytest.raises(UserError, match=named):
+            list(cached_rows(cache, str(other), 10**9, 10_000))
+    changed = [*lines[:40], lines[0], *lines[41:]]
+    (other / "validation.jsonl").write_text("".join(changed))
+    with pytest.raises(UserError, match=r"tokens differ after the first \d{3}"):
+        list(cached_rows(cache, str(other), 10**9, 10_000))
