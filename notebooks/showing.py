@@ -17,7 +17,7 @@ from matryoshka.kinds import KINDS
 from studies import ablate_toy, bench, tables
 
 # Settings that say where files are or how the work is shared, not what is computed.
-NOT_SHOWN = {"out", "cache", "device", "workers", "resume", "checkpoint_every"}
+NOT_SHOWN = {"out", "overwrite", "cache", "device", "workers", "resume", "checkpoint_every"}
 CONFIGS: dict[str, Any] = {
     "train_toy.py": train_toy.Config,
     "train_tinystories.py": train_tinystories.Config,
