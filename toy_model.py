@@ -9,21 +9,25 @@ import dataclasses
 import json
 import math
 import reprlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from matryoshka.errors import UserError
+from matryoshka.joint_tables import Choice, Sampler, pack
 from matryoshka.process import threads
+from sae import seeded_generator
 
-# A joint table of at most this many states stays in the cache of a CPU core or two.
-MAX_STATES = 2**16
 # Samples drawn at a time: what is in flight stays in the cache too.
 CHUNK = 2**15
 # What rounding may add to, or leave of, probabilities that are meant to sum to 1.
 TOLERANCE = 1e-9
+
+# Streams of a seed's random numbers, apart from those of sae.py.
+STREAM_DIRECTIONS, STREAM_SAMPLES, STREAM_HELD_OUT, STREAM_REFIT = 10, 11, 12, 13
+STEPS_A_DRAW = 50  # batches drawn at once
 
 KEYS = ("active_prob", "is_read_out", "mutually_exclusive_children", "is_binary", "id", "children")
 
@@ -40,79 +44,6 @@ class Node:
     id: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """One independent draw: at most one of `nodes`, made where the node `gate` (-1: always) is."""
-
-    gate: int
-    nodes: tuple[int, ...]
-    probs: tuple[float, ...]
-    rest: float  # the probability of none of them
-
-    @property
-    def n_outcomes(self) -> int:
-        return sum(p > 0 for p in self.probs) + (self.rest > 0)
-
-
-class JointTable:
-    """The joint law of some choices, listed: every state that can occur, with its probability.
-
-    A choice whose gate is in no table, or in another, is drawn as if the gate were active.
-    """
-
-    def __init__(self) -> None:
-        self.nodes: list[int] = []
-        self.states = np.zeros((1, 0), dtype=bool)  # [n_states, n_nodes]
-        self.probs = np.ones(1)  # [n_states]
-
-    def _gated(self, choice: Choice) -> np.ndarray:
-        """Which states let the choice be made. [n_states]"""
-        if choice.gate in self.nodes:
-            return self.states[:, self.nodes.index(choice.gate)]
-        return np.ones(len(self.states), dtype=bool)
-
-    def size_with(self, choice: Choice) -> int:
-        """How many states there would be with `choice` added."""
-        n_open = int(self._gated(choice).sum())
-        return len(self.states) - n_open + n_open * choice.n_outcomes
-
-    def add(self, choice: Choice) -> None:
-        """Multiplies the law by that of `choice`. Outcomes of probability 0 make no states."""
-        is_open = self._gated(choice)
-        states = np.pad(self.states, ((0, 0), (0, len(choice.nodes))))
-        parts = [(states[~is_open], self.probs[~is_open])]
-        if choice.rest > 0:
-            parts.append((states[is_open], self.probs[is_open] * choice.rest))
-        for i, p in enumerate(choice.probs):
-            if p > 0:
-                chosen = states[is_open]
-                chosen[:, len(self.nodes) + i] = True
-                parts.append((chosen, self.probs[is_open] * p))
-        self.nodes += choice.nodes
-        self.states = np.concatenate([s for s, _ in parts])
-        self.probs = np.concatenate([p for _, p in parts])
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-    """What draws from one table, on one device: Walker's alias method, then a gather of rows."""
-
-    columns: torch.Tensor  # [k], where the rows go
-    rows: torch.Tensor  # float32 [n_states, k]
-    cut: torch.Tensor  # float64 [n_states]: i + the share of bin i that is state i
-    alias: torch.Tensor  # int64 [n_states]: whose the rest of bin i is
-
-    def draw(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        """The states of `n` samples, int64 [n], from one uniform a sample."""
-        u = torch.rand(n, dtype=torch.float64, device=generator.device, generator=generator)
-        u *= len(self.cut)  # its integer part is a uniform bin, its fraction a uniform within
-        bins = u.long()
-        # index_select: several times as fast on the CPU as indexing with brackets.
-        return torch.where(
-            u < self.cut.index_select(0, bins), bins, self.alias.index_select(0, bins)
-        )
-
-
 class FeatureTree:
     """A tree of features and how often each is active.
 
@@ -124,12 +55,10 @@ class FeatureTree:
         parent: a feature's nearest read-out ancestor, as a feature index, or None.
         kind: "parent" (has a read-out descendant), else "child" (has a read-out ancestor), else
             "rare".
-        exclusive_groups: the features of each set of mutually exclusive children, where two or
-            more are read out.
     """
 
     def __init__(self, nodes: list[Node]) -> None:
-        """`nodes` in pre-order, checked: `from_json` and `from_dict` are the ways in."""
+        """`nodes` in pre-order, checked: `from_json` and `from_dict` make them."""
         self._nodes = nodes
         self._read_out = [i for i, node in enumerate(nodes) if node.is_read_out]
         feature_of = {node: feature for feature, node in enumerate(self._read_out)}
@@ -142,8 +71,6 @@ class FeatureTree:
             for i, above in enumerate(self.parent)
         ]
         choices = _choices(nodes)
-        groups = ([feature_of[i] for i in c.nodes if i in feature_of] for c in choices)
-        self.exclusive_groups = [group for group in groups if len(group) > 1]
         self.marginals = self._marginals(choices)  # float64 [n_features]
         self.expected_l0 = math.fsum(self.marginals.tolist())
         self._lay_out(choices, feature_of)
@@ -187,7 +114,9 @@ class FeatureTree:
         """
         device = generator.device
         if device not in self._samplers:
-            self._samplers[device] = self._samplers_on(device)
+            self._samplers[device] = [
+                Sampler.of(table, self._column_of, device) for table in self._tables
+            ]
         samples = torch.empty(n, self.n_features, device=device)
         # Drawing uniforms is serial, and most of the work: a second thread gains nothing, and on a
         # busy machine waiting for it costs many times the work.
@@ -232,7 +161,7 @@ class FeatureTree:
 
         The columns of a sample under way are the features, then those hidden nodes that mask.
         """
-        self._tables = _pack(choices)
+        self._tables = pack(choices)
         table_of = {node: t for t, table in enumerate(self._tables) for node in table.nodes}
         masked: dict[int, int] = {}  # node -> its gate; gates come first
         for choice in choices:
@@ -249,47 +178,6 @@ class FeatureTree:
             if node in self._column_of
         ]
         self._graded = [f for f, i in enumerate(self._read_out) if not self._nodes[i].is_binary]
-
-    def _samplers_on(self, device: torch.device) -> list[Sampler]:
-        samplers = []
-        for table in self._tables:
-            order = sorted(
-                (self._column_of[node], i)
-                for i, node in enumerate(table.nodes)
-                if node in self._column_of
-            )
-            cut, alias = alias_table(table.probs)
-            rows = np.ascontiguousarray(table.states[:, [i for _, i in order]], dtype=np.float32)
-            samplers.append(
-                Sampler(
-                    columns=torch.tensor([c for c, _ in order], dtype=torch.long, device=device),
-                    rows=torch.from_numpy(rows).to(device),
-                    cut=torch.from_numpy(cut + np.arange(len(cut))).to(device),
-                    alias=torch.from_numpy(alias).to(device),
-                )
-            )
-        return samplers
-
-
-def alias_table(probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Walker's alias table of the distribution `probs` [n] (normalised here), by Vose's method.
-
-    Returns share, float64 [n], and alias, int64 [n]: of n equally likely bins, bin i is state i
-    with probability share_i and state alias_i otherwise, so that
-    P(i) = (share_i + sum_{j: alias_j = i} (1 - share_j)) / n.
-    """
-    scaled = (probs / probs.sum() * len(probs)).tolist()
-    share = [1.0] * len(scaled)
-    alias = list(range(len(scaled)))
-    small = [i for i, p in enumerate(scaled) if p < 1]
-    large = [i for i, p in enumerate(scaled) if p >= 1]
-    while small and large:
-        i, j = small.pop(), large[-1]
-        share[i], alias[i] = scaled[i], j
-        scaled[j] -= 1 - scaled[i]
-        if scaled[j] < 1:
-            small.append(large.pop())
-    return np.array(share), np.array(alias)  # the left over are 1, but for rounding
 
 
 def _choices(nodes: list[Node]) -> list[Choice]:
@@ -312,19 +200,6 @@ def _choices(nodes: list[Node]) -> list[Choice]:
         rest = 1 - math.fsum(probs)
         choices.append(Choice(gate, tuple(members), probs, rest if rest > TOLERANCE else 0.0))
     return choices
-
-
-def _pack(choices: list[Choice]) -> list[JointTable]:
-    """As few tables as taking the choices in turn gives, each of at most MAX_STATES states.
-
-    (A choice that alone has more states than that has a table to itself.)
-    """
-    tables = [JointTable()]
-    for choice in choices:
-        if tables[-1].nodes and tables[-1].size_with(choice) > MAX_STATES:
-            tables.append(JointTable())
-        tables[-1].add(choice)
-    return tables
 
 
 def _parse(spec: Any, source: str) -> list[Node]:
@@ -378,7 +253,9 @@ def _parse_node(spec: Any, parent: int, path: tuple[int, ...], where: str) -> No
     return node
 
 
-def _typed(spec: dict, key: str, default: Any, kind: type, wanted: str, where: str) -> Any:
+def _typed(
+    spec: dict[str, Any], key: str, default: Any, kind: type, wanted: str, where: str
+) -> Any:
     value = spec.get(key, default)
     if not isinstance(value, kind):
         raise UserError(f"{_at(where, key)} is {reprlib.repr(value)}: it must be {wanted}")
@@ -393,7 +270,7 @@ def _probability(value: Any, at: str) -> float:
     return float(value)
 
 
-def _check_exclusive(children: list, where: str) -> None:
+def _check_exclusive(children: list[Any], where: str) -> None:
     """Raises `UserError` where there are none, or their probabilities sum to more than 1."""
     if not children:
         at = _at(where, "mutually_exclusive_children")
@@ -428,4 +305,44 @@ def true_directions(n_features: int, d_model: int, generator: torch.Generator) -
     else:
         unit = gaussian / gaussian.norm(dim=0)
     norms = 1 + 0.05 * torch.randn(n_features, **kwargs)
-    return (unit * norms).T.float().contiguous()
+    directions: torch.Tensor = (unit * norms).T.float().contiguous()
+    return directions
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyData:
+    """What SAEs of the toy see, for each seed its own: x = features @ directions."""
+
+    tree: FeatureTree
+    d_model: int
+
+    def directions(self, seed: int) -> torch.Tensor:
+        """The features' directions for `seed`: [n_features, d_model]."""
+        generator = seeded_generator(seed, STREAM_DIRECTIONS)
+        return true_directions(self.tree.n_features, self.d_model, generator)
+
+    def held_out(self, seed: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features [n, n_features] and x [n, d_model] of `seed` that no SAE was trained on."""
+        features = self.tree.sample(n, seeded_generator(seed, STREAM_HELD_OUT))
+        return features, features @ self.directions(seed)
+
+    def for_refit(self, seed: int, n: int) -> torch.Tensor:
+        """x [n, d_model] of `seed` to refit an SAE on, neither trained nor scored on."""
+        features = self.tree.sample(n, seeded_generator(seed, STREAM_REFIT))
+        return features @ self.directions(seed)
+
+    def batches(
+        self, seeds: Sequence[int], batch_size: int, device: torch.device, copies: int = 1
+    ) -> Iterator[torch.Tensor]:
+        """Endless batches for all `seeds`, each time `copies` of them, one after another.
+
+        Yields x [copies * n_seeds, batch_size, d_model].
+        """
+        generators = [seeded_generator(seed, STREAM_SAMPLES) for seed in seeds]
+        directions = torch.stack([self.directions(seed) for seed in seeds]).to(device)
+        while True:
+            n = STEPS_A_DRAW * batch_size
+            features = torch.stack([self.tree.sample(n, g) for g in generators]).to(device)
+            x = torch.bmm(features, directions)  # [n_seeds, n, d_model]
+            x = x.reshape(len(seeds), STEPS_A_DRAW, batch_size, -1).transpose(0, 1)
+            yield from torch.cat([x] * copies, dim=1)  # [STEPS_A_DRAW, copies * n_seeds, ...]

@@ -69,3 +69,18 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def fix_kernels() -> None:
+    """Makes matrix products and vector arithmetic the same on every x86-64 CPU with AVX2.
+
+    MKL and PyTorch choose their kernels by the CPU, each with a rounding of its own, and in the
+    toy's 40,000 steps a rounding decides whether a seed finds all features. Both read these
+    variables when they first compute something, so this must come before that; processes born
+    later inherit them. It costs half of a step's time again. Variables that are set already are
+    left alone.
+    """
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.exists() and " avx2 " in cpu_info.read_text():
+        os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
+        os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")

@@ -25,7 +25,7 @@ from torch import Tensor
 import train_toy
 from matryoshka.command_line import main_guard, parse, require_positive, setting, table
 from matryoshka.controls import Schedule
-from matryoshka.environment import environment
+from matryoshka.environment import environment, fix_kernels
 from matryoshka.errors import UserError
 from matryoshka.files import make_folder, write_json
 from matryoshka.kernels import Params
@@ -174,7 +174,7 @@ def summary(results: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     with main_guard():
         config = parse(Config, __doc__, argv)
-        train_toy.fix_kernels()
+        fix_kernels()
         print(summary(run(config)))
 
 

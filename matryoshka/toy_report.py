@@ -1,0 +1,119 @@
+"""What the toy ends with: its tables, and its figures."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from matryoshka.command_line import narrow_table
+from matryoshka.toy_stack import (
+    FEATURE_KINDS,
+    N_REFERENCE,
+    THRESHOLDS,
+    Progress,
+    StackResult,
+    matched_views,
+)
+
+if TYPE_CHECKING:  # scripts import this module, not it them
+    from toy_model import ToyData
+    from train_toy import Config
+
+N_DRAWN = 200  # held-out samples in the figure of activations
+N_COUNTS = 4  # numbers of clean features in a cell of the table
+FIGURES = ("activations.png", "decoder_cosines.png", "encoder_cosines.png", "curves.png")
+SEEDS_FIGURE = "seeds.png"  # where there are several
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """The tables of a run in 80 columns: the write-up's, then means a seed of what was found and
+    lost. An SAE a row, as mean and spread over seeds."""
+    threshold = results["config"]["threshold"]
+    n_seeds = len({run["seed"] for run in results["runs"]})
+    seeds = f"{n_seeds} seeds" if n_seeds > 1 else f"seed {results['runs'][0]['seed']}"
+    n_features = results["runs"][0]["n_features"]
+    headers = [seeds, "FVU", "L0", f"of {n_features} features clean (> {threshold:g})"]
+    mean_headers = ["mean a seed", *(f"clean > {t:g}" for t in THRESHOLDS)]
+    mean_headers += [*(f"{kind} lost" for kind in FEATURE_KINDS), "absorption"]
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for run in results["runs"]:
+        by_name.setdefault(run["sae"], []).append(run)
+    rows = [
+        [name, _spread(runs, "fvu", 4), _spread(runs, "l0", 3), _counts(runs)]
+        for name, runs in by_name.items()
+    ]
+    means = [[name, *_means(runs)] for name, runs in by_name.items()]
+    return f"{narrow_table(headers, rows)}\n\n{narrow_table(mean_headers, means)}"
+
+
+def _spread(runs: Sequence[Mapping[str, Any]], key: str, digits: int) -> str:
+    values = np.array([run[key] for run in runs])
+    mean = f"{values.mean():.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):.{digits}f}"
+
+
+def _counts(runs: Sequence[Mapping[str, Any]]) -> str:
+    """How many features are clean, in how many seeds: "20 in 88, 16 in 12"."""
+    counts = Counter(run["clean_features"] for run in runs)
+    if len(runs) == 1:
+        return str(*counts)
+    shown = sorted(dict(counts.most_common(N_COUNTS)), reverse=True)
+    words = [f"{clean} in {counts[clean]}" for clean in shown]
+    n_others = len(runs) - sum(counts[clean] for clean in shown)
+    return ", ".join(words + [f"others in {n_others}"] * (n_others > 0))
+
+
+def _means(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    clean = [np.mean([run["clean_at"][str(t)] for run in runs]) for t in THRESHOLDS]
+    lost = [np.mean([run["lost"][kind] for run in runs]) for kind in FEATURE_KINDS]
+    rates = [rate for run in runs for rate in run["absorption"] if rate is not None]
+    absorption = f"{np.mean(rates):.3f}" if rates else "-"
+    return [*(f"{value:.2f}" for value in (*clean, *lost)), absorption]
+
+
+def figures_of(n_seeds: int) -> list[str]:
+    """The names of the files that `draw` writes."""
+    return [*FIGURES, *[SEEDS_FIGURE] * (n_seeds > 1)]
+
+
+def draw(config: "Config", data: "ToyData", finished: Sequence[StackResult]) -> None:
+    """The figures: the first seed's activations and cosines, every seed's curves and features."""
+    from matryoshka import plots  # only here: matplotlib takes a second, and workers draw nothing
+
+    activations, of_decoder, of_encoder, curves = (Path(config.out) / name for name in FIGURES)
+    first = finished[0]
+    seed = first.runs[0]["seed"]
+    features, x = (samples[:N_DRAWN] for samples in data.held_out(seed, N_REFERENCE))
+    views = {name: matched_views(data, first.sae(name), seed, x) for name in config.saes}
+    acts, decoder, encoder = ({name: view[i] for name, view in views.items()} for i in range(3))
+    plots.toy_activations(activations, features, acts, data.tree)
+    plots.toy_cosines(of_decoder, decoder, data.tree, "decoder")
+    plots.toy_cosines(of_encoder, encoder, data.tree, "encoder")
+    plots.training_curves(
+        curves,
+        first.curves["step"],
+        _curves_by_name(config.saes, finished),
+        config.target_l0,
+        data.tree.expected_l0,
+    )
+    if config.seeds > 1:
+        runs = [run for one in finished for run in one.runs if run["sae"] in config.saes]
+        plots.toy_seeds(Path(config.out) / SEEDS_FIGURE, runs, data.tree, config.threshold)
+
+
+def _curves_by_name(
+    names: Sequence[str], finished: Iterable[StackResult]
+) -> dict[str, dict[str, np.ndarray]]:
+    """An SAE's curves: [n_seeds, n_records] each."""
+    parts = [
+        {what: np.split(one.curves[what], len(names), axis=1) for what in Progress.FIGURES}
+        for one in finished
+    ]
+    return {
+        name: {
+            what: np.concatenate([part[what][k] for part in parts], axis=1).T for what in parts[0]
+        }
+        for k, name in enumerate(names)
+    }
