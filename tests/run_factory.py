@@ -83,7 +83,9 @@ def train(cache: ActivationCache, out: Path, n_steps: int = 60) -> None:
 def rewrite_acts(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
     """Replaces the activations of a cache, [n, d_model], by what `change` makes of them."""
     cache = ActivationCache(folder)
-    acts = change(cache.acts(0, cache.n_tokens)).to(cache.dtype).contiguous()
+    raw = b"".join((folder / f"{shard.name}.acts").read_bytes() for shard in cache.shards)
+    acts = torch.frombuffer(bytearray(raw), dtype=cache.dtype).view(-1, cache.d_model)
+    acts = change(acts).to(cache.dtype).contiguous()
     manifest = json.loads((folder / "manifest.json").read_text())
     for shard in manifest["shards"]:
         raw = acts[: shard["n_tokens"]].view(torch.uint8).numpy().tobytes()

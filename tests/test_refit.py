@@ -1,20 +1,19 @@
-"""refit.py against NumPy's least squares, and against any other decoder."""
-
-import errno
-import hashlib
-import json
-import os
+"""Refits against NumPy's least squares, and against any other decoder."""
 
 import numpy as np
 import pytest
 import torch
-from tiny_factory import write_dataset, write_model
 
-import cache_activations
-import evaluate
-import refit
-from refit import refit_both, refit_decoder, strengths_of
-from sae import SAE, seeded_generator
+from matryoshka.metrics import best_cosine, decoder_cosines, fvu
+from matryoshka.refit import (
+    LeastSquares,
+    refit_both,
+    refit_decoder,
+    solve_gram,
+    streamed_fvu,
+    strengths_of,
+)
+from sae import ACTIVATIONS, SAE, seeded_generator
 
 
 def rand(*shape, seed=0):
@@ -43,14 +42,14 @@ def test_refit_is_least_squares():
 def test_no_nudged_decoder_reconstructs_better():
     sae, x = make_sae(1), rand(500, 6, seed=1)
     refitted = refit_decoder(sae, [x])
-    best = evaluate.fvu(x, refitted(x)).item()
-    assert best < evaluate.fvu(x, sae(x)).item()
+    best = fvu(x, refitted(x)).item()
+    assert best < fvu(x, sae(x)).item()
     for seed in range(20):
         nudged = SAE.from_tensors(refitted.state_dict())
         with torch.no_grad():
             nudged.W_dec += 0.01 * rand(9, 6, seed=seed)
             nudged.b_dec += 0.01 * rand(6, seed=seed)
-        assert evaluate.fvu(x, nudged(x)).item() > best
+        assert fvu(x, nudged(x)).item() > best
 
 
 def test_the_same_latents_fire_and_the_silent_keep_their_rows():
@@ -68,13 +67,13 @@ def test_nothing_to_fit_is_refused():
 
 
 def brute_strengths(x, fires, directions, ridge):
-    """A sample at a time, in float64: the ridge's pull towards 1 is a row of its own a latent."""
+    """A sample at a time, in float64: the ridge is a further row for each latent, of target 1."""
     x, directions, found = x.double().numpy(), directions.double().numpy(), np.zeros(fires.shape)
     for one, on, t in zip(x, fires.numpy(), found, strict=True):
         rows = directions[on]
-        pull = np.sqrt(ridge * np.square(rows).sum() / max(1, on.sum()))
-        design = np.concatenate([rows.T, pull * np.eye(len(rows))])
-        wanted = np.concatenate([one, np.full(len(rows), pull)])
+        weight = np.sqrt(ridge * np.square(rows).sum() / max(1, on.sum()))
+        design = np.concatenate([rows.T, weight * np.eye(len(rows))])
+        wanted = np.concatenate([one, np.full(len(rows), weight)])
         t[on] = np.linalg.lstsq(design, wanted, rcond=None)[0].clip(min=0)
     return found
 
@@ -149,9 +148,9 @@ def test_refitting_both_undoes_hedging_where_the_decoder_alone_cannot():
         ("decoder", refit_decoder(sae, [x])),
         ("both", refit_both(sae, lambda: x.split(1000))),
     ):
-        cosines = evaluate.decoder_cosines(one.W_dec, torch.eye(6)[:3])
-        found[name] = evaluate.best_cosine(cosines).min().item()
-        assert evaluate.fvu(x, one(x)).item() < 1e-4, name
+        cosines = decoder_cosines(one.W_dec, torch.eye(6)[:3])
+        found[name] = best_cosine(cosines).min().item()
+        assert fvu(x, one(x)).item() < 1e-4, name
     assert found["decoder"] < 0.99
     assert found["both"] > 0.9999
     assert torch.equal(refit_both(sae, lambda: [x]).encode(x) > 0, features > 0)
@@ -163,7 +162,7 @@ def test_refitting_both_keeps_strengths_that_are_real():
     features = features * (0.5 + torch.rand(features.shape, generator=seeded_generator(6)))
     x = features @ torch.eye(6)[:3]
     both = refit_both(sae, lambda: [x])
-    assert evaluate.fvu(x, both(x)).item() < evaluate.fvu(x, refit_decoder(sae, [x])(x)).item()
+    assert fvu(x, both(x)).item() < fvu(x, refit_decoder(sae, [x])(x)).item()
     kept = both.encode(x)[:, 0] * both.W_dec[0].norm()
     assert np.corrcoef(kept.detach(), features[:, 0])[0, 1] > 0.99
 
@@ -222,172 +221,30 @@ def test_nothing_to_refit_both_on_is_refused():
         refit_both(make_sae(), lambda: [])
 
 
-def test_the_command(tmp_path, capsys):
-    write_model(tmp_path / "model.pt")
-    write_dataset(tmp_path / "data", 60)
-    cache_activations.run(
-        cache_activations.Config(
-            model=str(tmp_path / "model.pt"),
-            dataset=str(tmp_path / "data"),
-            tokens=500,
-            layer=1,
-            out=str(tmp_path / "cache"),
-            device="cpu",
-        )
-    )
-    cache = cache_activations.ActivationCache(tmp_path / "cache")
-    sae = SAE(cache.d_model, 20)
-    x = cache.acts(0, 500).float()
-    sae.mean_norm.fill_(x.norm(dim=1).mean())
-    sae.save(tmp_path / "sae.safetensors")
-    flags = ["--sae", tmp_path / "sae.safetensors", "--cache", tmp_path / "cache"]
-    refit.main([*map(str, flags), "--device", "cpu"])
-    refitted = SAE.load(tmp_path / "sae_refit.safetensors")
-    printed = capsys.readouterr().out
-    for one in (sae, refitted):
-        assert f"{evaluate.fvu(x, one(x)).item():.4f}" in printed
-    assert evaluate.fvu(x, refitted(x)) < evaluate.fvu(x, sae(x))
-
-    refit.main([*map(str, flags), "--device", "cpu", "--encoder", "--out", str(tmp_path / "both")])
-    capsys.readouterr()
-    both = SAE.load(tmp_path / "both")
-    batches = lambda: [batch.acts for batch in cache.sequential(4096)]  # noqa: E731
-    torch.testing.assert_close(both.W_enc, refit_both(sae, batches).W_enc)
-    assert not torch.equal(both.W_enc, sae.W_enc)
-
-    SAE.stack([sae, sae]).save(tmp_path / "stack.safetensors")
-    SAE(cache.d_model + 8, 20).save(tmp_path / "wide.safetensors")
-    huge = SAE.from_tensors({**sae.state_dict(), "W_dec": torch.full_like(sae.W_dec, 3e38)})
-    huge.save(tmp_path / "huge.safetensors")
-    with torch.no_grad():
-        sae.b_enc[0] = -1e3
-    sae.save(tmp_path / "dead.safetensors")
-    ours = flags[1]
-    for bad, more, named in (
-        ("nowhere", [], "nowhere"),
-        (tmp_path / "model.pt", [], "not a safetensors file"),
-        (tmp_path / "stack.safetensors", [], "a stack"),
-        (ours, ["--ridge", "inf"], "--ridge is inf"),
-        (ours, ["--ridge", "nan"], "--ridge is nan"),
-        (ours, ["--ridge", "-1"], "--ridge is -1"),
-        (ours, ["--ridge", "1e308"], "the ridge are not"),
-        (ours, ["--batch-size", "0"], "--batch-size is 0"),
-        (ours, ["--n-tokens", "-3"], "--n-tokens is -3"),
-        (ours, ["--n-tokens", "501"], "not 501"),
-        (ours, ["--out", str(ours)], "is --sae itself"),
-        (ours, ["--out", str(ours / "x")], "--out"),
-        (tmp_path, [], "is a folder"),
-        (tmp_path / "wide.safetensors", [], "d_model"),
-        (tmp_path / "huge.safetensors", [], "not finite"),
-        (ours, ["--out", str(tmp_path)], "is a folder"),
-        (tmp_path / "dead.safetensors", ["--ridge", "0"], "a larger ridge"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            refit.main(["--sae", str(bad), "--cache", str(tmp_path / "cache"), *more])
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2
-        assert named in error
-        assert error.splitlines()[-1].startswith("error: ")  # before it, perhaps a progress bar
-        assert error.count("error: ") + error.count("Traceback") == 1
-
-
-def cache_of(folder, value=None):
-    """A cache of about 100 activations, of d_model 16; `value` in the place of all numbers."""
-    write_model(folder / "model.pt", d_model=16, d_mlp=24)
-    write_dataset(folder / "data", 60)
-    cache_activations.run(
-        cache_activations.Config(
-            model=str(folder / "model.pt"),
-            dataset=str(folder / "data"),
-            tokens=100,
-            layer=1,
-            out=str(folder / "cache"),
-            device="cpu",
-        )
-    )
-    cache = cache_activations.ActivationCache(folder / "cache")
-    SAE(cache.d_model, 20).save(folder / "sae.safetensors")
-    if value is not None:
-        manifest = json.loads((folder / "cache" / "manifest.json").read_text())
-        [shard] = manifest["shards"]
-        acts = torch.full((shard["n_tokens"], cache.d_model), value, dtype=cache.dtype)
-        raw = acts.view(torch.uint8).numpy().tobytes()
-        (folder / "cache" / f"{shard['name']}.acts").write_bytes(raw)
-        shard["acts_sha256"] = hashlib.sha256(raw).hexdigest()
-        (folder / "cache" / "manifest.json").write_text(json.dumps(manifest))
-
-
-def refused(folder, capsys, *more):
-    """The one line that the command ends in, for folder/sae.safetensors on folder/cache."""
-    flags = ["--sae", folder / "sae.safetensors", "--cache", folder / "cache", "--device", "cpu"]
-    with pytest.raises(SystemExit) as stopped:
-        refit.main([*map(str, flags), *more])
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error.splitlines()[-1]
-
-
-@pytest.mark.parametrize("encoder", ["--encoder", "--no-encoder"])
-@pytest.mark.parametrize("value", [0.0, 0.1, 1000.1])
-def test_a_constant_cache_is_refused(tmp_path, capsys, value, encoder):
-    cache_of(tmp_path, value)
-    assert "all the same: FVU is not defined" in refused(tmp_path, capsys, encoder)
-    assert not (tmp_path / "sae_refit.safetensors").exists()
-
-
-def test_a_damaged_shard_is_refused(tmp_path, capsys):
-    cache_of(tmp_path)
-    [path] = (tmp_path / "cache").glob("*.acts")
-    raw = bytearray(path.read_bytes())
-    raw[7] ^= 1
-    path.write_bytes(raw)
-    assert f"shard {path.stem} is damaged" in refused(tmp_path, capsys)
-
-
-def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, capsys, monkeypatch):
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    cache_of(tmp_path)
-    (tmp_path / "sae_refit.safetensors").write_text("older")
-    monkeypatch.setattr("os.fsync", full)
-    named = refused(tmp_path, capsys)
-    assert f"cannot write {tmp_path / 'sae_refit.safetensors'} (No space left on device)" in named
-    assert (tmp_path / "sae_refit.safetensors").read_text() == "older"
-
-
 def test_streamed_fvu_is_that_of_all_at_once():
     sae, x = make_sae(7), 1000 + rand(300, 6, seed=7)
-    exact = evaluate.fvu(x, sae(x)).item()
-    assert refit.streamed_fvu(sae, x.split(77)) == pytest.approx(exact, rel=1e-9)
+    exact = fvu(x, sae(x)).item()
+    assert streamed_fvu(sae, x.split(77)) == pytest.approx(exact, rel=1e-9)
     with pytest.raises(ValueError, match="all the same"):
-        refit.streamed_fvu(sae, [])
+        streamed_fvu(sae, [])
     with pytest.raises(ValueError, match="not finite"):
-        refit.streamed_fvu(sae, [x.log()[:0], torch.full((2, 6), torch.nan)])
+        streamed_fvu(sae, [x.log()[:0], torch.full((2, 6), torch.nan)])
     with pytest.raises(ValueError, match="d_model is 6"):
-        refit.streamed_fvu(sae, [x[:, :3]])
+        streamed_fvu(sae, [x[:, :3]])
 
 
 def brute_fit(u, y, prior, ridge):
-    """LeastSquares in other words: the ridge is a row of its own a column of u."""
-    pull = np.sqrt(ridge * np.square(u).sum() / u.shape[1])
-    design = np.concatenate([np.c_[u, np.ones(len(u))], pull * np.eye(u.shape[1] + 1)[:-1]])
-    solution = np.linalg.lstsq(design, np.concatenate([y, pull * prior]), rcond=None)[0]
+    """LeastSquares in other words: the ridge is a further row for each column of u."""
+    weight = np.sqrt(ridge * np.square(u).sum() / u.shape[1])
+    design = np.concatenate([np.c_[u, np.ones(len(u))], weight * np.eye(u.shape[1] + 1)[:-1]])
+    solution = np.linalg.lstsq(design, np.concatenate([y, weight * prior]), rcond=None)[0]
     return solution[:-1], solution[-1]
 
 
-@pytest.mark.parametrize("ridge", [1e-4, 0.2])
-def test_refitting_both_is_its_four_steps_in_float64(ridge):
-    """On data far from 0, of a scale that is not 1, with a latent that never fires."""
-    sae, x = make_sae(8).double(), 2 + rand(900, 6, seed=8).double()
-    with torch.no_grad():
-        sae.b_enc[4] = -1e3
-    found = refit_both(sae, lambda: x.split(250), ridge)
-
-    y, W_enc, b_enc = (
-        (x * sae.scale).numpy(),
-        *(p.detach().numpy() for p in (sae.W_enc, sae.b_enc)),
+def brute_refit_both(sae, x, ridge):
+    """Its four steps, in float64: the tensors, whether each latent fired, and the strengths."""
+    y, W_enc, b_enc, prior = (
+        t.detach().double().numpy() for t in (x * sae.scale, sae.W_enc, sae.b_enc, sae.W_dec)
     )
     preacts = y @ W_enc + b_enc
     fires = preacts > 0
@@ -397,15 +254,43 @@ def test_refitting_both_is_its_four_steps_in_float64(ridge):
     silent = (preacts / unit.clip(1e-12)).clip(-0.5, 0)
     W_enc, b_enc = brute_fit(y, np.where(fires, strengths, silent), np.zeros((6, 9)), ridge)
     acts = (y @ W_enc + b_enc).clip(min=0)
-    W_dec, b_dec = brute_fit(acts, y, sae.W_dec.detach().numpy(), ridge)
-    for name, expected in (("W_enc", W_enc), ("b_enc", b_enc), ("W_dec", W_dec), ("b_dec", b_dec)):
+    W_dec, b_dec = brute_fit(acts, y, prior, ridge)
+    return {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}, fires, strengths
+
+
+@pytest.mark.parametrize("ridge", [1e-4, 0.2])
+def test_refitting_both_is_its_four_steps_in_float64(ridge):
+    """On data whose mean is not 0, of a scale that is not 1, with a latent that never fires."""
+    sae, x = make_sae(8).double(), 0.5 + rand(900, 6, seed=8).double()
+    with torch.no_grad():
+        sae.b_enc[4] = -1e3
+    found = refit_both(sae, lambda: x.split(250), ridge)
+    tensors, fires, strengths = brute_refit_both(sae, x, ridge)
+    for name, expected in tensors.items():
         ours = getattr(found, name).detach()
         np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-7, err_msg=name)
     assert (strengths == 0).sum() > (~fires).sum()  # some were clipped at 0
+    assert not fires.all(0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_reconstructed_is_settled_even_where_a_latent_fires_on_all_samples(dtype):
+    """Such a latent is another bias: how the two share what they reconstruct is rounding."""
+    sae, x = make_sae(8).to(dtype), 2 + rand(900, 6, seed=8).to(dtype)
+    found = refit_both(sae, lambda: x.split(250), 1e-4)
+    tensors, fires, _ = brute_refit_both(sae, x, 1e-4)
+    assert fires.all(0).any()
+    y = (x * sae.scale).double().numpy()
+    acts = (y @ tensors["W_enc"] + tensors["b_enc"]).clip(min=0)
+    expected = (acts @ tensors["W_dec"] + tensors["b_dec"]) / sae.scale.item()
+    np.testing.assert_allclose(found(x).detach(), expected, atol=TOLERANCE[dtype])
+
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-7}
 
 
 @pytest.mark.parametrize("ridge", [1e-3, 1.0, 1e3])
-def test_the_ridge_is_a_share_of_the_mean_square_and_pulls_to_the_old_decoder(ridge):
+def test_the_ridge_is_a_share_of_the_mean_square_and_draws_to_the_old_decoder(ridge):
     sae, x = make_sae(9).double(), 2 + rand(300, 6, seed=9).double()
     acts, y = sae.encode(x).detach().numpy(), (x * sae.scale).numpy()
     W_dec, b_dec = brute_fit(acts, y, sae.W_dec.detach().numpy(), ridge)
@@ -426,7 +311,7 @@ def test_other_formats_are_fitted_in_float32_at_least_and_keep_their_own(dtype, 
         torch.testing.assert_close(
             tensor.double(), expected.state_dict()[name].double(), rtol=10 * eps, atol=eps
         )
-    before, after = (refit.streamed_fvu(one, [x]) for one in (plain, found))
+    before, after = (streamed_fvu(one, [x]) for one in (plain, found))
     assert fit is not refit_decoder or after < before
 
 
@@ -437,3 +322,60 @@ def test_sequences_and_single_activations_are_rows():
     torch.testing.assert_close(shaped.W_dec, rows.W_dec)
     with pytest.raises(ValueError, match="d_model is 6"):
         refit_decoder(sae, [x.view(30, 12)])
+
+
+def test_a_refit_is_a_copy_that_keeps_what_the_sae_is(monkeypatch):
+    sae, x = make_sae(12), rand(200, 6, seed=12)
+    sae.about = {"seed": 12}
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    for refitted in (refit_decoder(sae, [x]), refit_both(sae, lambda: [x])):
+        assert (refitted.activation, refitted.about) == ("relu", {"seed": 12})
+        assert not torch.equal(refitted.W_dec, sae.W_dec)
+        assert torch.equal(refitted.mean_norm, sae.mean_norm)
+    assert all(torch.equal(before[name], tensor) for name, tensor in sae.state_dict().items())
+
+    monkeypatch.setitem(ACTIVATIONS, "double", lambda preacts: 2 * preacts.relu())
+    other = SAE.from_tensors(sae.state_dict(), "double")
+    for dtype in (torch.float32, torch.bfloat16):
+        plain = SAE.from_tensors(sae.to(dtype).state_dict())
+        other = SAE.from_tensors(sae.state_dict(), "double")
+        doubled, single = (refit_decoder(one, [x], 1e-9) for one in (other, plain))
+        assert doubled.activation == "double"
+        torch.testing.assert_close(2 * doubled.W_dec, single.W_dec, rtol=0.02, atol=0.01)
+    with pytest.raises(ValueError, match="for relu alone, not for double"):
+        refit_both(other, lambda: [x])
+
+
+def test_least_squares_of_u_that_is_0_throughout_is_the_prior():
+    """Then the ridge itself is what the prior weighs, and b is the mean."""
+    prior, y = rand(3, 2), rand(20, 2, seed=1)
+    problem = LeastSquares(prior)
+    problem.add(torch.zeros(20, 3), y)
+    W, b = problem.solve(1e-6)
+    torch.testing.assert_close(W, prior.double())
+    torch.testing.assert_close(b, y.double().mean(0))
+
+
+def test_a_gram_matrix_is_solved_in_any_units():
+    u, units = rand(50, 4).double(), torch.tensor([1e-120, 1.0, 1e9, 1e100], dtype=torch.float64)
+    solution = rand(4, 3, seed=1).double()
+    gram = (u * units).T @ (u * units)
+    found = solve_gram(gram, gram @ (solution / units[:, None]))
+    torch.testing.assert_close(found * units[:, None], solution, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="not finite"):
+        solve_gram(gram, torch.full((4, 3), torch.inf).double())
+
+
+def test_more_samples_than_are_held_at_once_are_all_fitted(monkeypatch):
+    sae, x = make_sae(13), rand(300, 6, seed=13)
+    whole = refit_both(sae, lambda: [x])
+    monkeypatch.setattr("matryoshka.refit.SAMPLES_AT_ONCE", 7)
+    torch.testing.assert_close(refit_both(sae, lambda: [x]).W_enc, whole.W_enc)
+
+
+def test_fvu_of_reconstructions_that_are_not_finite_is_refused():
+    sae, x = make_sae(14), rand(50, 6, seed=14)
+    with torch.no_grad():
+        sae.W_dec.fill_(3e38)
+    with pytest.raises(ValueError, match="reconstructions are not finite"):
+        streamed_fvu(sae, [x])
