@@ -7,7 +7,6 @@ import hashlib
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -24,16 +23,24 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from tiny_factory import write_dataset, write_model
+from tiny_factory import fresh_processes, write_dataset, write_model
 
 import cache_activations
-import evaluate
-import script
+import train
 import train_tinystories
-from cache_activations import ActivationCache
-from sae import SAE, Trainer
-from script import UserError
-from train_tinystories import Config, run
+from matryoshka import training, training_report
+from matryoshka.cache_reader import ActivationCache
+from matryoshka.cache_writer import finish, write_shard
+from matryoshka.errors import UserError
+from matryoshka.files import one_writer
+from matryoshka.metrics import fvu
+from matryoshka.saved_runs import METRICS, training_curves
+from matryoshka.trainer import Trainer
+from matryoshka.training import Training, make_trainer, stop_if_diverged
+from matryoshka.training_report import bar_text, problems, short
+from sae import SAE
+from train import run
+from train_tinystories import Config
 
 ROOT = Path(__file__).parents[1]
 D_MODEL, N_TOKENS = 12, 5_000
@@ -72,8 +79,8 @@ def write_cache(
         sizes = 0.5 + torch.rand(len(i), n_features, generator=generator)
         tokens = np.stack([i % 9000, i // 100, i % 100], axis=1).astype("<i4")
         acts = (active * sizes) @ directions
-        cache_activations.write_shard(folder, acts, tokens, (first, end), make)
-    cache_activations.finish(folder, n_rows)
+        write_shard(folder, acts, tokens, (first, end), make)
+    finish(folder, n_rows)
     return folder
 
 
@@ -105,6 +112,8 @@ def argv_for(config: Config) -> list[str]:
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             argv.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, tuple):
+            argv += [f"--{flag}", *map(str, value)]
         else:
             argv.append(f"--{flag}={value}")
     return argv
@@ -155,15 +164,6 @@ def no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("nothing is to be trained here")
 
     monkeypatch.setattr(Trainer, "step", never)
-
-
-def fresh_processes() -> Any:
-    """Starts processes that share nothing with this one, without importing torch in each."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "datasets", "pyarrow.compute", "safetensors.torch", "scipy.optimize", "pytest"]
-    )
-    return context
 
 
 def exit_code(target: Callable[..., None], *args: Any, timeout: float = 60) -> int | None:
@@ -233,7 +233,7 @@ def test_refit_and_expected_prefixes(cache: Path, tmp_path: Path) -> None:
             for folder in (".", "refit")
         )
         assert torch.equal(sae.encode(x), fitted.encode(x))
-        assert evaluate.fvu(x, fitted(x)) < evaluate.fvu(x, sae(x))
+        assert fvu(x, fitted(x)) < fvu(x, sae(x))
         other = SAE.load(tmp_path / "expected" / f"{name}.safetensors")
         assert torch.equal(other.W_dec, sae.W_dec) == (name == "vanilla")
     assert not (tmp_path / "expected" / "refit").exists()
@@ -249,7 +249,7 @@ def test_a_run_end_to_end(
     assert set(contents(out)) == made, "no more, no less, and nothing half written"
 
     results = json.loads((out / "results.json").read_text())
-    assert results["config"] == dataclasses.asdict(config)
+    assert results["config"] == config.as_json()
     assert results["environment"]["torch"] == torch.__version__
     assert results["cache"]["make"]["layer"] == 1
     assert results["passes"] == round(50 * 128 / results["cache"]["n_tokens"], 3)
@@ -269,7 +269,7 @@ def test_a_run_end_to_end(
     ]
     fields = {"step", "sae", "fvu", "l0", "dead_share", "sparsity_weight"}
     assert all(set(record) == fields for record in records)
-    steps, curves = evaluate.training_curves(out / train_tinystories.METRICS)
+    steps, curves = training_curves(out / METRICS)
     assert steps == list(range(1, 51))
     assert len(curves["vanilla"]["fvu"]) == 50
 
@@ -322,8 +322,8 @@ def test_the_figures_are_what_they_say(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_steps: int, dead_after: int
 ) -> None:
     """FVU, L0 and dead share, recomputed from the batches and from what each step reported."""
-    monkeypatch.setattr(train_tinystories, "N_RECORDS", 10)  # every 4 steps, and the last
-    monkeypatch.setattr(train_tinystories, "DEAD_AFTER", dead_after)
+    monkeypatch.setattr(training, "N_RECORDS", 10)  # every 4 steps, and the last
+    monkeypatch.setattr(training, "DEAD_AFTER", dead_after)
     steps: list[dict[str, torch.Tensor]] = []
     real = Trainer.step
 
@@ -355,7 +355,7 @@ def test_the_figures_are_what_they_say(
         assert result["final_l0"] == pytest.approx(np.mean(final))
         batches = ActivationCache(cache).batches(2, seed=0, start_step=n_steps - 1)
         x, sae = next(batches), SAE.load(tmp_path / f"{name}.safetensors")
-        assert result["training_fvu"] == pytest.approx(evaluate.fvu(x, sae(x)).item(), rel=1e-5)
+        assert result["training_fvu"] == pytest.approx(fvu(x, sae(x)).item(), rel=1e-5)
         assert result["training_fvu"] == records[i::2][-1]["fvu"]
     if n_steps > 1:
         assert any(0 < record["dead_share"] < 1 for record in records)
@@ -365,7 +365,7 @@ def test_the_figures_are_what_they_say(
 def test_one_sae_alone_is_the_one_of_both(cache: Path, tmp_path: Path, n_latents: int) -> None:
     both = run(config_for(cache, tmp_path / "both", n_latents=n_latents))
     for i, name in enumerate(("matryoshka", "vanilla")):
-        alone = run(config_for(cache, tmp_path / name, n_latents=n_latents, sae=name))
+        alone = run(config_for(cache, tmp_path / name, n_latents=n_latents, saes=(name,)))
         assert [r["sae"] for r in alone["runs"]] == [name]
         assert alone["runs"][0]["dead_share"] is None
         for figure in ("final_l0", "training_fvu"):
@@ -465,7 +465,7 @@ MOMENTS = [
     ("renamed", 1),
     ("renamed", 2),
     ("renamed", 8),
-    ("half written", 9),
+    ("syncing", 9),
     ("renamed", 9),
     ("synced", 10),
     ("renaming", 11),
@@ -533,7 +533,7 @@ def test_a_signal_loses_no_step(
     before = contents(tmp_path / "out")
     assert "add --resume" in refused(config, capsys)
     assert contents(tmp_path / "out") == before, "the metrics are not cut"
-    state = train_tinystories.Run(config, ActivationCache(cache), torch.device("cpu"))
+    state = Training(config, ActivationCache(cache), torch.device("cpu"))
     state.load()
     assert state.trainer.n_steps_done == nth
     run(resumed(config))
@@ -581,19 +581,19 @@ def test_one_folder_has_one_run_at_a_time(
     cache: Path, stopped_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(stopped_run)
-    with script.one_writer(stopped_run):
+    with one_writer(stopped_run):
         said = refused(resumed(config_for(cache, stopped_run)), capsys)
     assert f"--out {stopped_run}: another process is writing there" in said
     assert contents(stopped_run) == before
 
 
-@pytest.mark.parametrize("products", ["float32", "bfloat16"])
+@pytest.mark.parametrize("matmul_dtype", ["float32", "bfloat16"])
 def test_a_resume_is_exact_in_a_large_dictionary(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, products: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, matmul_dtype: str
 ) -> None:
     """Above 256 latents the gradient is written another way, chosen by how many are active."""
     cache = write_cache(tmp_path / "cache", N_TOKENS, d_model=16)
-    settings = {"n_latents": 300, "sparsity_weight": 20.0, "products": products}
+    settings = {"n_latents": 300, "sparsity_weight": 20.0, "matmul_dtype": matmul_dtype}
     run(config_for(cache, tmp_path / "whole", **settings))
     config = config_for(cache, tmp_path / "parts", **settings)
     for after in (20, 14):
@@ -615,9 +615,10 @@ def test_a_resume_is_exact_in_a_large_dictionary(
 def test_products_in_bfloat16_train_nearly_the_same_saes(tmp_path: Path) -> None:
     """What is learnt is in float32, and FVU and L0 agree with those of float32 to 1%."""
     cache = write_cache(tmp_path / "cache", N_TOKENS, d_model=16)
-    settings = {"n_latents": 300, "n_steps": 200, "target_l0": 20.0}
+    settings: dict[str, Any] = {"n_latents": 300, "n_steps": 200, "target_l0": 20.0}
     exact = run(config_for(cache, tmp_path / "float32", **settings))["runs"]
-    runs = run(config_for(cache, tmp_path / "bfloat16", products="bfloat16", **settings))["runs"]
+    settings["matmul_dtype"] = "bfloat16"
+    runs = run(config_for(cache, tmp_path / "bfloat16", **settings))["runs"]
     for ours, theirs in zip(runs, exact, strict=True):
         for name in ("final_l0", "training_fvu"):
             assert abs(ours[name] / theirs[name] - 1) < 0.01
@@ -693,7 +694,7 @@ def test_a_finished_run_is_refitted_when_asked(
     after = contents(tmp_path / "later")
     assert set(after) - set(before) == {"refit/matryoshka.safetensors", "refit/vanilla.safetensors"}
     assert all(after[name] == before[name] for name in before if name != "results.json")
-    monkeypatch.setattr(train_tinystories.refit, "refit_decoder", None)
+    monkeypatch.setattr(train, "refit_decoder", None)
     assert run(with_refit) == results, "and is then finished"
 
 
@@ -759,8 +760,8 @@ def test_divergence_after_a_resume_names_the_metrics_of_before(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_for(cache, tmp_path)
-    nan = torch.tensor([torch.nan, torch.nan], dtype=torch.float64)
-    real_fvu, real_step = evaluate.fvu, Trainer.step
+    nan = torch.tensor(torch.nan, dtype=torch.float64)
+    real_fvu, real_step = fvu, Trainer.step
 
     def stop_at_17(self: Trainer, x: torch.Tensor) -> Any:
         if self.n_steps_done == 16:
@@ -772,7 +773,7 @@ def test_divergence_after_a_resume_names_the_metrics_of_before(
         run(config)
     monkeypatch.setattr(Trainer, "step", real_step)
     good = [record for record in records_of(tmp_path) if record["step"] == 15]
-    monkeypatch.setattr(evaluate, "fvu", lambda x, x_hat: real_fvu(x, x_hat) * nan)
+    monkeypatch.setattr(training, "fvu", lambda x, x_hat: real_fvu(x, x_hat) * nan)
     with pytest.raises(UserError, match="step 16: the matryoshka SAE has an FVU of nan") as stopped:
         run(resumed(config))
     assert len(good) == 2
@@ -787,7 +788,7 @@ def test_every_problem_has_its_line() -> None:
 
     def lines(**figures: Any) -> list[str]:
         runs = [good, good | {"sae": "matryoshka"} | figures]
-        return train_tinystories.problems({"config": {"target_l0": 20.0}, "runs": runs})
+        return problems({"config": {"target_l0": 20.0}, "runs": runs})
 
     assert lines() == []
     assert lines(final_l0=21.9, dead_share=0.19, training_fvu=0.99) == []
@@ -832,10 +833,10 @@ def test_the_bar_shows_both_saes_in_80_columns() -> None:
         {"sae": name, "fvu": 12.345, "l0": 3072.0, "dead_share": 0.1, "sparsity_weight": 1.2}
         for name in ("matryoshka", "vanilla")
     ]
-    said = train_tinystories.shown(records)
+    said = bar_text(records)
     assert said == "matryoshka FVU 12.345 L0 3072, vanilla FVU 12.345 L0 3072"
     assert len("100% 1:23:45<1:23:45, " + said) <= 80
-    assert train_tinystories.short(5.4e7, 3) == "5e+07"
+    assert short(5.4e7, 3) == "5e+07"
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -1e4])
@@ -854,8 +855,8 @@ def test_activations_that_are_all_the_same_are_named(
     tokens = np.stack([np.arange(n), np.arange(n) // 100, np.arange(n) % 100], 1).astype("<i4")
     (tmp_path / "cache").mkdir()
     acts = torch.full((n, D_MODEL), value)
-    cache_activations.write_shard(tmp_path / "cache", acts, tokens, (0, 3), make)
-    cache_activations.finish(tmp_path / "cache", 3)
+    write_shard(tmp_path / "cache", acts, tokens, (0, 3), make)
+    finish(tmp_path / "cache", 3)
     said = refused(config_for(tmp_path / "cache", tmp_path / "out"), capsys)
     assert "its activations are all the same: nothing to explain" in said
     assert contents(tmp_path / "out") == {}
@@ -868,26 +869,42 @@ def test_a_batch_at_fault_is_named_and_the_learning_rate_is_not() -> None:
         (torch.tensor([[1.0, torch.nan], [2.0, 3.0]]), "activations that are not finite"),
     ):
         with pytest.raises(UserError, match=f"step 7: .*{named}") as stopped:
-            train_tinystories.stop_if_diverged(records, [], x)
+            stop_if_diverged(records, [], x)
         assert "--lr" not in str(stopped.value)
-    train_tinystories.stop_if_diverged([records[0] | {"fvu": 1e9}], [], torch.ones(4, 3))
+    stop_if_diverged([records[0] | {"fvu": 1e9}], [], torch.ones(4, 3))
 
 
 # ------------------------------------------------------------------------- that settings arrive
 
+
+def n_prefixes(trainer: Trainer) -> list[int]:
+    return [config.n_prefixes for config in trainer.configs]
+
+
 # What a setting is replaced by, and where a trainer then has it (default: in its config).
 OF_TRAINER: dict[str, tuple[Any, Callable[[Trainer], Any]]] = {
-    "sae": ("vanilla", lambda t: {(1,): "vanilla"}[tuple(t.n_prefixes)]),
+    "saes": (("vanilla",), lambda t: {(1,): ("vanilla",)}[tuple(n_prefixes(t))]),
     "n_latents": (320, lambda t: t.n_latents),
-    "n_prefixes": (7, lambda t: t.n_prefixes[0]),
+    "n_prefixes": (7, lambda t: n_prefixes(t)[0]),
     "target_l0": (7.5, lambda t: t.config.target_l0),
     "lr": (0.02, lambda t: t.config.lr),
     "n_steps": (77, lambda t: t.config.n_steps),
     "sparsity": ("log", lambda t: t.config.sparsity),
     "sparsity_weight": (0.7, lambda t: t.config.sparsity_weight),
     "prefixes": ("expected", lambda t: t.config.prefixes),
-    "products": ("bfloat16", lambda t: t.config.products),
-    "dense": (True, lambda t: t.config.dense),
+    "matmul_dtype": ("bfloat16", lambda t: t.config.matmul_dtype),
+    "gradient": ("dense", lambda t: t.config.gradient),
+    "l0_control": ("original", lambda t: t.config.l0_control),
+    "sparsity_warmup": (0.3, lambda t: t.config.sparsity_warmup),
+    "lr_warmup_steps": (7, lambda t: t.config.lr_warmup_steps),
+    "lr_decay": (0.3, lambda t: t.config.lr_decay),
+    "lr_end": (0.3, lambda t: t.config.lr_end),
+    "betas": ((0.1, 0.2), lambda t: t.config.betas),
+    "max_grad_norm": (3.0, lambda t: t.config.max_grad_norm),
+    "norm_decay": (0.3, lambda t: t.config.norm_decay),
+    "order_decay": (0.3, lambda t: t.config.order_decay),
+    "restart_every": (3, lambda t: t.config.restart_every),
+    "restart_window": ((0.1, 0.3), lambda t: t.config.restart_window),
     "seed": (9, lambda t: t.seeds[0] if t.seeds == [9, 9] else t.seeds),
 }
 
@@ -898,14 +915,14 @@ def test_a_setting_arrives_at_the_trainer(name: str) -> None:
     base = Config(n_latents=300)
     assert getattr(base, name) != value
     config = dataclasses.replace(base, **{name: value})
-    trainer = train_tinystories.make_trainer(config, 16, torch.device("cpu"))
+    trainer = make_trainer(config, 16, torch.device("cpu"))
     assert where(trainer) == value
-    saes = trainer.sae.unstack()
-    assert len(saes) == (1 if name == "sae" else 2)
+    saes = trainer.saes
+    assert len(saes) == (1 if name == "saes" else 2)
     for sae in saes:  # before the first step all latents are as good, and stay where they were
         assert torch.equal(sae.W_enc, SAE(16, config.n_latents, config.seed).W_enc)
-    if name != "sae":
-        assert trainer.n_prefixes == [config.n_prefixes, 1], "Matryoshka has them, vanilla one"
+    if name != "saes":
+        assert n_prefixes(trainer) == [config.n_prefixes, 1], "Matryoshka has them, vanilla one"
 
 
 OF_RUN = {"cache", "tokens", "batch_size", "seed", "out", "resume", "checkpoint_every", "device"}
@@ -916,7 +933,7 @@ def test_the_other_settings_arrive(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {}
-    real, device = ActivationCache.batches, script.pick_device
+    real, device = ActivationCache.batches, train.pick_device
 
     def batches(self: ActivationCache, size: int, seed: int, *args: Any) -> Any:
         asked.update(cache=str(self.folder), tokens=self.n_tokens, batch_size=size, seed=seed)
@@ -927,17 +944,17 @@ def test_the_other_settings_arrive(
         return device(name)
 
     monkeypatch.setattr(ActivationCache, "batches", batches)
-    monkeypatch.setattr(script, "pick_device", pick_device)
+    monkeypatch.setattr(train, "pick_device", pick_device)
     settings = {"tokens": 3_000, "batch_size": 40, "seed": 4, "device": "cpu"}
     config = config_for(cache, tmp_path / "o", n_steps=7, checkpoint_every=3, **settings)
     saved_at = []
-    original = train_tinystories.Run.save
+    original = Training.save
 
-    def save(self: train_tinystories.Run) -> None:
+    def save(self: Training) -> None:
         saved_at.append(self.trainer.n_steps_done)
         original(self)
 
-    monkeypatch.setattr(train_tinystories.Run, "save", save)
+    monkeypatch.setattr(Training, "save", save)
     run(config)
     assert asked == {"cache": str(cache), **settings}
     assert saved_at == [0, 3, 6, 7]
@@ -948,9 +965,9 @@ def test_the_other_settings_arrive(
 def test_the_published_recipe() -> None:
     """What the write-up trained TinyStories with: nobody changes it without this being seen."""
     config = Config()
-    trainer = train_tinystories.make_trainer(config, 16, torch.device("cpu"))
+    trainer = make_trainer(config, 16, torch.device("cpu"))
     assert config.batch_size == 1024
-    assert (trainer.n_latents, trainer.n_prefixes, trainer.seeds) == (3072, [10, 1], [0, 0])
+    assert (trainer.n_latents, n_prefixes(trainer), trainer.seeds) == (3072, [10, 1], [0, 0])
     found = dataclasses.asdict(trainer.config)
     recipe = {
         "n_steps": 30_000,
@@ -969,36 +986,36 @@ def test_the_published_recipe() -> None:
         "max_grad_norm": 1.0,
         "norm_decay": 0.99,
         "order_decay": 0.95,
-        "products": "float32",
-        "dense": False,
+        "matmul_dtype": "float32",
+        "gradient": "auto",
     }
     assert {name: found[name] for name in recipe} == recipe
-    assert train_tinystories.DEAD_AFTER == 2_000_000
+    assert training_report.DEAD_AFTER == 2_000_000
     assert not config.refit
 
 
 # -------------------------------------------------------------------------------- what is refused
 
 
+LARGE = {"matmul_dtype": "bfloat16", "n_latents": 300}
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"target_l0": 21.0}, "--target-l0 21.0 is more than there are latents: at most 20"),
+        ({"target_l0": 21.0}, "--target-l0 21.0 is more than there are latents: 20"),
         ({"target_l0": 0.0}, "--target-l0 is 0.0"),
         ({"target_l0": float("nan")}, "--target-l0 is nan"),
-        ({"n_prefixes": 21}, "--n-prefixes 21 is more than there are latents: at most 20"),
+        ({"n_prefixes": 21}, "--n-prefixes 21 is more than there are latents: 20"),
         ({"n_prefixes": 0}, "--n-prefixes is 0"),
         ({"n_latents": 0}, "--n-latents is 0"),
         ({"n_steps": 0}, "--n-steps is 0"),
         ({"n_steps": -5}, "--n-steps is -5"),
         ({"batch_size": 0}, "--batch-size is 0"),
         ({"batch_size": 1}, "--batch-size is 1"),
-        ({"batch_size": 60, "products": "bfloat16"}, "--batch-size 60: --products bfloat16 takes"),
-        ({"products": "bfloat16"}, "--n-latents 20: --products bfloat16 takes more than 256"),
-        (
-            {"products": "bfloat16", "n_latents": 300},
-            f"--products bfloat16: activations have {D_MODEL} dimensions",
-        ),
+        ({"batch_size": 60, **LARGE}, "--matmul-dtype bfloat16: --batch-size is 60"),
+        ({"matmul_dtype": "bfloat16"}, "--n-latents 20: --matmul-dtype bfloat16"),
+        (LARGE, f"the activations' number of dimensions is {D_MODEL}, not a multiple of 8"),
         ({"batch_size": N_TOKENS + 1}, f"holds {N_TOKENS} activations: too few for --batch-size"),
         ({"lr": 0.0}, "--lr is 0.0"),
         ({"lr": -1e-3}, "--lr is -0.001"),
@@ -1020,7 +1037,7 @@ def test_the_published_recipe() -> None:
         ({"device": "cuda:99"}, "--device cuda:99 is not there"),
         ({"device": "toaster"}, "--device toaster is not there"),
         ({"out": "/dev/null/x"}, "--out /dev/null/x cannot be written"),
-        ({"out": __file__}, "test_train_tinystories.py cannot be written"),
+        ({"out": __file__}, "test_train.py cannot be written"),
     ],
 )
 @pytest.mark.parametrize("resume", [False, True])
@@ -1066,7 +1083,7 @@ def stopped_run(unfinished: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"sae": "vanilla"}, "--sae both, not vanilla"),
+        ({"saes": ("vanilla",)}, "--saes matryoshka vanilla, not vanilla"),
         ({"n_latents": 21}, "--n-latents 20, not 21"),
         ({"n_prefixes": 4}, "--n-prefixes 3, not 4"),
         ({"target_l0": 4.0}, "--target-l0 3.0, not 4.0"),
@@ -1075,7 +1092,7 @@ def stopped_run(unfinished: Path, tmp_path: Path) -> Path:
         ({"batch_size": 64}, "--batch-size 128, not 64"),
         ({"sparsity": "log"}, "--sparsity l1, not log"),
         ({"sparsity_weight": 1.0}, "--sparsity-weight 1.2, not 1.0"),
-        ({"dense": True}, "--dense False, not True"),
+        ({"gradient": "dense"}, "--gradient auto, not dense"),
         ({"seed": 1}, "--seed 0, not 1"),
     ],
 )
@@ -1105,20 +1122,19 @@ def test_a_checkpoint_on_another_cache_is_refused(
     assert contents(stopped_run) == before
 
 
-def test_a_checkpoint_from_before_a_setting_existed_goes_on(
-    cache: Path, tmp_path: Path, stopped_run: Path
+def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_line(
+    cache: Path, stopped_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = stopped_run / "checkpoint.safetensors"
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     older = json.loads(metadata["config"])
-    del older["products"], older["dense"]
+    del older["matmul_dtype"], older["gradient"]
     metadata["config"] = json.dumps(older)
     safetensors.torch.save_file(tensors, path, metadata)
-    run(config_for(cache, tmp_path / "whole"))
-    run(resumed(config_for(cache, stopped_run)))
-    assert learnt(stopped_run) == learnt(tmp_path / "whole")
+    said = refused(resumed(config_for(cache, stopped_run)), capsys)
+    assert "earlier version, which had no --gradient" in said
 
 
 def test_where_the_cache_lies_and_how_often_to_save_may_change(
@@ -1191,7 +1207,13 @@ def test_metrics_shorter_than_at_the_checkpoint_are_refused(
     assert contents(stopped_run) == before
 
 
-@pytest.mark.parametrize("name", train_tinystories.FILES)
+LEFT_BEHIND = (
+    *("checkpoint.safetensors", "results.json", "metrics.jsonl", "evaluation.json"),
+    *("vanilla.safetensors", "of_my_own.safetensors", "refit"),
+)
+
+
+@pytest.mark.parametrize("name", LEFT_BEHIND)
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.usefixtures("no_steps")
 def test_what_another_run_left_is_not_taken_for_this_ones(
@@ -1266,14 +1288,14 @@ def test_a_folder_where_a_result_should_be_is_named(
     config = config_for(cache, tmp_path, refit=True)
     make = Path.write_text if name == "refit" else Path.mkdir
     args = ("a file",) if name == "refit" else ()
-    real = train_tinystories.train
+    real = train.train
 
     def train_then_block(*every: Any) -> None:
         real(*every)
         make(tmp_path / name, *args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_tinystories, "train", train_then_block)
+        patched.setattr(train, "train", train_then_block)
         with pytest.raises(UserError, match=f"{tmp_path / name} "):
             run(config)
     (tmp_path / name).unlink() if name == "refit" else (tmp_path / name).rmdir()
