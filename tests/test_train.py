@@ -262,12 +262,15 @@ def test_a_run_end_to_end(
         assert result["dead_share"] is None, "50 steps are too few to know"
         sae = SAE.load(out / f"{result['sae']}.safetensors")
         assert (sae.d_model, sae.n_latents) == (16, 20)
+        assert sae.about["name"] == result["sae"]
+        assert sae.about["n_prefixes"] == (3 if result["sae"] == "matryoshka" else 1)
+        assert str(out.parent) not in str(sae.about), "no path of a machine"
 
     records = records_of(out)
     assert [(r["step"], r["sae"]) for r in records] == [
         (step, name) for step in range(1, 51) for name in ("matryoshka", "vanilla")
     ]
-    fields = {"step", "sae", "fvu", "l0", "dead_share", "sparsity_weight"}
+    fields = {"step", "sae", "loss", "fvu", "l0", "dead_share", "sparsity_weight"}
     assert all(set(record) == fields for record in records)
     steps, curves = training_curves(out / METRICS)
     assert steps == list(range(1, 51))
