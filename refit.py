@@ -31,7 +31,7 @@ from matryoshka.command_line import (
 from matryoshka.errors import UserError
 from matryoshka.files import make_folder
 from matryoshka.refit import RIDGE, refit_both, refit_decoder, streamed_fvu
-from matryoshka.saved_runs import file_sha256
+from matryoshka.saved_runs import checksums_used, file_sha256
 from sae import SAE
 
 
@@ -137,7 +137,7 @@ def description(config: Config, cache: ActivationCache) -> dict[str, Any]:
         "encoder": config.encoder,
         "ridge": config.ridge,
         "n_tokens": cache.n_tokens,
-        "acts_sha256": [shard.acts_sha256 for shard in cache.shards],
+        "acts_sha256": checksums_used(cache),
     }
 
 

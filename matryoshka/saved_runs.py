@@ -132,7 +132,7 @@ def file_sha256(path: Path) -> str:
 
 def refit_of(sae: SAE) -> dict[str, Any]:
     """What refit.py recorded in an SAE's file, `file_sha256` of the SAE that was refitted and
-    `acts_sha256`, a list, of what on; {} where the SAE is no refit."""
+    `acts_sha256`, a list, of the shards it was refitted on; {} where the SAE is no refit."""
     refit = sae.about.get("refit")
     if not isinstance(refit, dict) or not isinstance(refit.get("acts_sha256"), list):
         return {}
@@ -170,7 +170,7 @@ def is_held_out(
     trained on. Another dataset might be a copy: that is settled only where the checksums trained on
     are known.
     """
-    here = {shard.acts_sha256 for shard in cache.shards}
+    here = set(checksums_used(cache))
     refits = (refit_of(sae).get("acts_sha256", []) for sae in saes.values())
     if any(checksum in here for checksums in refits for checksum in checksums):
         return False
@@ -196,6 +196,16 @@ def trained_shards(trained: Mapping[str, Any]) -> set[str]:
     if manifest.recipe != recorded["make"]:
         return set()
     return {shard.acts_sha256 for shard in manifest.shards}
+
+
+def checksums_used(cache: ActivationCache) -> list[str]:
+    """Of the shards that hold the cache's first `n_tokens` activations, those that are read."""
+    checksums, n_before = [], 0
+    for shard in cache.shards:
+        if n_before < cache.n_tokens:
+            checksums.append(shard.acts_sha256)
+        n_before += shard.n_tokens
+    return checksums
 
 
 def _is_same_place(a: str | None, b: str) -> bool:

@@ -1,4 +1,4 @@
-"""A small training run for tests: model, token ids, caches, two SAEs and what training records."""
+"""A small training run for tests: model, token ids, caches, and what train.py writes."""
 
 import hashlib
 import json
@@ -10,14 +10,11 @@ import torch
 from tiny_factory import END, write_dataset, write_model
 
 import cache_activations
+import train
 from matryoshka.cache_reader import ActivationCache
-from matryoshka.saved_runs import file_sha256
-from matryoshka.trainer import Trainer
-from matryoshka.trainer_config import TrainerConfig
 from sae import SAE
 
-SEQ, D_MODEL, LAYER, N_LATENTS = 24, 16, 1, 40
-N_PREFIXES = {"matryoshka": 4, "vanilla": 1}
+SEQ, D_MODEL, LAYER = 24, 16, 1
 CONCEPTS = {"frequent": list(range(20, 60)), "end": [END], "absent": [9000]}
 
 
@@ -46,38 +43,19 @@ def write_run(folder: Path) -> Path:
         write_cache(folder, split)
     content = {"concepts": {name: {"words": [], "ids": ids} for name, ids in CONCEPTS.items()}}
     (folder / "concepts.json").write_text(json.dumps(content))
-    train(ActivationCache(folder / "train"), folder / "run")
+    train.run(
+        train.Config(
+            cache=str(folder / "train"),
+            n_latents=40,
+            n_prefixes=4,
+            target_l0=5.0,
+            n_steps=60,
+            batch_size=256,
+            out=str(folder / "run"),
+            device="cpu",
+        )
+    )
     return folder
-
-
-def train(cache: ActivationCache, out: Path, n_steps: int = 60) -> None:
-    """Trains both SAEs, and writes them and what training records to `out`."""
-    out.mkdir()
-    configs = [
-        TrainerConfig(n_steps=n_steps, target_l0=5.0, n_prefixes=n, lr=1e-3, sparsity_weight=1.2)
-        for n in N_PREFIXES.values()
-    ]
-    trainer = Trainer([SAE(cache.d_model, N_LATENTS) for _ in N_PREFIXES], configs, [0, 0])
-    records = []
-    for step, (x, _) in enumerate(zip(cache.batches(256, 0), range(n_steps), strict=False), 1):
-        metrics = trainer.step(x)
-        for i, name in enumerate(N_PREFIXES):
-            numbers = {key: float(metrics[key][i]) for key in ("l0", "sparsity_weight")}
-            records.append({"step": step, "sae": name, **numbers, "fvu": 1 / step})
-    lines = [json.dumps(record) + "\n" for record in records]
-    (out / "metrics.jsonl").write_text("".join(lines))
-    for name, sae in zip(N_PREFIXES, trainer.saes, strict=True):
-        sae.save(out / f"{name}.safetensors")
-    (out / "checkpoint.safetensors").write_text("not an SAE")
-    results = {
-        "config": {"target_l0": 5.0, "cache": str(cache.folder)},
-        "cache": {"make": cache.recipe},
-        "runs": [
-            {"sae": name, "file_sha256": file_sha256(out / f"{name}.safetensors")}
-            for name in N_PREFIXES
-        ],
-    }
-    (out / "results.json").write_text(json.dumps(results))
 
 
 def rewrite_acts(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from run_factory import D_MODEL, N_LATENTS, write_cache, write_run
+from run_factory import D_MODEL, write_cache, write_run
 from tiny_factory import write_model
 
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.errors import UserError
 from matryoshka.saved_runs import (
     check_cache,
+    checksums_used,
     file_sha256,
     is_held_out,
     load_sae,
@@ -52,7 +53,7 @@ def rewrite_results(run: Path, change: Any) -> None:
 
 
 def new_sae(folder: Path, name: str, about: dict[str, Any] | None = None) -> Path:
-    sae = SAE(D_MODEL, N_LATENTS, seed=5)
+    sae = SAE(D_MODEL, 40, seed=5)
     sae.about = about or {}
     sae.save(folder / f"{name}.safetensors")
     return folder / f"{name}.safetensors"
@@ -244,6 +245,8 @@ def test_curves_are_those_of_each_sae_and_no_line_is_missing(tmp_path):
 
 def test_a_cache_was_trained_on_by_its_content_however_its_path_is_spelled(made, tmp_path):
     trained = training_results(made / "run")
+    acts = trained["cache"].pop("acts_sha256")  # older results have no checksums
+    assert acts == [shard.acts_sha256 for shard in ActivationCache(made / "train").shards]
 
     def held_out(folder: Path, **recipe: Any) -> bool | None:
         cache = ActivationCache(folder)
@@ -263,7 +266,6 @@ def test_a_cache_was_trained_on_by_its_content_however_its_path_is_spelled(made,
     assert held_out(made / "train", dataset=spelled) is False
     assert held_out(made / "validation") is True  # another split of the same dataset
     assert held_out(made / "train", dataset="elsewhere") is None  # it might be a copy
-    acts = [shard.acts_sha256 for shard in ActivationCache(made / "train").shards]
     trained["cache"]["acts_sha256"] = acts[-1:]
     assert held_out(made / "train", dataset="elsewhere") is False
     assert held_out(made / "validation", dataset="elsewhere") is True
@@ -284,10 +286,20 @@ def test_what_an_sae_was_refitted_on_is_not_held_out(made):
 
 def test_a_training_cache_that_was_made_anew_since_says_nothing(made):
     trained = training_results(made / "run")
+    trained["cache"].pop("acts_sha256")
     shards = {shard.acts_sha256 for shard in ActivationCache(made / "train").shards}
     assert trained_shards(trained) == shards
     trained["cache"]["make"]["layer"] = 7
     assert trained_shards(trained) == set()
+
+
+def test_only_shards_that_were_used_are_recorded(made):
+    cache = ActivationCache(made / "train")
+    checksums = [shard.acts_sha256 for shard in cache.shards]
+    first = cache.shards[0].n_tokens
+    assert checksums_used(cache) == checksums
+    for n_tokens, n_shards in ((1, 1), (first, 1), (first + 1, 2)):
+        assert checksums_used(ActivationCache(cache.folder, n_tokens)) == checksums[:n_shards]
 
 
 def test_a_cache_that_does_not_fit_is_refused(made, tmp_path):
