@@ -38,7 +38,7 @@ import train_tinystories
 from matryoshka import plots
 from matryoshka.cache_format import MANIFEST, read_record
 from matryoshka.cache_reader import RESIDENT_SHARE
-from matryoshka.cache_writer import CacheConfig, cache_rows, load_model
+from matryoshka.cache_writer import CacheConfig, Dtype, cache_rows, load_model
 from matryoshka.command_line import (
     inherited,
     main_guard,
@@ -52,8 +52,8 @@ from matryoshka.command_line import (
 from matryoshka.errors import UserError
 from matryoshka.files import make_folder, one_writer, write_atomically, write_json
 from matryoshka.modal_plan import GPUS, plan_text, timeout
-from matryoshka.run_folder import METRICS
-from matryoshka.saved_runs import training_curves
+from matryoshka.saved_runs import METRICS, training_curves
+from matryoshka.training import check_training
 from matryoshka.volume_caches import CacheJob, make_caches, short_hash
 
 ROOT = "/volume"  # where the Volume is in a container
@@ -70,7 +70,7 @@ class Config(train_tinystories.Config):
     tokens: int = inherited(CacheConfig, "tokens")
     validation_tokens: int = setting(500_000, "activations of the validation split to evaluate on")
     layer: int = inherited(CacheConfig, "layer")
-    dtype: str = inherited(CacheConfig, "dtype")
+    dtype: Dtype = inherited(CacheConfig, "dtype")
     keep_begin: bool = inherited(CacheConfig, "keep_begin")
     rows_per_shard: int = inherited(CacheConfig, "rows_per_shard")
     seeds: int = setting(1, "how many seeds, from --seed on; each trains every SAE of --saes")
@@ -98,7 +98,7 @@ def check(config: Config) -> None:
     require_positive(config, "seeds", "cache_workers")
     require_not_negative(config, "layer")
     cache_config(config, "train", config.tokens).check()
-    train_tinystories.check(config)
+    check_training(config)
     if config.batch_size > config.tokens:
         raise UserError(f"--batch-size {config.batch_size} is more than --tokens {config.tokens}")
     if config.gpu not in GPUS:
@@ -344,11 +344,7 @@ def compare(config: Config, root: str) -> dict[str, Any]:
     began = time.monotonic()
     run = Path(root) / "runs" / name_of(config)
     claim(run, shape_of(config))
-    wanted = [
-        (cache_config(config, "train", config.tokens), config.cache_workers),
-        (cache_config(config, "validation", config.validation_tokens), 1),
-    ]
-    cache, validation = make_caches(wanted, Path(root), cache_all, commit)
+    cache, validation = both_caches(config, Path(root))
     n_tokens = read_record(cache / MANIFEST).n_tokens
     jobs = [
         TrainJob(
@@ -391,6 +387,16 @@ def claim(run: Path, shape: dict[str, Any]) -> None:
     make_folder(run, "--volume")
     write_json(file, shape)
     commit()
+
+
+def both_caches(config: Config, root: Path) -> tuple[Path, Path]:
+    """The folders of finished caches of the train and the validation split, made where missing."""
+    wanted = [
+        (cache_config(config, "train", config.tokens), config.cache_workers),
+        (cache_config(config, "validation", config.validation_tokens), 1),
+    ]
+    cache, validation = make_caches(wanted, root, cache_all, commit)
+    return cache, validation
 
 
 def cache_all(jobs: Sequence[CacheJob]) -> None:

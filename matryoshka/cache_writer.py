@@ -46,6 +46,9 @@ from matryoshka.tiny_model import TinyModel
 from matryoshka.token_rows import TokenRows, kept_positions
 
 
+Dtype = Literal["float16", "bfloat16", "float32"]
+
+
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
     """What a cache is made of."""
@@ -59,9 +62,7 @@ class CacheConfig:
     split: str = setting("train", "which SPLIT.jsonl of the dataset")
     tokens: int = setting(30_000_000, "activations to cache")
     layer: int = setting(3, "residual stream at the input of this block, blocks counted from 0")
-    dtype: Literal["float16", "bfloat16", "float32"] = setting(
-        "float16", "what activations are stored in"
-    )
+    dtype: Dtype = setting("float16", "what activations are stored in")
     keep_begin: bool = setting(False, "cache [BEGIN] positions too")
     batch_size: int = setting(64, "rows a forward pass")
     rows_per_shard: int = setting(1024, "dataset rows a shard; held in memory while it is computed")

@@ -47,18 +47,30 @@ START = 60.0  # seconds until a container has imported torch: assumed; the image
 class Comparison(Protocol):
     """The settings that the plan depends on."""
 
-    tokens: int
-    validation_tokens: int
-    layer: int
-    dtype: str
-    n_latents: int
-    n_steps: int
-    batch_size: int
-    saes: tuple[str, ...]
-    seeds: int
-    gpu: str
-    cache_workers: int
-    volume: str
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def validation_tokens(self) -> int: ...
+    @property
+    def layer(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def n_latents(self) -> int: ...
+    @property
+    def n_steps(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def saes(self) -> tuple[str, ...]: ...
+    @property
+    def seeds(self) -> int: ...
+    @property
+    def gpu(self) -> str: ...
+    @property
+    def cache_workers(self) -> int: ...
+    @property
+    def volume(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,9 +26,15 @@ from tiny_factory import write_dataset, write_model
 import cache_activations
 import evaluate
 import modal_tinystories
+import train
 import train_tinystories
+from matryoshka import cache_writer, modal_plan, volume_caches
+from matryoshka.cache_writer import CacheConfig
+from matryoshka.errors import UserError
+from matryoshka.token_rows import count_rows
+from matryoshka.training import Training
+from matryoshka.volume_caches import CacheJob, folder_of
 from modal_tinystories import Config, Refused, name_of
-from script import UserError
 
 ROOT = Path(__file__).parents[1]
 N_ROWS, TOKENS, VALIDATION = 90, 4_000, 800
@@ -98,7 +104,11 @@ def files(folder: Path) -> dict[str, bytes]:
 def caches(config: Config) -> list[Path]:
     """The folders of the train and the validation cache, as they are named."""
     wanted = [("train", config.tokens), ("validation", config.validation_tokens)]
-    return [Path(modal_tinystories.cache_config(config, config.volume, *one).out) for one in wanted]
+    return [cache_folder(config, *one) for one in wanted]
+
+
+def cache_folder(config: Config, split: str, tokens: int) -> Path:
+    return folder_of(modal_tinystories.cache_config(config, split, tokens), Path(config.volume))
 
 
 # ------------------------------------------------------------------------------------- the flags
@@ -106,12 +116,12 @@ def caches(config: Config) -> list[Path]:
 
 def test_defaults_are_the_scripts() -> None:
     ours = {field.name: field.default for field in dataclasses.fields(Config)}
-    theirs = {f.name: f.default for f in dataclasses.fields(cache_activations.Config)}
-    here = {"split", "batch_size", "out", "device"}  # decided by this script, or not about a cache
+    theirs = {f.name: f.default for f in dataclasses.fields(CacheConfig)}
+    here = {"split", "batch_size"}  # decided by this script, or not about a cache
     for name in theirs.keys() - here:
         assert ours[name] == theirs[name], name
     theirs = {f.name: f.default for f in dataclasses.fields(train_tinystories.Config)}
-    here = {"cache", "tokens", "sae", "resume", "device", "dense"}  # a GPU is dense anyway
+    here = {"cache", "tokens", "resume"}
     for name in theirs.keys() - here:
         assert ours[name] == theirs[name], name
 
@@ -126,15 +136,16 @@ def test_every_setting_reaches_its_script() -> None:
         "checkpoint_every": 17,
     }  # fmt: skip
     config = Config(**changed)
-    cache = modal_tinystories.cache_config(config, "/v", "train", config.tokens)
-    train = modal_tinystories.train_config(config, "/v", "cache", "vanilla", 4)
+    cache = modal_tinystories.cache_config(config, "train", config.tokens)
+    training = modal_tinystories.train_config(config, "/v", "cache", "vanilla", 4)
     reached = set()
-    for script_config in (cache, train):
+    for script_config in (cache, training):
         for name, value in changed.items():
             if getattr(script_config, name, None) == value:
                 reached.add(name)
     assert reached == set(changed)
-    assert (train.sae, train.seed, train.resume, train.device) == ("vanilla", 4, True, "auto")
+    assert (training.saes, training.seed) == (("vanilla",), 4)
+    assert (training.resume, training.device) == (True, "auto")
 
 
 def modal_run(*args: str, home: Path) -> subprocess.CompletedProcess[str]:
@@ -260,18 +271,18 @@ def test_the_flags_are_what_modal_is_asked_for(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_is_sent_to_a_container_can_be_sent() -> None:
-    train = modal_tinystories.train_config(Config(), "/v", "cache", "vanilla", 0)
+    training = modal_tinystories.train_config(Config(), "/v", "cache", "vanilla", 0)
     for value in (
         Config(),
-        modal_tinystories.CacheJob(cache_activations.Config(), 0, 8),
-        modal_tinystories.TrainJob(train, "validation"),
+        CacheJob(CacheConfig(), Path("caches/x"), 0, 8),
+        modal_tinystories.TrainJob(training, "validation"),
         Refused("no"),
     ):
         assert pickle.loads(pickle.dumps(value)) == value
 
 
 def test_timeouts_fit_the_work() -> None:
-    m = modal_tinystories
+    m = modal_plan
     for what in ("cache", "train"):
         planned = sum(p.seconds for p in m.plan(Config()) if what in p.what)
         assert planned < m.timeout(Config(), what) <= 24 * 3600
@@ -286,6 +297,8 @@ def test_the_image_holds_every_module_that_is_imported() -> None:
         found |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
         return {name for name in found if (ROOT / f"{name}.py").exists()}
 
+    assert "matryoshka" in modal_tinystories.MODULES
+
     needed, todo = set(), ["modal_tinystories"]
     while todo:
         new = imports(todo.pop()) - needed
@@ -295,13 +308,13 @@ def test_the_image_holds_every_module_that_is_imported() -> None:
 
 
 def test_the_plan_fits_three_gpus() -> None:
-    phases = modal_tinystories.plan(Config())
+    phases = modal_plan.plan(Config())
     assert max(p.containers for p in phases if p.on_gpu) == 3
     assert sum(p.kept for p in phases) == pytest.approx(47.4e9, rel=0.01)
     assert any("load it" in p.what for p in phases)
-    small = modal_tinystories.plan(Config(gpu="L4"))
+    small = modal_plan.plan(Config(gpu="L4"))
     assert any("stream it" in p.what for p in small)
-    assert "GPU-minutes" in modal_tinystories.plan_text(Config())
+    assert "GPU-minutes" in modal_plan.plan_text(Config())
 
 
 # ------------------------------------------------------------------------------- the whole of it
@@ -314,8 +327,8 @@ def test_the_same_as_the_scripts_alone(
     config, results = finished
     alone = []
     for split, tokens in (("train", TOKENS), ("validation", VALIDATION)):
-        made = modal_tinystories.cache_config(config, config.volume, split, tokens)
-        cache_activations.run(dataclasses.replace(made, out=str(tmp_path / split)))
+        settings = vars(modal_tinystories.cache_config(config, split, tokens))
+        cache_activations.run(cache_activations.Config(**settings, out=str(tmp_path / split)))
         alone.append(tmp_path / split)
     for ours, theirs in zip(caches(config), alone, strict=True):
         assert len(list(theirs.glob("*.acts"))) >= 2
@@ -323,13 +336,13 @@ def test_the_same_as_the_scripts_alone(
     for sae in ("matryoshka", "vanilla"):
         made_so = modal_tinystories.train_config(config, config.volume, "", sae, 0)
         out = tmp_path / sae
-        train_tinystories.run(
-            dataclasses.replace(made_so, cache=str(alone[0]), out=str(out), resume=False)
-        )
+        train.run(dataclasses.replace(made_so, cache=str(alone[0]), out=str(out), resume=False))
         scores = evaluate.run(evaluate.Config(run=str(out), cache=str(alone[1])))
         ours = Path(config.out) / "tiny" / f"{sae}_seed0"
-        for name in (f"{sae}.safetensors", "metrics.jsonl"):
-            assert (ours / name).read_bytes() == (out / name).read_bytes()
+        assert (ours / "metrics.jsonl").read_bytes() == (out / "metrics.jsonl").read_bytes()
+        assert (ours / f"{sae}.safetensors").read_bytes() == (
+            out / f"{sae}.safetensors"
+        ).read_bytes()
         (run,) = [run for run in results["runs"] if run["sae"] == sae]
         assert run["evaluation"]["runs"] == scores["runs"]
         assert run["evaluation"]["cross_entropy"] == scores["cross_entropy"]
@@ -359,8 +372,11 @@ def test_a_second_comparison_reads_no_token_and_runs_no_model(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config, first = finished
-    for name in ("count_rows", "cache_rows", "compute_shard", "finish"):
-        monkeypatch.setattr(cache_activations, name, lambda *_: pytest.fail("it was cached"))
+    for module, name in (
+        *((volume_caches, name) for name in ("count_rows", "finish")),
+        *((modal_tinystories, "cache_rows"), (cache_writer, "compute_shard")),
+    ):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("it was cached"))
     again = dataclasses.replace(config, name="again", out=str(tmp_path))
     results = modal_tinystories.run(again)
     assert capsys.readouterr().out.count("is complete: no token is read") == 2
@@ -368,7 +384,7 @@ def test_a_second_comparison_reads_no_token_and_runs_no_model(
         r["evaluation"]["runs"] for r in first["runs"]
     ]
     # The whole thing once more trains nothing either.
-    monkeypatch.setattr(train_tinystories, "train", lambda *_: pytest.fail("it was trained"))
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("it was trained"))
     modal_tinystories.run(again)
 
 
@@ -414,7 +430,8 @@ def test_a_cache_too_large_for_the_gpu_is_trained_on_from_a_copy(
 def test_a_cache_is_named_by_what_it_is_made_of() -> None:
     def name(**settings: Any) -> str:
         config = Config(**settings)
-        return modal_tinystories.cache_config(config, "/v", "train", config.tokens).out
+        made = modal_tinystories.cache_config(config, "train", config.tokens)
+        return str(folder_of(made, Path("/v")))
 
     assert name().startswith("/v/caches/tiny_model.TinyModelTokIds.train.layer3.float16.")
     assert name().endswith(".30000000")
@@ -463,7 +480,7 @@ def test_a_caching_worker_that_dies_is_started_again(
 ) -> None:
     config = config_for(data, tmp_path)
     with monkeypatch.context() as context:
-        dies_at(context, cache_activations, "compute_shard", 3)
+        dies_at(context, cache_writer, "compute_shard", 3)
         with pytest.raises(UserError) as failure:
             modal_tinystories.run(config)
     assert "1 of 5 failed: caching rows 8 to 23 of train: Killed" in str(failure.value)
@@ -472,7 +489,7 @@ def test_a_caching_worker_that_dies_is_started_again(
     assert not (folder / "manifest.json").exists()
     before = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.acts")}
     assert before
-    modal_tinystories.make_caches(config, config.volume)
+    modal_tinystories.both_caches(config, Path(config.volume))
     after = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.acts")}
     assert {name: after[name] for name in before} == before, "a finished shard was made again"
     assert [files(f) for f in caches(config)] == [files(f) for f in caches(finished[0])]
@@ -490,7 +507,7 @@ def test_a_training_worker_that_dies_ends_with_the_same_weights(
     commits = []
     with monkeypatch.context() as context:
         context.setattr(modal_tinystories, "commit", lambda: commits.append(1))
-        dies_at(context, train_tinystories.Run, "step", 20)
+        dies_at(context, Training, "step", 20)
         with pytest.raises(UserError, match="training matryoshka, seed 0: Killed: preempted"):
             modal_tinystories.run(config)
     assert len(commits) >= 4, "one at each checkpoint"
@@ -509,18 +526,19 @@ def test_two_runs_at_once_leave_one_good_cache(
 ) -> None:
     """Another run's workers finish the same cache between this one's, whose work comes last."""
     config = config_for(data, tmp_path)
-    one = modal_tinystories.cache_config(config, config.volume, "train", TOKENS)
-    Path(one.out).mkdir(parents=True)
-    n_rows, _ = cache_activations.count_rows(one, 10_000)
+    one = modal_tinystories.cache_config(config, "train", TOKENS)
+    folder = cache_folder(config, "train", TOKENS)
+    folder.mkdir(parents=True)
+    n_rows, _ = count_rows(one.token_rows, TOKENS, one.keep_begin, 10_000)
     jobs = [
-        modal_tinystories.CacheJob(one, *rows)
-        for rows in cache_activations.split_rows(one, n_rows, 4)
+        CacheJob(one, folder, *rows)
+        for rows in cache_writer.split_rows(n_rows, one.rows_per_shard, 4)
     ]
     modal_tinystories.each(modal_tinystories.cache_part, jobs[:2])
-    modal_tinystories.make_caches(config, config.volume)  # the other run, from start to end
+    modal_tinystories.both_caches(config, Path(config.volume))  # the other run, from start to end
     modal_tinystories.each(modal_tinystories.cache_part, jobs)
-    cache_activations.finish(Path(one.out), n_rows)
-    assert files(Path(one.out)) == files(caches(finished[0])[0])
+    cache_writer.finish(folder, n_rows)
+    assert files(folder) == files(caches(finished[0])[0])
 
 
 def test_a_damaged_cache_is_named_with_what_to_do(
@@ -539,7 +557,7 @@ def test_a_damaged_cache_is_named_with_what_to_do(
     assert "delete 00001.*" in str(failure.value)
     for path in caches(config)[0].glob("00001.*"):
         path.unlink()
-    modal_tinystories.make_caches(config, config.volume)
+    modal_tinystories.both_caches(config, Path(config.volume))
     assert files(caches(config)[0]) == files(caches(finished[0])[0])
 
 
@@ -548,12 +566,28 @@ def test_a_cache_of_other_weights_is_refused(
 ) -> None:
     """The name is the same: somebody has changed what the model's name stands for."""
     config, _ = finished
-    other = cache_activations.load_model(
-        cache_activations.Config(model=str(write_model(tmp_path / "model.pt", seed=5)), layer=1)
+    other = cache_writer.load_model(
+        CacheConfig(model=str(write_model(tmp_path / "model.pt", seed=5)), layer=1),
+        torch.device("cpu"),
     )
-    wanted = modal_tinystories.cache_config(config, config.volume, "train", TOKENS)
+    wanted = modal_tinystories.cache_config(config, "train", TOKENS)
+    folder = cache_folder(config, "train", TOKENS)
     with pytest.raises(UserError, match="its weights_hash is"):
-        modal_tinystories.finished_cache(wanted, cache_activations.describe(wanted, other))
+        volume_caches.finished_cache(wanted, folder, cache_writer.recipe_of(wanted, other))
+
+
+def test_a_copy_of_a_cache_beside_it_changes_nothing(
+    finished: tuple[Config, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Names are compared, and are no patterns."""
+    config, _ = finished
+    folder = cache_folder(config, "train", TOKENS)
+    for root in ("plain", "a[1]?"):
+        there = tmp_path / root / folder.name
+        shutil.copytree(folder, there)
+        shutil.copytree(folder, there.with_name(f"{there.name}.bak"))
+        smaller = there.with_name(f"{there.stem}.3")
+        assert volume_caches.larger_caches(smaller) == [there]
 
 
 def test_a_name_is_for_one_comparison(
@@ -565,7 +599,7 @@ def test_a_name_is_for_one_comparison(
 
 
 def test_a_refusal_is_a_value_so_that_nothing_retries_it(data: Path, tmp_path: Path) -> None:
-    job = modal_tinystories.CacheJob(cache_activations.Config(model=str(tmp_path / "no.pt")), 0, 8)
+    job = CacheJob(CacheConfig(model=str(tmp_path / "no.pt")), tmp_path, 0, 8)
     with pytest.warns(UserWarning, match="executing locally"):
         outcome = modal_tinystories.cache_part.local(job)
     assert isinstance(outcome, Refused)
