@@ -8,6 +8,7 @@ the detector is silent on a token of the concept while one of these fires.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -171,4 +172,4 @@ def concept_result(
 def mean_absorption(concepts: Sequence[dict[str, Any]]) -> float | None:
     """The plain mean over the concepts that have a rate, None where none has."""
     rates = [concept["absorption"] for concept in concepts if concept["absorption"] is not None]
-    return sum(rates) / len(rates) if rates else None
+    return float(np.mean(rates)) if rates else None
