@@ -87,6 +87,7 @@ class Config(TrainerConfig):
 
 # Settings that may differ between the run in a folder and one that replaces it without --overwrite.
 REPLACEABLE = ("out", "overwrite", "workers")
+REMEDY = "choose another --out, or add --overwrite"
 
 
 def run(
@@ -184,32 +185,36 @@ def _memory() -> int:
 
 
 def claim(config: Config) -> None:
-    """Says so on stderr where the folder holds the same run, which will be replaced.
-
-    Raises `UserError` where it holds another and nobody asked to overwrite it, or where a folder
-    is in the place of a file.
-    """
+    """Raises `UserError` where the folder holds another run and nobody asked to overwrite it, or
+    where a folder is in the place of a file. Says so where it holds the same run."""
     out = Path(config.out)
     for name in files_of(config):
         if (out / name).is_dir():
             raise UserError(f"{out / name} is a folder: a file of that name is to be written")
-    if config.overwrite:
+    if saes_in(out) and not (out / RESULTS).exists() and not config.overwrite:
+        raise UserError(f"{out} holds SAEs, and no {RESULTS} that says what they are: {REMEDY}")
+    require_same_run(out / RESULTS, config)
+
+
+def require_same_run(path: Path, config: Any) -> None:
+    """Says on stderr where a run's file `path` is of the same settings, and will be replaced.
+
+    Raises `UserError` where it is of others, and `config.overwrite` is false.
+    """
+    if config.overwrite or not path.exists():
         return
-    remedy = "choose another --out, or add --overwrite"
-    if not (out / RESULTS).exists():
-        if saes_in(out):
-            raise UserError(f"{out} holds SAEs, and no {RESULTS} that says what they are: {remedy}")
-        return
-    found = recorded_config(out / RESULTS)
+    found = recorded_config(path)
     if found is None:
-        raise UserError(f"{out / RESULTS} is no results of this script: {remedy}")
+        raise UserError(f"{path} is no results of this script: {REMEDY}")
     for name, asked in json.loads(json.dumps(dataclasses.asdict(config))).items():
         if name not in REPLACEABLE and found.get(name) != asked:
-            of = f"--{as_flag(name)} {shown(found[name])}" if name in found else "an older version"
+            of = "of an earlier version"
+            if name in found:
+                of = f"with --{as_flag(name)} {shown(found[name])}"
             raise UserError(
-                f"{out} holds a run of {of}, not --{as_flag(name)} {shown(asked)}: {remedy}"
+                f"{path.parent} holds a run {of}, not --{as_flag(name)} {shown(asked)}: {REMEDY}"
             )
-    print(f"{out} holds a run of these settings, which this one will replace", file=sys.stderr)
+    print(f"{path.parent} holds a run of these settings, which is replaced", file=sys.stderr)
 
 
 def recorded_config(path: Path) -> dict[str, Any] | None:
@@ -280,14 +285,14 @@ def _executor(workers: int, in_processes: bool, progress: Progress) -> concurren
 
 
 def _bar(total: int) -> "tqdm[Any]":
-    form = "{percentage:3.0f}% {elapsed}<{remaining} {postfix}"
+    form = "{percentage:3.0f}% {elapsed}<{remaining} {desc}"
     return tqdm(total=total, bar_format=form, smoothing=0.05, dynamic_ncols=True)
 
 
 def _show(bar: "tqdm[Any]", progress: Progress) -> None:
     """The bar has no bar in it: the figures of every SAE take its place in 80 columns."""
     width = shutil.get_terminal_size().columns - len("100% 00:00:00<00:00:00 ") - 1
-    bar.set_postfix_str(progress.text(width), refresh=False)
+    bar.set_description_str(progress.text(width), refresh=False)
     bar.update(progress.steps.value - bar.n)
     bar.refresh()
 

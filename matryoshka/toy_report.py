@@ -34,7 +34,7 @@ def summary(results: Mapping[str, Any]) -> str:
     n_seeds = len({run["seed"] for run in results["runs"]})
     seeds = f"{n_seeds} seeds" if n_seeds > 1 else f"seed {results['runs'][0]['seed']}"
     n_features = results["runs"][0]["n_features"]
-    headers = [seeds, "FVU", "L0", f"of {n_features} features clean (> {threshold:g})"]
+    headers = [seeds, "FVU", "L0", f"clean > {threshold:g} of {n_features}"]
     mean_headers = ["mean a seed", *(f"clean > {t:g}" for t in THRESHOLDS)]
     mean_headers += [*(f"{kind} lost" for kind in FEATURE_KINDS), "absorption"]
     by_name: dict[str, list[dict[str, Any]]] = {}

@@ -34,23 +34,8 @@ THRESHOLDS = (0.9, 0.95, 0.99)  # cosines at which features are counted as clean
 FEATURE_KINDS = ("parent", "child", "rare")
 N_RECORDS = 200  # points of the training curves
 N_REFERENCE = 1_000  # held-out samples that the curves are measured on
-SETTINGS_IN_FILE = (
-    "n_prefixes",
-    "prefixes",
-    "sparsity",
-    "target_l0",
-    "lr",
-    "n_steps",
-    "batch_size",
-)
-    "n_prefixes",
-    "prefixes",
-    "sparsity",
-    "target_l0",
-    "lr",
-    "n_steps",
-    "batch_size",
-)
+# What an SAE's file says of how it was trained, beside its name, seed and tree.
+TOLD = ("n_prefixes", "prefixes", "sparsity", "target_l0", "lr", "n_steps", "batch_size")
 STEPS_A_REPORT = 100  # between looks at whether to stop
 
 # What follows the name of an SAE that was refitted -> the refit of it on x [n, d_model].
@@ -165,7 +150,7 @@ def _untrained(config: "Config", member: Member) -> SAE:
     sae = SAE(config.d_model, config.n_latents, member.seed)
     settings = dataclasses.asdict(config_of(member.name, config))
     sae.about = {"seed": member.seed, "dataset": Path(config.tree).name}
-    sae.about |= {name: settings[name] for name in SETTINGS_IN_FILE}
+    sae.about |= {name: settings[name] for name in TOLD}
     return sae
 
 

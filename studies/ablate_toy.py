@@ -23,42 +23,54 @@ import torch
 from torch import Tensor
 
 import train_toy
-from matryoshka.command_line import main_guard, parse, require_positive, setting, table
+from matryoshka.command_line import (
+    inherited,
+    main_guard,
+    narrow_table,
+    parse,
+    require_positive,
+    setting,
+    table,
+)
 from matryoshka.controls import Schedule
 from matryoshka.environment import environment, fix_kernels
 from matryoshka.errors import UserError
-from matryoshka.files import make_folder, write_json
+from matryoshka.files import make_folder, one_writer, write_json
 from matryoshka.kernels import Params
 from matryoshka.trainer import Trainer
 
 
-@dataclasses.dataclass(frozen=True)
+RESULTS = "ablation.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """The seeds of the ablation, and where its results go; all else is train_toy.py's default."""
 
     seeds: int = setting(40, "how many seeds")
     seed: int = setting(0, "the first seed")
-    steps: int = setting(40_000, "training steps")
+    n_steps: int = inherited(train_toy.Config, "n_steps")
     workers: int = setting(0, "processes that share the seeds; 0: one a core")
     variants: str = setting("none,moments,order,normalizer,all", "which, separated by commas")
     out: str = setting("runs/ablate_toy", "folder for ablation.json, and a folder a variant")
+    overwrite: bool = setting(False, "replace runs of other settings in --out")
 
 
 class MomentsStay(Trainer):
     """Defect 1: what Adam knows of the latent in a place passes to whatever latent comes there."""
 
     def step(self, x: Tensor) -> dict[str, Tensor]:
-        before = self.order()
+        old_order = self.order()
         metrics = super().step(x)
-        with torch.inference_mode():
-            after = self.order()
-            for name in ("adam_mean", "adam_square"):
-                parts = Params.of(self._state[name], self.d_model, self.n_latents)
-                for moments, axis in ((parts.W_enc, 1), (parts.b_enc, 2), (parts.W_dec, 1)):
-                    shape = [len(moments), 1, 1]
-                    shape[axis] = -1
-                    in_place = moments.take_along_dim(before.view(shape), dim=axis)
-                    moments.scatter_(axis, after.view(shape).expand_as(moments), in_place)
+        new_order, state = self.order(), self.state_dict()
+        for name in ("adam_mean", "adam_square"):
+            parts = Params.of(state[name], self.d_model, self.n_latents)
+            for moments, axis in ((parts.W_enc, 1), (parts.b_enc, 2), (parts.W_dec, 1)):
+                shape = [len(moments), 1, 1]
+                shape[axis] = -1
+                in_place = moments.take_along_dim(old_order.view(shape), dim=axis)
+                moments.scatter_(axis, new_order.view(shape).expand_as(moments), in_place)
+        self.load_state_dict(state)
         return metrics
 
 
@@ -67,19 +79,18 @@ class OrderStays(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        by_place = self._state["mean_square"]
-        self._at = torch.arange(self.n_latents).expand_as(by_place).clone().to(by_place.device)
-        self._by_place = torch.zeros_like(by_place)
+        self._at = torch.arange(self.n_latents).repeat(len(self.seeds), 1)  # [n_saes, n_latents]
+        self._by_place = torch.zeros(self._at.shape)
 
     def order(self) -> Tensor:
         return self._at
 
     def step(self, x: Tensor) -> dict[str, Tensor]:
         metrics = super().step(x)
-        with torch.inference_mode():
-            self._by_place.lerp_(metrics["mean_square"].gather(1, self._at), 0.05)
-            moves = self._by_place.sort(dim=1, descending=True, stable=True).indices
-            self._at = self._at.gather(1, moves)
+        mean_square = metrics["mean_square"].gather(1, self._at)
+        self._by_place.lerp_(mean_square, 1 - self.config.order_decay)
+        moves = self._by_place.sort(dim=1, descending=True, stable=True).indices
+        self._at = self._at.gather(1, moves)
         return metrics
 
 
@@ -105,77 +116,84 @@ VARIANTS: dict[str, type[Trainer]] = {
 
 def run(config: Config) -> dict[str, Any]:
     """Trains every variant; writes ablation.json to `config.out` and returns what it holds."""
-    require_positive(config, "seeds", "steps")
+    require_positive(config, "seeds", "n_steps")
     names = config.variants.split(",")
     for name in names:
         if name not in VARIANTS:
             raise UserError(f"--variants {name}: it is none of {', '.join(VARIANTS)}")
     out = Path(config.out)
     make_folder(out)
-    variants = {}
-    for name in names:
-        toy = train_toy.Config(
-            seeds=config.seeds,
-            seed=config.seed,
-            steps=config.steps,
-            workers=config.workers,
-            out=str(out / name),
-        )
-        results = train_toy.run(toy, VARIANTS[name])
-        variants[name] = summarise(results["runs"])
-    results = {
-        "config": dataclasses.asdict(config),
-        "environment": environment(torch.device("cpu")),
-        "variants": variants,
-    }
-    write_json(out / "ablation.json", results)
+    with one_writer(out):
+        train_toy.require_same_run(out / RESULTS, config)
+        results = {
+            "config": dataclasses.asdict(config),
+            "environment": environment(torch.device("cpu")),
+            "variants": {name: summarise(train_variant(config, name)["runs"]) for name in names},
+        }
+        write_json(out / RESULTS, results)
     return results
 
 
+def train_variant(config: Config, name: str) -> dict[str, Any]:
+    """What train_toy.py reports of the seeds with that defect."""
+    toy = train_toy.Config(
+        seeds=config.seeds,
+        seed=config.seed,
+        n_steps=config.n_steps,
+        workers=config.workers,
+        out=str(Path(config.out) / name),
+        overwrite=config.overwrite,
+    )
+    return train_toy.run(toy, VARIANTS[name])
+
+
 def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Clean features by how many seeds have them, and the medians, for either SAE."""
+    """Clean features by how many seeds have them, and the medians, for each SAE."""
     summary = {}
-    for sae in train_toy.SAES:
-        own = [run for run in runs if run["sae"] == sae]
-        clean, counts = np.unique([run["clean_features"] for run in own], return_counts=True)
+    for sae in dict.fromkeys(run["sae"] for run in runs):
+        of_sae = [run for run in runs if run["sae"] == sae]
+        clean, counts = np.unique([run["clean_features"] for run in of_sae], return_counts=True)
         summary[sae] = {
             "clean_features": dict(zip(map(str, clean), counts.tolist(), strict=True)),
-            "fvu": float(np.median([run["fvu"] for run in own])),
-            "l0": float(np.median([run["l0"] for run in own])),
+            "fvu": float(np.median([run["fvu"] for run in of_sae])),
+            "l0": float(np.median([run["l0"] for run in of_sae])),
         }
     return summary
 
 
+HEADERS = ["defect put back", "20/20", "the others", "median FVU", "median L0", "vanilla at 11/20"]
+
+
 def summary(results: dict[str, Any]) -> str:
     """A row a variant: how many seeds recover all, FVU and L0."""
-    seeds = results["config"]["seeds"]
-    rows = []
+    return table(HEADERS, rows_of(results))
+
+
+def rows_of(results: dict[str, Any]) -> list[list[str]]:
+    """The rows of `summary`."""
+    seeds, rows = results["config"]["seeds"], []
     for name, by_sae in results["variants"].items():
-        ours, vanilla = by_sae["matryoshka"], by_sae["vanilla"]
-        rest = ", ".join(
-            f"{n} x {clean}" for clean, n in ours["clean_features"].items() if clean != "20"
-        )
+        matryoshka, vanilla = by_sae["matryoshka"], by_sae["vanilla"]
+        counts = matryoshka["clean_features"].items()
         rows.append(
             [
                 name,
-                f"{ours['clean_features'].get('20', 0)} of {seeds}",
-                rest or "-",
-                f"{ours['fvu']:.4f}",
-                f"{ours['l0']:.3f}",
+                f"{matryoshka['clean_features'].get('20', 0)} of {seeds}",
+                ", ".join(f"{n} x {clean}" for clean, n in counts if clean != "20") or "-",
+                f"{matryoshka['fvu']:.4f}",
+                f"{matryoshka['l0']:.3f}",
                 f"{vanilla['clean_features'].get('11', 0)} of {seeds}",
             ]
         )
-    return table(
-        ["defect put back", "20/20", "the others", "median FVU", "median L0", "vanilla at 11/20"],
-        rows,
-    )
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
     with main_guard():
-        config = parse(Config, __doc__, argv)
+        config = parse(Config, __doc__ or "", argv)
         fix_kernels()
-        print(summary(run(config)))
+        print(narrow_table(HEADERS, rows_of(run(config))))
 
 
 if __name__ == "__main__":
