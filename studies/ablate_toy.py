@@ -39,7 +39,6 @@ from matryoshka.files import make_folder, one_writer, write_json
 from matryoshka.kernels import Params
 from matryoshka.trainer import Trainer
 
-
 RESULTS = "ablation.json"
 
 

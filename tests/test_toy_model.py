@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import toy_model
-from script import UserError
-from toy_model import FeatureTree, alias_table, true_directions
+from matryoshka import joint_tables
+from matryoshka.errors import UserError
+from toy_model import FeatureTree, ToyData, true_directions
 
 PAPER = Path(__file__).parent.parent / "tree.json"
 
@@ -111,7 +112,7 @@ def test_samples_and_marginals_follow_the_enumerated_law(spec, max_states, seed)
         row[list(active)] = 1
     probs = np.array(list(exact.values()))
 
-    with mock.patch.object(toy_model, "MAX_STATES", max_states):  # a small limit: many tables
+    with mock.patch.object(joint_tables, "MAX_STATES", max_states):  # a small limit: many tables
         tree = FeatureTree.from_dict(spec)
         samples = tree.sample(n, generator(seed % 2**63)).double().numpy()
 
@@ -140,14 +141,13 @@ def test_the_papers_tree():
     np.testing.assert_allclose(tree.marginals.numpy(), block * 3 + [0.05] * 8, atol=1e-15)
     assert tree.kind == (["parent"] + ["child"] * 3) * 3 + ["rare"] * 8
     assert tree.parent == [None, 0, 0, 0, None, 4, 4, 4, None, 8, 8, 8] + [None] * 8
-    assert tree.exclusive_groups == [[1, 2, 3], [5, 6, 7], [9, 10, 11]]
     assert tree.ids[:5] == ["parent_0", "child_0_0", "child_0_1", "child_0_2", "parent_1"]
     assert tree.ids[-1] == "rare_7"
 
 
 @pytest.mark.parametrize("max_states", [2**16, 100, 2])
 def test_children_imply_their_parent_and_exclude_each_other(max_states):
-    with mock.patch.object(toy_model, "MAX_STATES", max_states):
+    with mock.patch.object(joint_tables, "MAX_STATES", max_states):
         tree = FeatureTree.from_json(PAPER)
         samples = tree.sample(500_000, generator())
     assert samples.dtype == torch.float32
@@ -167,7 +167,7 @@ def test_a_group_larger_than_a_table_is_still_exclusive():
         "mutually_exclusive_children": True,
         "children": [{"active_prob": 0.1} for _ in range(10)],
     }
-    with mock.patch.object(toy_model, "MAX_STATES", 4):
+    with mock.patch.object(joint_tables, "MAX_STATES", 4):
         samples = FeatureTree.from_dict(spec).sample(1000, generator())
     assert (samples.sum(1) == 1).all()
 
@@ -256,18 +256,74 @@ def test_kinds_and_ids_in_a_deeper_tree():
     assert tree.ids == ["root", "middle", "node_0_0_0", "node_1"]
     assert tree.parent == [None, 0, 1, 0]
     assert tree.kind == ["parent", "parent", "child", "child"]
-    assert tree.exclusive_groups == []
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=40).filter(lambda p: sum(p) > 0.01))
-@settings(deadline=None, derandomize=True)
-def test_alias_table_gives_back_its_distribution(probs):
-    share, alias = alias_table(np.array(probs))
-    mass = share.copy()
-    np.add.at(mass, alias, 1 - share)
-    np.testing.assert_allclose(mass / len(probs), np.array(probs) / sum(probs), atol=1e-12)
-    assert (share >= 0).all()
-    assert (share <= 1).all()
+def test_a_parent_is_the_nearest_feature_above_however_many_hidden_nodes_lie_between():
+    hidden = {"active_prob": 0.5, "is_read_out": False}
+    below = hidden | {"children": [hidden | {"children": [{"active_prob": 0.5, "id": "deep"}]}]}
+    top = {"active_prob": 0.5, "id": "top", "children": [below, {"active_prob": 0.1}]}
+    tree = FeatureTree.from_dict(hidden | {"children": [hidden | {"children": [top]}]})
+    assert tree.ids[:2] == ["top", "deep"]
+    assert tree.parent == [None, 0, 0]
+    assert tree.kind == ["parent", "child", "child"]
+    np.testing.assert_allclose(tree.marginals.numpy(), [0.5**3, 0.5**6, 0.5**3 * 0.1])
+    with mock.patch.object(joint_tables, "MAX_STATES", 2):  # a table a node: gates in others
+        samples = FeatureTree.from_dict(hidden | {"children": [hidden | {"children": [top]}]})
+    for one in (tree, samples):
+        drawn = one.sample(200_000, generator()).double().numpy()
+        assert_counts(drawn.sum(0), tree.marginals.numpy(), len(drawn))
+        assert (drawn[:, 0] >= drawn[:, 1:].max(axis=1)).all()
+
+
+# --------------------------------------------------------------------------- what SAEs of it see
+
+
+DATA = ToyData(FeatureTree.from_json(PAPER), 20)
+
+
+def test_batches_are_new_samples_of_each_seeds_tree_the_same_in_every_copy():
+    batches = DATA.batches([3, 4], 50, torch.device("cpu"), copies=3)
+    first = [next(batches) for _ in range(toy_model.STEPS_A_DRAW + 1)]  # more than one draw
+    assert {tuple(x.shape) for x in first} == {(6, 50, 20)}
+    for x in first:
+        assert torch.equal(x[:2], x[2:4])
+        assert torch.equal(x[:2], x[4:])
+    assert len({tuple(x[k].ravel().tolist()) for x in first for k in range(2)}) == 2 * len(first)
+    for k, seed in enumerate((3, 4)):
+        x = torch.cat([one[k] for one in first]).double()
+        features = torch.linalg.lstsq(DATA.directions(seed).double().T, x.T).solution.T
+        torch.testing.assert_close(features, features.round(), atol=1e-4, rtol=0)
+        again = next(DATA.batches([seed], 50, torch.device("cpu")))
+        torch.testing.assert_close(again[0], first[0][k])
+
+
+def test_training_scoring_and_refitting_are_on_different_samples_in_one_space():
+    n = 200
+    trained = next(DATA.batches([3], n, torch.device("cpu")))[0]
+    features, scored = DATA.held_out(3, n)
+    refitted = DATA.for_refit(3, n)
+    torch.testing.assert_close(scored, features @ DATA.directions(3))
+    for one, other in ((trained, scored), (trained, refitted), (scored, refitted)):
+        assert not torch.equal(one, other)
+    for x in (trained, scored, refitted):
+        found = torch.linalg.lstsq(DATA.directions(3).double().T, x.double().T).solution
+        torch.testing.assert_close(found, found.round(), atol=1e-4, rtol=0)
+    assert not torch.equal(DATA.directions(3), DATA.directions(4))
+    assert torch.equal(DATA.held_out(3, n)[1], scored)
+    assert not torch.equal(DATA.held_out(4, n)[0], features)
+
+
+def test_streams_are_pinned():
+    """Other streams would be other samples: every result in results/ would move."""
+    streams = (
+        toy_model.STREAM_DIRECTIONS,
+        toy_model.STREAM_SAMPLES,
+        toy_model.STREAM_HELD_OUT,
+        toy_model.STREAM_REFIT,
+    )
+    assert streams == (10, 11, 12, 13)
+    assert toy_model.STEPS_A_DRAW == 50
+    assert toy_model.CHUNK == 2**15
 
 
 def test_true_directions():
