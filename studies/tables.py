@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
+from matryoshka import toy_stack
 from matryoshka.command_line import table
 from matryoshka.errors import UserError
 from studies import ablate_toy, bench
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
-THRESHOLDS = ("0.9", "0.95", "0.99")  # cosines over which a feature is clean
-REFITS = ("", ", refit", ", refit both")  # what follows an SAE's name where it was refitted
+THRESHOLDS = tuple(map(str, toy_stack.THRESHOLDS))  # cosines over which a feature is clean
+REFITS = ("", *toy_stack.REFITS)  # what follows an SAE's name: as trained, then where refitted
 FVU_AND_L0 = (("fvu", 4), ("l0", 3))  # with digits
 
 Results = dict[str, Any]
