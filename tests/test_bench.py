@@ -1,4 +1,4 @@
-"""bench.py at a size at which it takes a second: what it measures, not how fast that is."""
+"""studies/bench.py at a size at which it takes a second: what it measures, not how fast that is."""
 
 import json
 import math
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-import bench
-from bench import Case
+from studies import bench
+from studies.bench import Case
 
 CPU = torch.device("cpu")
 
@@ -45,10 +45,10 @@ def test_a_trained_sae_has_moved(small):
 def test_a_timed_step_changes_nothing_and_can_be_repeated(small):
     case = Case.placed(CPU, 300, 6)
     trainer = case.trainer(10)
-    before = trainer.sae
+    (before,) = trainer.saes
     for _ in range(3):
         trainer.step(case.x)
-    after = trainer.sae
+    (after,) = trainer.saes
     for old, new in ((before.W_enc, after.W_enc), (before.W_dec, after.W_dec)):
         assert torch.allclose(old.norm(), new.norm(), rtol=1e-6)
 
@@ -101,8 +101,8 @@ def test_the_original_is_stepped_from_the_same_weights(small):
     bench.original_step(types.SimpleNamespace(MatryoshkaSAE=MatryoshkaSAE), case, 10)()
     (theirs, n_prefixes, lr), x = seen
     assert (n_prefixes, lr) == (10, bench.UNMOVED.lr)
-    assert torch.equal(theirs.W_enc, case.sae.W_enc[0])
-    assert torch.equal(theirs.b_enc, case.sae.b_enc[0])
+    assert torch.equal(theirs.W_enc, case.sae.W_enc)
+    assert torch.equal(theirs.b_enc, case.sae.b_enc)
     assert theirs.normalizer.running_avg.item() == pytest.approx(case.x.norm(dim=1).mean().item())
     assert x is case.x
 
@@ -129,5 +129,5 @@ def test_bad_input_is_one_line(flags, named, tmp_path, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert named in error
-    assert error.strip().count("\n") == 0 or "usage" in error
+    assert error.strip().count("\n") == 0
     assert not (tmp_path / "out").exists()
