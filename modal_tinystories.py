@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 import evaluate
+import train
 import train_tinystories
 from matryoshka import plots
 from matryoshka.cache_format import MANIFEST, read_record
@@ -298,7 +299,7 @@ def train_one(job: TrainJob) -> dict[str, Any]:
     print(job, flush=True)
     near = copied_near(Path(job.config.cache))
     config = dataclasses.replace(job.config, cache=str(near))
-    trained = train_tinystories.run(config, on_checkpoint=commit)
+    trained = train.run(config, on_checkpoint=commit)
     evaluated = evaluate.run(evaluate.Config(run=job.config.out, cache=job.validation))
     commit()
     return {"training": trained, "evaluation": evaluated}
@@ -421,11 +422,12 @@ def draw(run: Path, jobs: Sequence[TrainJob], done: Sequence[Any], target_l0: fl
 
 def evaluation_of(result: dict[str, Any]) -> dict[str, Any]:
     """What the evaluation of a run of one SAE says of it."""
+    one: dict[str, Any]
     (one,) = result["evaluation"]["runs"]
     return one
 
 
-def each(function: modal.Function, jobs: Sequence[Any]) -> list[Any]:
+def each(function: modal.Function[Any, Any, Any], jobs: Sequence[Any]) -> list[Any]:
     """`function` of each job: in containers side by side, or here without Modal, in turn.
 
     All of them come to an end. Raises `UserError` naming those that failed, each with its reason.
@@ -448,7 +450,7 @@ def each(function: modal.Function, jobs: Sequence[Any]) -> list[Any]:
     return outcomes
 
 
-def _here(function: modal.Function, *args: Any) -> Any:
+def _here(function: modal.Function[Any, Any, Any], *args: Any) -> Any:
     """A function's body, here; an exception is its outcome, as it is of `map`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* is executing locally")
@@ -506,7 +508,7 @@ def checked(config: Config, outcome: Any) -> dict[str, Any]:
     """The results of `compare`, or `UserError` with why there are none, and what would help."""
     reason = reason_of(outcome)
     if reason is None:
-        return outcome
+        return dict(outcome)
     advice = ""
     if f"{ROOT}/" in reason:
         advice = f" ({ROOT} is the Volume; to delete: modal volume rm -r {config.volume} PATH)"

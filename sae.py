@@ -237,7 +237,13 @@ def _check_shapes(tensors: Mapping[str, Tensor]) -> None:
     if tensors["W_enc"].dim() != 2:
         raise ValueError(f"W_enc must be [d_model, n_latents], got {list(tensors['W_enc'].shape)}")
     d_model, n_latents = tensors["W_enc"].shape
-    shapes = ([d_model, n_latents], [n_latents], [n_latents, d_model], [d_model], [])
+    shapes: tuple[list[int], ...] = (
+        [d_model, n_latents],
+        [n_latents],
+        [n_latents, d_model],
+        [d_model],
+        [],
+    )
     for name, shape in zip(TENSORS, shapes, strict=True):
         found = list(tensors[name].shape)
         if found != shape:

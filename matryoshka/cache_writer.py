@@ -45,7 +45,6 @@ from matryoshka.files import write_atomically
 from matryoshka.tiny_model import TinyModel
 from matryoshka.token_rows import TokenRows, kept_positions
 
-
 Dtype = Literal["float16", "bfloat16", "float32"]
 
 

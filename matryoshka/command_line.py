@@ -40,7 +40,7 @@ def setting(
 
     `alias`: another name of the flag. `is_flag`: False leaves it off the command line.
     """
-    metadata = {"help": help, "choices": choices, "metavar": metavar}
+    metadata: dict[str, Any] = {"help": help, "choices": choices, "metavar": metavar}
     metadata |= {"alias": alias, "is_flag": is_flag}
     return dataclasses.field(default=default, metadata=metadata)
 

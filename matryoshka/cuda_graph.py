@@ -55,7 +55,7 @@ class CudaGraph:
     def _aside(self) -> Iterator[torch.cuda.Stream]:
         """The GPU of the inputs, and a stream there that begins and ends with the current one."""
         with torch.cuda.device(self._inputs[0].device):
-            self._stream = self._stream or torch.cuda.Stream()
+            self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
             here = torch.cuda.current_stream()
             self._stream.wait_stream(here)
             yield self._stream

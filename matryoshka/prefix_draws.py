@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from matryoshka.kernels.layout import count_ends
 from sae import STREAM_PREFIXES, prefix_probabilities, sample_prefixes, seeded_generator
 
 STEPS_A_BLOCK = 256  # prefixes are drawn for this many steps at once
@@ -29,7 +30,8 @@ def reach(lengths: Tensor, n_latents: int) -> Tensor:
     -> [..., n_latents], from 1 in the first place down to 1 / n_prefixes in the last.
     """
     places = torch.arange(1, n_latents + 1).expand(*lengths.shape[:-1], -1).contiguous()
-    return 1 - torch.searchsorted(lengths, places) / lengths.shape[-1]
+    shorter: Tensor = torch.searchsorted(lengths, places) / lengths.shape[-1]
+    return 1 - shorter
 
 
 class PrefixDraws:
@@ -85,13 +87,8 @@ class PrefixDraws:
 
     def _expected_prefixes(self) -> StepPrefixes:
         reaches = [expected_reach(self.n_latents, k) for k in self.n_prefixes]
-        ends = [_ends_of(one).to(self._ends_on) for one in reaches]
+        ends = [count_ends(one).to(self._ends_on) for one in reaches]
         return StepPrefixes(torch.stack(reaches).to(self._like), ends)
-
-
-def _ends_of(reaches: Tensor) -> Tensor:
-    """The places at which `reaches` [n_latents], which fall, change: int64 [n_reaches]."""
-    return torch.unique_consecutive(reaches, return_counts=True)[1].cumsum(0)
 
 
 # --------------------------------------------------------------- the exact mean over the prefixes
@@ -133,7 +130,7 @@ def _inclusion(p: np.ndarray, n_drawn: int, t: np.ndarray) -> np.ndarray:
 
     def with_clock(counts: np.ndarray, m: int) -> np.ndarray:
         """P(0, 1, .. n_drawn - 1 have rung) [n_drawn, n_times], with length m's clock added."""
-        more = counts * (1 - rung[m])
+        more: np.ndarray = counts * (1 - rung[m])
         more[1:] += counts[:-1] * rung[m]
         return more
 

@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Literal
 
-from matryoshka.command_line import UserError, require_not_negative, require_positive, setting
+from matryoshka.command_line import require_not_negative, require_positive, setting
+from matryoshka.errors import UserError
 from matryoshka.kernels import Gradient, MatmulDtype
 from matryoshka.kernels.dispatch import MAX_LATENTS_OF_ALL_PAIRS
 from sae import Sparsity
-
 
 L0Control = Literal["original", "steady"]
 

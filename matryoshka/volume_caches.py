@@ -35,7 +35,7 @@ def short_hash(value: Any) -> str:
 
 
 def folder_of(config: CacheConfig, root: Path) -> Path:
-    """Where the cache of `config` goes: root/caches/MODEL.DATASET.SPLIT.layer3.DTYPE.HASH.TOKENS."""
+    """Where the cache of `config` goes: root/caches/MODEL.DATASET.SPLIT.layerN.DTYPE.HASH.TOKENS"""
     shaping = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_NAMED}
     parts = [Path(config.model).name, Path(config.dataset).name, config.split]
     words = [re.sub(r"[^\w-]+", "_", part) for part in parts]

@@ -38,6 +38,8 @@ from tqdm import tqdm
 import cache_activations
 import train_toy
 from matryoshka import metrics, tiny_model
+from matryoshka.cache_reader import ActivationCache
+from matryoshka.cache_writer import cache_rows, finish, load_model
 from matryoshka.command_line import main_guard, parse, pick_device, require_positive, setting, table
 from matryoshka.environment import environment
 from matryoshka.errors import UserError
@@ -413,21 +415,21 @@ def bench_data(repeats: int, device: torch.device) -> Times:
             out=str(out / "cache"),
             device=str(device),
         )
-        model = cache_activations.load_model(config)
+        model, made = load_model(config, device), Path(config.out)
 
         def forward() -> None:
             with torch.inference_mode():
-                for block in rows.to(device).split(config.batch_size):
+                for block in torch.split(rows.to(device), config.batch_size):
                     model.residual(block, config.layer)
 
         def cache() -> None:
-            shutil.rmtree(config.out, ignore_errors=True)
-            Path(config.out).mkdir()
-            cache_activations.cache_rows(config, model, 0, len(rows))
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir()
+            cache_rows(made, config, model, 0, len(rows))
 
         times = alternate({"bare forward": forward, "caching": cache}, max(3, repeats // 2), device)
-        cache_activations.finish(Path(config.out), len(rows))
-        reader = cache_activations.ActivationCache(config.out)
+        finish(made, len(rows))
+        reader = ActivationCache(made)
         batches = reader.batches(1024, 0, max_resident=0)
         return times | alternate({"a batch, streamed": lambda: next(batches)}, 200, device)
 

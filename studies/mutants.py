@@ -17,8 +17,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -112,7 +113,7 @@ def changed(value: bool | int | float) -> bool | int | float:
     return value + 1 if value in (0, 1) else value * 2
 
 
-def _swapped(node: ast.AST, field: str, table: dict[type, type]) -> Iterator[tuple[ast.AST, str]]:
+def _swapped(node: ast.AST, field: str, table: Mapping[Any, Any]) -> Iterator[tuple[ast.AST, str]]:
     old = getattr(node, field)
     if type(old) in table:
         setattr(node, field, table[type(old)]())

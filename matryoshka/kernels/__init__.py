@@ -16,7 +16,7 @@ of what they decode to less x,
 Each module has one way to compute this, and all agree to rounding:
 
 `autograd`   PyTorch's gradient of `sae.matryoshka_loss`. Slow, and right for whatever is new.
-`all_pairs`  forms no residual, but all pairs of latents: small dictionaries, stacked by the hundred.
+`all_pairs`  forms no residual, but all pairs of latents: small dictionaries, by the hundred.
 `by_prefix`  one residual a prefix and sample: dense products, for activations that are still dense.
              On a GPU in bfloat16, all products of a kind are one grouped product.
 `sparse`     one residual for each run of active latents of equal reach: only the encoder's product

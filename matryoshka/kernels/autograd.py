@@ -42,7 +42,9 @@ def length_weights(ranked: Tensor, ends: list[int]) -> list[float]:
 
 
 @torch.inference_mode(False)
-def _write_one(i: int, grads: Params, params: Params, objective: Objective) -> tuple[Tensor, Tensor]:
+def _write_one(
+    i: int, grads: Params, params: Params, objective: Objective
+) -> tuple[Tensor, Tensor]:
     """Writes SAE i's gradient. -> L0 [], mean square of a_j ||d_j|| [n_latents]."""
     leaves = Params(*(part.clone().requires_grad_() for part in params))
     x = objective.x[i].clone()

@@ -69,14 +69,15 @@ class Blocks:
         shares = torch.stack([self.ranked[end - 1] for end in ends.tolist()])
         weights = -shares.diff(append=shares.new_zeros(1))
         residuals = self.workspace.empty("residuals", left, len(sizes), *left.shape)
-        blocks = list(zip(residuals, self.acts.split(sizes), self.W_dec.split(sizes), strict=True))
+        acts, W_dec = torch.split(self.acts, sizes), torch.split(self.W_dec, sizes)
+        blocks = list(zip(residuals, acts, W_dec, strict=True))
         for residual, a, d in blocks:
             left = torch.addmm(left, a.T, d, out=residual)
         residuals[-1].mul_(weights[-1] * (2 / batch))
         for k in reversed(range(len(sizes) - 1)):
             own = weights[k] * (2 / batch)
             torch.addcmul(residuals[k + 1], residuals[k], own, out=residuals[k])
-        g_blocks = zip(blocks, g_acts.split(sizes), g_W_dec.split(sizes), strict=True)
+        g_blocks = zip(blocks, torch.split(g_acts, sizes), torch.split(g_W_dec, sizes), strict=True)
         for (residual, a, d), g_a, g_d in g_blocks:
             g_a.addmm_(d, residual.T)
             g_d.addmm_(a, residual)

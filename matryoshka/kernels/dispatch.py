@@ -40,28 +40,33 @@ def write_gradient(
     if gradient == "autograd":
         return autograd.write(grads, params, objective)
     n_saes, n_latents = objective.reach.shape
-    automatic = gradient in ("auto", "dense")
-    if gradient == "all_pairs" or (automatic and n_latents <= MAX_LATENTS_OF_ALL_PAIRS):
+    is_small = gradient in ("auto", "dense") and n_latents <= MAX_LATENTS_OF_ALL_PAIRS
+    if gradient == "all_pairs" or is_small:
         return all_pairs.write(grads, params, objective)
-    workspace, all_stats = workspace or Workspace(), []
+    l0s, mean_squares, kernels = [], [], list[str]()
     for i in range(n_saes):
-        task = task_of(i, grads, params, objective, matmul_dtype, workspace)
-        n_active = count_active(task.acts, workspace)
-        kernel = choose(gradient, n_active, task, matmul_dtype) if automatic else gradient
+        task = task_of(i, grads, params, objective, matmul_dtype, workspace or Workspace())
+        n_active = count_active(task.acts, task.workspace)
+        kernel = choose(gradient, n_active, task, matmul_dtype)
         if kernel == "all_pairs":
             one = slice(i, i + 1)
             stats = all_pairs.write(grads.slice(one), params.slice(one), objective.slice(i))
-            all_stats.append((stats.l0[0], stats.mean_square[0], kernel))
-            continue
-        if kernel == "sparse":
-            mean_square = sparse.write(task)
+            l0, mean_square = stats.l0[0], stats.mean_square[0]
         else:
-            dtype = torch.bfloat16 if matmul_dtype == "bfloat16" else task.x.dtype
-            mean_square = by_prefix.write(task, dtype, grouped=kernel == "grouped")
-        l0 = (n_active / task.x.shape[0]).to(task.x.dtype)
-        all_stats.append((l0, mean_square, kernel))
-    l0s, mean_squares, kernels = zip(*all_stats, strict=True)
-    return Stats(torch.stack(l0s), torch.stack(mean_squares), kernels)
+            l0 = (n_active / task.x.shape[0]).to(task.x.dtype)
+            mean_square = write_one(kernel, task, matmul_dtype)
+        l0s.append(l0)
+        mean_squares.append(mean_square)
+        kernels.append(kernel)
+    return Stats(torch.stack(l0s), torch.stack(mean_squares), tuple(kernels))
+
+
+def write_one(kernel: Kernel, task: Task, matmul_dtype: MatmulDtype) -> Tensor:
+    """Writes one SAE's gradient. -> mean square of a_j ||d_j|| [n_latents]."""
+    if kernel == "sparse":
+        return sparse.write(task)
+    dtype = torch.bfloat16 if matmul_dtype == "bfloat16" else task.x.dtype
+    return by_prefix.write(task, dtype, grouped=kernel == "grouped")
 
 
 def task_of(
@@ -86,8 +91,12 @@ def count_active(acts: Tensor, workspace: Workspace) -> Tensor:
     return signs.sum(dim=1).sum(dtype=torch.float64)
 
 
-def choose(gradient: Gradient, n_active: Tensor, task: Task, matmul_dtype: MatmulDtype) -> Kernel:
-    """The fastest kernel for one SAE of a dictionary that is too large for `all_pairs`."""
+def choose(
+    gradient: Gradient | Kernel, n_active: Tensor, task: Task, matmul_dtype: MatmulDtype
+) -> Kernel:
+    """The kernel that was named, or the fastest for one SAE that is too large for `all_pairs`."""
+    if gradient != "auto" and gradient != "dense":
+        return gradient
     n_reaches = len(task.ends)
     if gradient == "auto" and _is_sparse(n_active, task.acts, n_reaches, matmul_dtype):
         return "sparse"
@@ -96,9 +105,7 @@ def choose(gradient: Gradient, n_active: Tensor, task: Task, matmul_dtype: Matmu
     return "grouped" if matmul_dtype == "bfloat16" else "by_prefix"
 
 
-def _is_sparse(
-    n_active: Tensor, acts: Tensor, n_reaches: int, matmul_dtype: MatmulDtype
-) -> bool:
+def _is_sparse(n_active: Tensor, acts: Tensor, n_reaches: int, matmul_dtype: MatmulDtype) -> bool:
     """Whether few enough of acts [n_latents, batch] are active for `sparse`.
 
     Never so on a GPU: reading that number would cost it more.

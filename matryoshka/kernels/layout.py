@@ -29,8 +29,9 @@ class Params(NamedTuple):
     def of(cls, flat: Tensor, d_model: int, n_latents: int) -> "Params":
         """The views of `flat`; what is written into them is written into it."""
         shapes = [(n_latents, d_model), (1, n_latents), (n_latents, d_model), (1, d_model)]
-        parts = flat.split([math.prod(shape) for shape in shapes], dim=1)
-        return cls(*(part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)))
+        parts = torch.split(flat, [math.prod(shape) for shape in shapes], dim=1)
+        shaped = zip(parts, shapes, strict=True)
+        return cls(*(torch.unflatten(part, 1, shape) for part, shape in shaped))
 
     def slice(self, which: slice) -> "Params":
         """Some of the SAEs, still as a stack."""
@@ -113,7 +114,8 @@ class Task:
 def count_ends(reach: Tensor) -> Tensor:
     """How many latents have each reach or a higher one, from the highest down: [n_reaches]."""
     ranked = reach.sort(descending=True).values
-    return torch.unique_consecutive(ranked, return_counts=True)[1].cumsum(0)
+    counts: Tensor = torch.unique_consecutive(ranked, return_counts=True)[1]
+    return counts.cumsum(0)
 
 
 def encode(
@@ -131,7 +133,8 @@ def encode(
         rounded = workspace.empty("W_enc", x.bfloat16(), *W_enc.shape).copy_(W_enc)
         product = workspace.empty("product", rounded, *preacts.shape)
         preacts.copy_(torch.mm(rounded, x.bfloat16().T, out=product)).add_(b_enc)
-    return ACTIVATIONS[activation](preacts.T).T
+    acts: Tensor = ACTIVATIONS[activation](preacts.T).T
+    return acts
 
 
 def sparsity_slopes(acts: Tensor, norms: Tensor, sparsity: Sparsity) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,8 @@ def write(task: Task) -> Tensor:
     torch.addmm(grads.W_enc, by_latent, x, beta=0, out=grads.W_enc)
     grads.b_enc[0] = total(g_a)
     grads.b_dec[0] = ((total(a) * task.reach) @ W_dec - x_centred.sum(0)) * (2 / batch)
-    return total(a * a) / batch * norms.square()
+    mean_square: Tensor = total(a * a) / batch * norms.square()
+    return mean_square
 
 
 @dataclass(frozen=True)
