@@ -204,6 +204,16 @@ def test_any_saes_are_scored_without_training_records_and_on_any_split(made, tmp
     assert "TRAINED ON" in summary(again)
 
 
+@pytest.mark.parametrize("missing", ["results.json", "metrics.jsonl"])
+def test_training_curves_are_drawn_only_where_training_recorded_them(made, tmp_path, missing):
+    run = tmp_path / "run"
+    shutil.copytree(made / "run", run)
+    (run / missing).unlink()
+    results = evaluate.run(config_for(made, tmp_path / "out", run=str(run), n_tokens=1))
+    assert len(results["runs"]) == 2
+    assert not (tmp_path / "out" / "training_curves.png").exists()
+
+
 def test_the_concepts_that_come_with_the_package_are_the_default(made, tmp_path):
     results = evaluate.run(config_for(made, tmp_path, concepts=None, n_tokens=1))
     assert "female names" in [concept["concept"] for concept in results["runs"][0]["concepts"]]
@@ -370,8 +380,9 @@ def test_a_damaged_shard_is_refused(made, tmp_path):
 @pytest.mark.parametrize(
     "name", ["matryoshka.safetensors", "evaluation.json", "training_curves.png", "concepts.json"]
 )
-def test_a_folder_where_a_file_should_be_is_refused(made, tmp_path, name):
+def test_a_folder_where_a_file_should_be_is_refused(made, tmp_path, monkeypatch, name):
     run = tmp_path / "run"
+    monkeypatch.setattr(evaluate, "score", None)  # before anything is computed
     shutil.copytree(made / "run", run)
     (run / name).unlink(missing_ok=True)
     (run / name).mkdir()

@@ -260,10 +260,13 @@ def brute_refit_both(sae, x, ridge):
 
 @pytest.mark.parametrize("ridge", [1e-4, 0.2])
 def test_refitting_both_is_its_four_steps_in_float64(ridge):
-    """On data whose mean is not 0, of a scale that is not 1, with a latent that never fires."""
+    """On data whose mean is not 0, of a scale that is not 1, with latents that fire never and
+    once."""
     sae, x = make_sae(8).double(), 0.5 + rand(900, 6, seed=8).double()
     with torch.no_grad():
         sae.b_enc[4] = -1e3
+        highest = (x * sae.scale @ sae.W_enc)[:, 3].topk(2).values
+        sae.b_enc[3] = -highest.mean()
     found = refit_both(sae, lambda: x.split(250), ridge)
     tensors, fires, strengths = brute_refit_both(sae, x, ridge)
     for name, expected in tensors.items():
@@ -271,6 +274,7 @@ def test_refitting_both_is_its_four_steps_in_float64(ridge):
         np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-7, err_msg=name)
     assert (strengths == 0).sum() > (~fires).sum()  # some were clipped at 0
     assert not fires.all(0).any()
+    assert fires.sum(0)[[3, 4]].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
