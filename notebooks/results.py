@@ -304,13 +304,13 @@ text(tables.trees)
 # %% [markdown]
 # So the toy's result depends on the toy's tree. With graded activations it holds in every seed.
 # With three levels, Matryoshka SAEs recover fewer features than vanilla ones; with uneven children
-# or in too few dimensions, they recover more, but far from all. Restarts, which never failed on the
-# paper's tree, make none of these succeed; nor does refitting both, which made every success there
-# perfect. In the seeds of the three-level tree that were looked at, latents fire where a parent is
-# active without its children, once a level: what costs one latent in failed seeds of the paper's
-# tree costs several here. Where features are not binary, refitting both lets the *vanilla* SAE find
-# nearly all: its parents' latents do fire beside their children there, only weaker, and strengths
-# are what is refitted.
+# they recover more, in too few dimensions hardly more, and far from all. Restarts, which never
+# failed on the paper's tree, make none of these succeed; nor does refitting both, which made every
+# success there next to perfect. In the seeds of the three-level tree that were looked at, latents
+# fire where a parent is active without its children, once a level: what costs one latent in failed
+# seeds of the paper's tree costs several here. Where features are not binary, refitting both lets
+# the *vanilla* SAE find most of the children: its parents' latents do fire beside their children
+# there, only weaker, and strengths are what is refitted.
 #
 # ## 6. Limits
 #
