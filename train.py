@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.command_line import main_guard, parse, pick_device
 from matryoshka.environment import environment
@@ -171,20 +173,26 @@ def save(sae: SAE, path: Path) -> str:
 def about(training: Training, result: dict[str, Any]) -> dict[str, Any]:
     """What an SAE's file says of how it was trained, and on what; no path is in it."""
     config, recipe = training.config, training.cache.recipe
-    names = ("n_prefixes", "prefixes", "sparsity", "target_l0", "lr", "n_steps", "batch_size")
-    i = training.names.index(result["sae"])
-    of_member = training.trainer.configs[i]
+    of_member = training.trainer.configs[training.names.index(result["sae"])]
+    names = ("n_prefixes", "prefixes", "sparsity", "target_l0", "lr", "n_steps")
     return {
         "name": result["sae"],
         "l0": result["final_l0"],
         "seed": config.seed,
-        **{name: getattr(of_member, name) for name in names[:6]},
+        **{name: getattr(of_member, name) for name in names},
         "batch_size": config.batch_size,
-        "model": Path(recipe["model"]).name if "model" in recipe else None,
-        "dataset": Path(recipe["dataset"]).name if "dataset" in recipe else None,
-        **{name: recipe.get(name) for name in ("weights_hash", "layer", "split")},
         "n_tokens": training.cache.n_tokens,
+        **{name: without_path(recipe.get(name)) for name in ("model", "dataset")},
+        **{name: recipe.get(name) for name in ("weights_hash", "layer", "split")},
+        "torch": torch.__version__,
     }
+
+
+def without_path(name: str | None) -> str | None:
+    """A file's or folder's name without where it lies; a name on the hub, OWNER/NAME, whole."""
+    if name is None or (name.count("/") == 1 and name[0] not in "./~"):
+        return name
+    return Path(name).name
 
 
 def results_of(training: Training) -> dict[str, Any]:
