@@ -6,13 +6,13 @@ Okabe and Ito's, which colour-blind readers can tell apart, and an SAE has the s
 purple is "more" in every heatmap, grey "nothing here". Nothing touches pyplot or leaves
 matplotlib's settings changed, nor is drawn by them: the style starts from the defaults.
 
-Arrays may be NumPy's, tensors on any device, or nested lists. SAEs are named as in `COLOURS`, and
-each function draws those that it is given, always in the same order.
+Arrays may be NumPy's, tensors on any device, or nested lists. SAEs are given by name, any number of
+them; those of `COLOURS` come first, in its order, and the others take their colours from `CYCLE`.
 """
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
 from matryoshka.files import write_atomically
@@ -35,9 +35,10 @@ from matryoshka.files import write_atomically
 if TYPE_CHECKING:
     from toy_model import FeatureTree
 
-# In the order of panels and legends.
+# In the order of panels and legends. SAEs of other names come after these, with CYCLE's colours.
 COLOURS = {"truth": "#333333", "vanilla": "#D55E00", "matryoshka": "#0072B2"}
 NAMES = {"truth": "ground truth", "vanilla": "vanilla", "matryoshka": "Matryoshka"}
+CYCLE = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C564B", "#6B8E23", "#00838F")
 KIND_COLOURS = {"parent": "#0072B2", "child": "#CC79A7", "rare": "#8A8A8A"}  # of features
 MISSED = "#F0B429"  # a feature is active and its latent silent
 ABSENT = "#D9D9D9"  # there is no such latent
@@ -110,6 +111,13 @@ def toy_cosines(
     cosines_by_sae: an SAE's [n_features, n_features], row f the latent matched to feature f, NaN
         where there is none; column g the direction of feature g.
     which: "decoder" or "encoder": whose directions the latents' are.
+
+    An encoder's row says what its latent is told apart from, not what it stands for: a clean child
+    can have a cosine of 0.53 with its own feature and of -0.83 with another parent's child, where
+    its latent, before it found the child, served that other parent alone and was silenced by that
+    parent's children. Nothing unlearns this: where the other child is active a silent ReLU passes
+    no gradient, and the two are active together, where the latent is then missed, on 9 of 10,000
+    samples.
     """
     _write(path, _toy_cosines_figure(cosines_by_sae, tree, which))
 
@@ -145,14 +153,19 @@ def toy_seeds(
 
 
 def refit_cosines(
-    path: str | Path, best_by_stage: Mapping[str, Any], tree: "FeatureTree", lowest: float = 0.9
+    path: str | Path,
+    best_by_stage: Mapping[str, Any],
+    tree: "FeatureTree",
+    sae: str = "matryoshka",
+    lowest: float = 0.9,
 ) -> None:
-    """Best cosines of the features by kind, a row a stage of refitting.
+    """Best cosines of the features of one SAE: a row a stage of refitting, in it a line a kind.
 
     best_by_stage: a stage's [n_seeds, n_features], such as "before". Where the axis begins, at
         `lowest`, stand all that are lower.
+    sae: the name of the SAE that was refitted.
     """
-    _write(path, _refit_cosines_figure(best_by_stage, tree, lowest))
+    _write(path, _refit_cosines_figure(best_by_stage, tree, sae, lowest))
 
 
 def fvu_by_prefix(path: str | Path, curves: Mapping[str, Mapping[str, Any]]) -> None:
@@ -166,8 +179,9 @@ def fvu_by_prefix(path: str | Path, curves: Mapping[str, Mapping[str, Any]]) -> 
 def density_histograms(path: str | Path, densities: Mapping[str, Any]) -> None:
     """How often latents fire: the share of latents by log10 of frequency; the dead stand apart.
 
-    densities: an SAE's [n_seeds, n_latents], the share of tokens on which each latent fires. A thin
-    line a seed, a thick one for their mean.
+    densities: an SAE's histogram, or a list of one a seed, as `metrics.density_histogram` makes it:
+        {"log10_edges": [n_bins + 1], "counts": [n_bins], "never": latents that never fire}. A thin
+        line a seed, a thick one for their mean.
     """
     _write(path, _density_histograms_figure(densities))
 
@@ -181,6 +195,7 @@ def _toy_activations_figure(
 ) -> Figure:
     layout = _layout(tree)
     panels = {"truth": _array(truth)} | {sae: _array(a) for sae, a in _in_order(acts_by_sae)}
+    colours = _colours(panels)
     panels = {name: acts[:, layout.order] for name, acts in panels.items()}
     n = len(panels["truth"])
     largest = max(float(np.nanmax(acts, initial=0.0)) for acts in panels.values()) or 1.0
@@ -193,20 +208,16 @@ def _toy_activations_figure(
     first = np.where(active.any(axis=1), active.argmax(axis=1), len(layout.order))
     borders = np.flatnonzero(np.diff(np.searchsorted(layout.starts, first, side="right"))) + 0.5
 
-    figure = _figure(4.3)
-    grid = figure.add_gridspec(
-        1, len(panels), left=0.05, right=0.905, top=0.855, bottom=0.135, wspace=0.06
-    )
+    figure, axes = _panels(len(panels), 3, 4.3, left=0.05, right=0.905, wspace=0.06)
     image = None
-    for i, (name, acts) in enumerate(panels.items()):
-        ax = figure.add_subplot(grid[i])
+    for ax, (name, acts) in zip(axes, panels.items(), strict=True):
         image = ax.imshow(
             acts, aspect="auto", interpolation="nearest", cmap=_ACTIVATION, vmin=0, vmax=largest
         )
         _overlay(ax, missing[name], ABSENT)
         if name != "truth":
             _overlay(ax, active & (acts <= 0), MISSED)
-        ax.set_title(_title(name), color=COLOURS[name])
+        ax.set_title(_title(name), color=colours[name])
         for border in borders:
             ax.axhline(border, color="#BBBBBB", linewidth=0.4)
         _mark(ax, layout, "x")
@@ -225,19 +236,17 @@ def _toy_activations_figure(
 
 
 @_style
-def _toy_cosines_figure(cosines_by_sae: Mapping[str, Any], tree: "FeatureTree", which: str) -> Figure:
-    layout = _layout(tree)
-    figure = _figure(4.55)
-    grid = figure.add_gridspec(
-        1, len(cosines_by_sae), left=0.085, right=0.86, top=0.865, bottom=0.1, wspace=0.32
-    )
+def _toy_cosines_figure(
+    cosines_by_sae: Mapping[str, Any], tree: "FeatureTree", which: str
+) -> Figure:
+    layout, colours = _layout(tree), _colours(cosines_by_sae)
+    figure, axes = _panels(len(cosines_by_sae), 2, 4.55, left=0.085, right=0.86, wspace=0.32)
     image = None
-    for i, (sae, cosines) in enumerate(_in_order(cosines_by_sae)):
-        ax = figure.add_subplot(grid[i])
+    for ax, (sae, cosines) in zip(axes, _in_order(cosines_by_sae), strict=True):
         values = _array(cosines)[np.ix_(layout.order, layout.order)]
         image = ax.imshow(values, aspect="auto", cmap=_COSINE, vmin=-1, vmax=1)
         _overlay(ax, np.isnan(values), ABSENT)
-        ax.set_title(_title(sae), color=COLOURS[sae])
+        ax.set_title(_title(sae), color=colours[sae])
         _mark(ax, layout, "x")
         _mark(ax, layout, "y")
         if len(values) <= 26:  # else the numbers would touch
@@ -260,7 +269,7 @@ def _training_curves_figure(
     target_l0: float,
     expected_l0: float | None,
 ) -> Figure:
-    x = _array(steps)
+    x, colours = _array(steps), _colours(curves)
     figure = _figure(2.9)
     axes = figure.subplots(
         1, 3, gridspec_kw={"left": 0.068, "right": 0.985, "top": 0.81, "bottom": 0.15,
@@ -271,7 +280,7 @@ def _training_curves_figure(
     for ax, key in zip(axes, titles, strict=True):
         drawn = {sae: _seeds(of[key]) for sae, of in _in_order(curves)}
         for sae, ys in drawn.items():
-            _seed_lines(ax, x, ys, _over_seeds(np.nanmedian, ys), COLOURS[sae])
+            _seed_lines(ax, x, ys, _over_seeds(np.nanmedian, ys), colours[sae])
         ax.set_title(titles[key])
         ax.set_ylabel(units.get(key, "weight of the sparsity loss"))
         ax.set_xlabel("training step")
@@ -283,7 +292,10 @@ def _training_curves_figure(
             _frame_l0(ax, list(drawn.values()), target_l0)
         else:
             _log_axis(ax, *drawn.values())
-    lines = [_sae_line(sae, of["fvu"], "median of ") for sae, of in _in_order(curves)]
+    lines = [
+        _sae_line(sae, colours[sae], len(_seeds(of["fvu"])), "median of ")
+        for sae, of in _in_order(curves)
+    ]
     for name, level, style in (("target", target_l0, "--"), ("true", expected_l0, ":")):
         if level is not None:
             line = axes[0].axhline(level, color=INK, linewidth=1, linestyle=style, zorder=5)
@@ -298,7 +310,8 @@ def _toy_seeds_figure(
     runs: Sequence[Mapping[str, Any]], tree: "FeatureTree", threshold: float
 ) -> Figure:
     layout = _layout(tree)
-    saes = [sae for sae in COLOURS if any(run["sae"] == sae for run in runs)]
+    saes = [sae for sae, _ in _in_order({run["sae"]: None for run in runs})]
+    colours = _colours(saes)
     figure = _figure(3.9)
     grid = figure.add_gridspec(
         1, 2, left=0.068, right=0.985, top=0.86, bottom=0.155, width_ratios=(3.1, 1), wspace=0.26
@@ -317,7 +330,7 @@ def _toy_seeds_figure(
         place = np.argsort(np.argsort(np.arange(len(best)) * 0.618034 % 1))
         spread = ((place + 0.5) / len(best) - 0.5) * 0.8 * width
         ax.scatter(
-            (centre + spread[:, None]).ravel(), best.ravel(), s=7, color=COLOURS[sae],
+            (centre + spread[:, None]).ravel(), best.ravel(), s=7, color=colours[sae],
             alpha=0.85 if len(best) <= 10 else 0.35, linewidths=0, zorder=3,
         )  # fmt: skip
         if len(best) > 1:
@@ -340,65 +353,77 @@ def _toy_seeds_figure(
     ax.set_xlabel(_feature_key(layout, "columns"), labelpad=29)
 
     _clean_counts(counts, runs, saes, tree.n_features, threshold)
-    _legend(figure, [_patch(sae, sum(run["sae"] == sae for run in runs)) for sae in saes], 0.06)
+    _legend(
+        figure,
+        [_patch(sae, sum(run["sae"] == sae for run in runs), colours[sae]) for sae in saes],
+        0.06,
+    )
     return figure
 
 
 @_style
 def _refit_cosines_figure(
-    best_by_stage: Mapping[str, Any], tree: "FeatureTree", lowest: float
+    best_by_stage: Mapping[str, Any], tree: "FeatureTree", sae: str, lowest: float
 ) -> Figure:
-    figure = _figure(1.0 + 0.8 * len(best_by_stage))
-    axes = figure.subplots(
-        len(best_by_stage),
-        1,
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        gridspec_kw={"left": 0.15, "right": 0.97, "top": 0.87, "bottom": 0.17, "hspace": 0.22},
-    )[:, 0]
-    edges = np.linspace(lowest, 1, 41)
     kinds = {kind: np.array(tree.kind) == kind for kind in dict.fromkeys(tree.kind)}
-    for ax, (stage, values) in zip(axes, best_by_stage.items(), strict=True):
+    figure = _figure(0.95 + len(best_by_stage) * (0.14 + 0.27 * len(kinds)))
+    height = figure.get_figheight()
+    stages = figure.add_gridspec(
+        len(best_by_stage), 1, left=0.16, right=0.97, top=1 - 0.4 / height, bottom=0.5 / height,
+        hspace=0.2,
+    )  # fmt: skip
+    for row, (stage, values) in enumerate(best_by_stage.items()):
         best = _array(values).clip(lowest, 1)
-        for kind, which in kinds.items():
-            shares = 100 * np.histogram(best[:, which], edges)[0] / max(best[:, which].size, 1)
-            ax.stairs(shares, edges, color=KIND_COLOURS[kind], fill=True, alpha=0.45)
-            ax.stairs(shares, edges, color=KIND_COLOURS[kind], linewidth=1.1)
-        for threshold in (0.95, 0.99):
-            ax.axvline(threshold, color=FAINT, linewidth=0.8, linestyle=":", zorder=0)
-        ax.set_ylabel(stage, rotation=0, ha="right", va="center")
-        ax.set_yticks([0, 50, 100], ["0%", "", "100%"])
-    axes[-1].set_xlim(lowest, 1.001)
-    axes[-1].set_ylim(0, 105)
-    axes[-1].set_xlabel(
-        "best cosine of a feature (dotted: 0.95 and 0.99); height: share of its kind"
+        strips = stages[row].subgridspec(len(kinds), 1, hspace=0.0)
+        for strip, (kind, which) in enumerate(kinds.items()):
+            ax = figure.add_subplot(strips[strip])
+            _cosine_strip(ax, best[:, which], lowest, kind)
+            ax.tick_params(bottom=strip + 1 == len(kinds), labelbottom=False)
+        span = stages[row].get_position(figure)
+        text = stage if len(stage) <= 10 else stage.replace(" ", "\n")
+        figure.text(0.012, (span.y0 + span.y1) / 2, text, va="center", color=INK)
+    figure.axes[-1].tick_params(labelbottom=True)
+    figure.axes[-1].set_xlabel(
+        "best cosine of a feature (dotted: 0.95 and 0.99); height: how many features, relative to "
+        "the row's highest bar"
     )
-    patches = [
-        Patch(
-            color=KIND_COLOURS[kind], alpha=0.6, label=_count(int(which.sum()), f"{kind} feature")
-        )
-        for kind, which in kinds.items()
-    ]
-    _legend(figure, patches, 0.14)
+    counts = ", ".join(f"{which.sum()} {kind}" for kind, which in kinds.items())
+    n_seeds = len(_array(next(iter(best_by_stage.values()))))
+    what = f"{_title(sae)}, {_count(n_seeds, 'seed')}; features a seed: {counts}"
+    _headline(figure, what, 0.16)
     return figure
+
+
+def _cosine_strip(ax: Axes, best: np.ndarray, lowest: float, kind: str) -> None:
+    """A histogram of cosines `best` [n_seeds, n_features] of one kind, as high as its axes."""
+    counts, edges = np.histogram(best, np.linspace(lowest, 1, 41))
+    heights = counts / max(counts.max(), 1)
+    ax.stairs(heights, edges, color=KIND_COLOURS[kind], fill=True, alpha=0.45)
+    ax.stairs(heights, edges, color=KIND_COLOURS[kind], linewidth=1.1)
+    for threshold in (0.95, 0.99):
+        ax.axvline(threshold, color=FAINT, linewidth=0.8, linestyle=":", zorder=0)
+    ax.set_xlim(lowest, 1.001)
+    ax.set_ylim(0, 1.12)
+    ax.set_yticks([])
+    dark = {"child": "#A3527E", "rare": "#666666"}.get(kind, KIND_COLOURS[kind])
+    ax.set_ylabel(kind, rotation=0, ha="right", va="center", color=dark, labelpad=4)
 
 
 @_style
 def _fvu_by_prefix_figure(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
-    figure = _figure(3.7)
-    ax = figure.subplots(gridspec_kw={"left": 0.07, "right": 0.87, "top": 0.9, "bottom": 0.13})
+    figure, colours = _figure(3.7), _colours(curves)
+    ax = figure.subplots(gridspec_kw={"left": 0.07, "right": 0.86, "top": 0.9, "bottom": 0.13})
     lines, ends = [], []
     for sae, of in _in_order(curves):
         x, ys = _array(of["prefix"]), _seeds(of["fvu"])
         mean = _over_seeds(np.nanmean, ys)
-        _seed_lines(ax, x, ys, mean, COLOURS[sae], marker="o")
-        lines.append(_sae_line(sae, ys, "mean of "))
+        _seed_lines(ax, x, ys, mean, colours[sae], marker="o")
+        lines.append(_sae_line(sae, colours[sae], len(ys), "mean of "))
         ends.append((x[-1], mean[-1], sae))
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     _log_axis(ax, *(_seeds(of["fvu"]) for of in curves.values()))
-    _label_ends(ax, ends)
+    _label_ends(ax, ends, colours)
     widths = np.concatenate([_array(of["prefix"]) for of in curves.values()])
     ax.set_xlim(widths.min() / 1.1, widths.max() * 1.1)
     ax.grid(True)
@@ -410,41 +435,46 @@ def _fvu_by_prefix_figure(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 @_style
 def _density_histograms_figure(densities: Mapping[str, Any]) -> Figure:
-    by_sae = {sae: _seeds(d) for sae, d in _in_order(densities)}
-    alive = np.concatenate([d[d > 0] for d in by_sae.values()] or [np.ones(0)])
-    low = np.floor(np.log10(alive.min())) if alive.size else -5.0
-    low = min(low, -1.0)
-    edges = np.linspace(low, 0, max(round(-low * 8), 16) + 1)
-    dead_at = low + 0.07 * low  # the dead stand a little left of the rarest
-    bar = 0.028 * -low
+    by_sae = {
+        sae: [of] if isinstance(of, Mapping) else list(of) for sae, of in _in_order(densities)
+    }
+    colours = _colours(by_sae)
+    low = min([-1.0, *(_rarest(one) for of in by_sae.values() for one in of)])
+    dead_at, bar = 1.07 * low, 0.055 * -low / len(by_sae)  # a little left of the rarest
 
     figure = _figure(3.3)
     ax = figure.subplots(gridspec_kw={"left": 0.07, "right": 0.985, "top": 0.87, "bottom": 0.15})
     lines = []
-    for i, (sae, d) in enumerate(by_sae.items()):
-        with np.errstate(divide="ignore"):
-            logs = np.log10(d)  # -inf where dead, which is in no bin
-        n = max(d.shape[1], 1)
-        shares = np.array([100 * np.histogram(row, edges)[0] / n for row in logs])
+    for i, (sae, of) in enumerate(by_sae.items()):
+        edges = _array(of[0]["log10_edges"])
+        shown = edges[:-1] >= low - 1e-9
+        sizes = np.array([max(sum(one["counts"]) + one["never"], 1) for one in of])  # [n_seeds]
+        shares = 100 * _array([one["counts"] for one in of]) / sizes[:, None]  # [n_seeds, n_bins]
+        shares, edges = shares[:, shown], np.append(edges[:-1][shown], edges[-1])
         for row in shares if len(shares) > 1 else []:
-            ax.stairs(row, edges, color=COLOURS[sae], alpha=0.4, linewidth=0.7)
-        ax.stairs(shares.mean(axis=0), edges, color=COLOURS[sae], linewidth=2, zorder=3)
-        ax.stairs(shares.mean(axis=0), edges, color=COLOURS[sae], fill=True, alpha=0.13)
-        dead = 100 * float((d == 0).mean())
+            ax.stairs(row, edges, color=colours[sae], alpha=0.4, linewidth=0.7)
+        ax.stairs(shares.mean(axis=0), edges, color=colours[sae], linewidth=2, zorder=3)
+        ax.stairs(shares.mean(axis=0), edges, color=colours[sae], fill=True, alpha=0.13)
+        dead = float((100 * _array([one["never"] for one in of]) / sizes).mean())
         at = dead_at + (i - (len(by_sae) - 1) / 2) * bar * 1.05
-        ax.bar(at, dead, bar, color=COLOURS[sae], zorder=3)
-        lines.append(_sae_line(sae, d, "mean of ", f"; dead {dead:.3g}%"))
-    ax.axvline(low + 0.025 * low, color=FAINT, linewidth=0.7, linestyle=":")
+        ax.bar(at, dead, bar, color=colours[sae], zorder=3)
+        lines.append(_sae_line(sae, colours[sae], len(of), "mean of ", f"; dead {dead:.3g}%"))
+    ax.axvline(1.025 * low, color=FAINT, linewidth=0.7, linestyle=":")
     ticks = np.arange(int(low), 1)
-    ticks = ticks[:: -(-len(ticks) // 9)]
     ax.set_xticks([dead_at, *ticks], ["dead", *(f"$10^{{{t}}}$" if t else "1" for t in ticks)])
-    ax.set_xlim(dead_at + 0.05 * low, 0.0 - 0.01 * low)
+    ax.set_xlim(1.12 * low, -0.01 * low)
     ax.set_ylim(bottom=0)
     ax.grid(True, axis="y")
     ax.set_xlabel("firing frequency: share of tokens on which a latent fires (log scale)")
     ax.set_ylabel("latents per bin (%)")
     _legend(figure, lines, 0.06)
     return figure
+
+
+def _rarest(histogram: Mapping[str, Any]) -> float:
+    """log10 of the power of ten below the rarest latent that fires; 0 where none does."""
+    bins = np.flatnonzero(_array(histogram["counts"]))
+    return float(np.floor(histogram["log10_edges"][bins[0]] + 1e-9)) if len(bins) else 0.0
 
 
 # --- how a tree is laid out along an axis
@@ -624,18 +654,51 @@ def _seed_lines(
     ax.plot(x, middle, color=colour, linewidth=1.8, marker=marker, markersize=4, zorder=4)
 
 
-def _sae_line(sae: str, values: Any, prefix: str, suffix: str = "") -> Line2D:
-    """The legend's entry of an SAE of `values` [n_seeds, ...]."""
-    n = len(_seeds(values))
-    what = f"{prefix if n > 1 else ''}{_count(n, 'seed')}"
-    return Line2D([], [], color=COLOURS[sae], linewidth=2, label=f"{NAMES[sae]}, {what}{suffix}")
+def _sae_line(sae: str, colour: str, n_seeds: int, prefix: str, suffix: str = "") -> Line2D:
+    """The legend's entry of an SAE."""
+    what = f"{prefix if n_seeds > 1 else ''}{_count(n_seeds, 'seed')}"
+    return Line2D([], [], color=colour, linewidth=2, label=f"{_label(sae)}, {what}{suffix}")
 
 
 def _legend(figure: Figure, handles: Sequence[Any], left: float) -> None:
-    figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(left, 1.0), ncols=max(len(handles), 1),
-        borderaxespad=0.4, columnspacing=1.8, handlelength=1.8,
+    """One row of `handles` at the top, or as many as they need: then the figure grows by them."""
+    for n_columns in range(max(len(handles), 1), 0, -1):
+        legend = figure.legend(
+            handles=handles, loc="upper left", bbox_to_anchor=(left, 1.0), ncols=n_columns,
+            borderaxespad=0.4, columnspacing=1.8, handlelength=1.8,
+        )  # fmt: skip
+        if n_columns == 1 or legend.get_window_extent().x1 <= figure.bbox.x1:
+            break
+        legend.remove()
+    n_rows = -(-len(handles) // n_columns)
+    _grow(figure, 0.17 * (n_rows - 1))
+
+
+def _grow(figure: Figure, inches: float) -> None:
+    """Adds room at the top of a figure; its axes stay as large and as far from the bottom."""
+    if inches <= 0:
+        return
+    height = figure.get_figheight()
+    boxes = [(ax, ax.get_position()) for ax in figure.axes]
+    figure.set_figheight(height + inches)
+    share = height / (height + inches)
+    for ax, box in boxes:
+        ax.set_position((box.x0, box.y0 * share, box.width, box.height * share))
+
+
+def _panels(
+    n: int, per_row: int, height: float, *, left: float, right: float, wspace: float
+) -> tuple[Figure, list[Axes]]:
+    """`n` heatmaps side by side, in rows of at most `per_row`, each row `height` inches high."""
+    n_rows, n_columns = max(-(-n // per_row), 1), max(min(n, per_row), 1)
+    head, foot, between = 0.6, 0.55, 0.95  # inches
+    figure = _figure(n_rows * height + (n_rows - 1) * (between - head - foot))
+    total = figure.get_figheight()
+    grid = figure.add_gridspec(
+        n_rows, n_columns, left=left, right=right, top=1 - head / total, bottom=foot / total,
+        wspace=wspace, hspace=between / (height - head - foot),
     )  # fmt: skip
+    return figure, [figure.add_subplot(grid[i // n_columns, i % n_columns]) for i in range(n)]
 
 
 def _log_axis(ax: Axes, *values: np.ndarray) -> None:
@@ -649,10 +712,19 @@ def _log_axis(ax: Axes, *values: np.ndarray) -> None:
     pad = (top / bottom) ** 0.06 * 1.1
     ax.set_yscale("log")
     ax.set_ylim(bottom / pad, top * pad)
-    if top / bottom < 30:
-        plain = FuncFormatter(lambda value, _: f"{value:.2g}")
-        ax.yaxis.set_major_formatter(plain)
-        ax.yaxis.set_minor_formatter(plain if top / bottom < 8 else "")
+    _log_ticks(ax, np.log10(top / bottom * pad**2))
+
+
+def _log_ticks(ax: Axes, n_decades: float) -> None:
+    """Ticks of a log y axis such that three or more have a number."""
+    if n_decades > 3:
+        return  # matplotlib's: powers of ten
+    if n_decades > 0.9:
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if n_decades < 2 else (1, 3)))
+    else:
+        ax.yaxis.set_major_locator(MaxNLocator(5))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
 
 
 def _frame_l0(ax: Axes, curves: Sequence[np.ndarray], target: float) -> None:
@@ -669,6 +741,7 @@ def _clean_counts(
     threshold: float,
 ) -> None:  # fmt: skip
     """How many seeds of each SAE reached how many clean features: a bar a number."""
+    colours = _colours(saes)
     clean = {
         sae: Counter(int(run["clean_features"]) for run in runs if run["sae"] == sae)
         for sae in saes
@@ -678,8 +751,8 @@ def _clean_counts(
         height = 0.8 / len(there)
         for i, sae in enumerate(there):
             at = number + ((len(there) - 1) / 2 - i) * height
-            bar = ax.barh(at, clean[sae][number], min(height, 0.6), color=COLOURS[sae])
-            ax.bar_label(bar, padding=2, fontsize=7.5, color=COLOURS[sae])
+            bar = ax.barh(at, clean[sae][number], min(height, 0.6), color=colours[sae])
+            ax.bar_label(bar, padding=2, fontsize=7.5, color=colours[sae])
     lowest = min((min(of) for of in clean.values()), default=n_features)
     most = max((max(of.values()) for of in clean.values()), default=1)
     ax.set_ylim(lowest - 0.9, n_features + 0.7)
@@ -691,7 +764,9 @@ def _clean_counts(
     ax.set_title("Clean features")
 
 
-def _label_ends(ax: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
+def _label_ends(
+    ax: Axes, ends: Sequence[tuple[float, float, str]], colours: Mapping[str, str]
+) -> None:
     """Each curve's last value beside its end, moved apart where two would overlap."""
     height = 72 * ax.get_position().height * _height(ax)  # points
     last = -np.inf
@@ -699,23 +774,39 @@ def _label_ends(ax: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
         fraction = ax.transAxes.inverted().transform(ax.transData.transform((x, y)))[1]
         at = max(fraction * height, last + 11)
         ax.annotate(
-            f"{NAMES[sae]} {y:.3f}", (1, at / height), (2, 0), xycoords="axes fraction",
-            textcoords="offset points", va="center", fontsize=7.5, color=COLOURS[sae],
+            f"{_label(sae, 11)} {y:.3f}", (1, at / height), (2, 0), xycoords="axes fraction",
+            textcoords="offset points", va="center", fontsize=7.5, color=colours[sae],
         )  # fmt: skip
         last = at
 
 
 def _in_order(by_sae: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The items of `by_sae`, sorted as `COLOURS` is. Raises `KeyError` for a name not in it."""
-    place = {sae: i for i, sae in enumerate(COLOURS)}
-    return sorted(by_sae.items(), key=lambda item: place[item[0]])
+    """The items of `by_sae`: those that `COLOURS` has, in its order, then the others in theirs."""
+    known = [(sae, by_sae[sae]) for sae in COLOURS if sae in by_sae]
+    return known + [(sae, of) for sae, of in by_sae.items() if sae not in COLOURS]
 
 
-def _patch(sae: str, n_seeds: int) -> Patch:
-    return Patch(color=COLOURS[sae], label=f"{NAMES[sae]}, {_count(n_seeds, 'seed')}")
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    """The colour of each SAE in one figure, by name."""
+    others = [name for name in names if name not in COLOURS]
+    return COLOURS | {name: CYCLE[i % len(CYCLE)] for i, name in enumerate(others)}
+
+
+def _patch(sae: str, n_seeds: int, colour: str | None = None) -> Patch:
+    label = f"{_label(sae)}, {_count(n_seeds, 'seed')}"
+    return Patch(color=colour or COLOURS[sae], label=label)
+
+
+def _label(name: str, longest: int = 30) -> str:
+    """What an SAE is called in a figure."""
+    label = NAMES.get(name, name)
+    return label if len(label) <= longest else label[: longest - 1] + "…"
 
 
 def _title(name: str) -> str:
+    """What stands above a panel; the name of an SAE that is not in `NAMES` as it is."""
+    if name not in NAMES:
+        return _label(name, 22)
     label = NAMES[name] if name == "truth" else f"{NAMES[name]} SAE"
     return label[0].upper() + label[1:]
 

@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-import plots
+from matryoshka import plots
+from matryoshka.metrics import density_histogram
 from toy_model import FeatureTree
 
 PAPER = FeatureTree.from_json(Path(__file__).parent.parent / "tree.json")
@@ -101,6 +102,21 @@ def both(values: Any) -> dict[str, Any]:
     return {"matryoshka": values, "vanilla": values}
 
 
+# A run may hold any number of SAEs of any names; these are more than colours and a row have room for.
+MANY = ("topk_width_4096_l0_40", "vanilla", "a_name_that_is_much_too_long_for_any_legend_in_here",
+        "matryoshka", *(f"sae {i}" for i in range(9)))  # fmt: skip
+
+
+def of_many(values: Any) -> dict[str, Any]:
+    return dict.fromkeys(MANY, values)
+
+
+def histograms_of(frequencies: Any, n: int = 10**6) -> list[dict[str, Any]]:
+    """The histogram of each row of `frequencies` [n_seeds, n_latents] of latents."""
+    fired = (torch.tensor(np.atleast_2d(frequencies)) * n).round().long()
+    return [density_histogram(row, n) for row in fired]
+
+
 def cases() -> dict[str, tuple[Any, ...]]:
     """name -> (function, its arguments after the path)."""
     rng = np.random.default_rng(0)
@@ -138,16 +154,48 @@ def cases() -> dict[str, tuple[Any, ...]]:
         "prefixes, constant": (plots.fvu_by_prefix, prefixes_of(3, fvu=0.5)),
         "prefixes, zero": (plots.fvu_by_prefix, prefixes_of(3, fvu=0.0)),
         "prefixes, NaN": (plots.fvu_by_prefix, prefixes_of(3, fvu=np.nan)),
-        "densities": (plots.density_histograms, both(densities)),
-        "densities, one seed": (plots.density_histograms, both(densities[0])),
-        "densities, constant": (plots.density_histograms, both(np.full((2, 64), 0.01))),
-        "densities, always": (plots.density_histograms, both(np.ones((2, 64)))),
-        "densities, all dead": (plots.density_histograms, both(np.zeros((2, 64)))),
+        "densities": (plots.density_histograms, both(histograms_of(densities))),
+        "densities, one seed": (plots.density_histograms, both(histograms_of(densities[0])[0])),
+        "densities, constant": (plots.density_histograms, both(histograms_of([[0.01] * 64] * 2))),
+        "densities, always": (plots.density_histograms, both(histograms_of(np.ones((2, 64))))),
+        "densities, rarest": (plots.density_histograms, both(histograms_of([[1e-8]], 10**9))),
+        "densities, all dead": (plots.density_histograms, both(histograms_of(np.zeros((2, 64))))),
         "densities, one dead SAE": (
             plots.density_histograms,
-            {"matryoshka": densities, "vanilla": np.zeros((3, 64))},
+            {
+                "matryoshka": histograms_of(densities),
+                "vanilla": histograms_of(np.zeros((3, 64))),
+            },
         ),
-        "densities, tensors": (plots.density_histograms, both(torch.tensor(densities).bfloat16())),
+        "refit": (plots.refit_cosines, stages_of(7), PAPER),
+        "refit, one seed and stage": (plots.refit_cosines, {"as trained": [[1.0] * 20]}, PAPER),
+        "refit, another SAE": (plots.refit_cosines, stages_of(3, ODD), ODD, MANY[2]),
+        "refit, low": (plots.refit_cosines, {"before": np.zeros((2, 20))}, PAPER, "vanilla", 0.5),
+        "many, activations": (
+            plots.toy_activations,
+            truth_of(PAPER),
+            of_many(truth_of(PAPER)),
+            PAPER,
+        ),
+        "many, cosines": (plots.toy_cosines, of_many(np.eye(20)), PAPER, "encoder"),
+        "many, curves": (plots.training_curves, steps, of_many(curves_of(3)["vanilla"]), 1.2, 1.1),
+        "many, seeds": (
+            plots.toy_seeds,
+            [run | {"sae": sae} for sae in MANY for run in runs_of(3)[::2]],
+            PAPER,
+        ),
+        "many, prefixes": (plots.fvu_by_prefix, of_many(prefixes_of(2)["vanilla"])),
+        "many, densities": (plots.density_histograms, of_many(histograms_of(densities))),
+    }
+
+
+def stages_of(n_seeds: int, tree: FeatureTree = PAPER) -> dict[str, Any]:
+    rng = np.random.default_rng(1)
+    shape = (n_seeds, tree.n_features)
+    return {
+        "as trained": rng.uniform(0.91, 0.96, shape),
+        "decoder\nrefitted": rng.uniform(0.96, 0.99, shape),
+        "both refitted": np.ones(shape),
     }
 
 
@@ -184,7 +232,7 @@ def test_every_figure_is_one_png_with_all_its_text_and_nothing_else_changes(
     assert [file.name for file in tmp_path.iterdir()] == ["figure.png"]
     data = (tmp_path / "figure.png").read_bytes()
     assert png_size(data)[0] == 1660
-    assert len(data) < 300_000
+    assert len(data) < (300_000 if not name.startswith("many") else 1_000_000)
 
     [figure] = drawn
     for text in set(figure.findobj(matplotlib.text.Text)) - out_of_view(figure):
@@ -240,7 +288,7 @@ def test_a_failure_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_pyplot_is_not_imported() -> None:
-    code = "import sys, plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys; from matryoshka import plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode
         == 0
@@ -392,17 +440,115 @@ def test_prefix_figure_says_where_each_curve_ends() -> None:
 
 
 def test_densities_account_for_every_latent() -> None:
-    densities = np.array([[0, 0, 0.5, 0.01], [0, 1e-7, 1.0, 1.0]])
-    figure = plots._density_histograms_figure({"matryoshka": densities})
+    densities = np.array([[0, 0, 0.5, 0.01], [0, 1e-5, 1.0, 1.0]])
+    figure = plots._density_histograms_figure({"matryoshka": histograms_of(densities)})
     ax = figure.axes[0]
     [dead] = [p for p in ax.patches if isinstance(p, matplotlib.patches.Rectangle)]
     assert dead.get_height() == pytest.approx(37.5)
     stairs = [p for p in ax.patches if isinstance(p, matplotlib.patches.StepPatch)]
     mean = max(stairs, key=lambda p: p.get_linewidth() * (not p.get_fill()))
-    assert mean.get_data().values.sum() + dead.get_height() == pytest.approx(100)
+    values, edges, _ = mean.get_data()
+    assert values.sum() + dead.get_height() == pytest.approx(100)
+    at = {round(float(edges[i]), 1): float(values[i]) for i in np.flatnonzero(values)}
+    assert at == {-5.0: 12.5, -2.0: 12.5, -0.4: 12.5, -0.1: 25.0}
+    assert dead.get_x() + dead.get_width() < edges[0], "the dead stand apart"
     assert "dead 37.5%" in figure.legends[0].get_texts()[0].get_text()
+    seeds = [p for p in stairs if p.get_linewidth() == 0.7]
+    assert [p.get_data().values.sum() for p in seeds] == [50, 75]
 
 
-def test_an_unknown_sae_is_refused_by_name() -> None:
-    with pytest.raises(KeyError, match="topk"):
-        plots._toy_cosines_figure({"topk": np.eye(20)}, PAPER, "decoder")
+def test_one_histogram_is_one_seed() -> None:
+    [histogram] = histograms_of([[0, 0.1]])
+    figures = [
+        plots._density_histograms_figure({"vanilla": one}) for one in (histogram, [histogram])
+    ]
+    labels = [figure.legends[0].get_texts()[0].get_text() for figure in figures]
+    assert labels == ["vanilla, 1 seed; dead 50%"] * 2
+
+
+def test_refits_are_drawn_apart_by_kind_and_named() -> None:
+    stages = stages_of(11)
+    figure = plots._refit_cosines_figure(stages, PAPER, "matryoshka", 0.9)
+    texts_of_figure = [text.get_text() for text in figure.texts]
+    assert "Matryoshka SAE, 11 seeds; features a seed: 3 parent, 9 child, 8 rare" in texts_of_figure
+    assert {"as trained", "decoder\nrefitted", "both\nrefitted"} <= set(texts_of_figure)
+    assert [ax.get_ylabel() for ax in figure.axes] == ["parent", "child", "rare"] * 3
+    for i, (ax, kind) in enumerate(zip(figure.axes, ["parent", "child", "rare"] * 3, strict=True)):
+        colours = {to_hex(patch.get_edgecolor()) for patch in ax.patches}
+        assert colours == {plots.KIND_COLOURS[kind].lower()}, "one kind a strip: nothing overlaps"
+        best = list(stages.values())[i // 3][:, np.array(PAPER.kind) == kind]
+        counts = np.histogram(best, np.linspace(0.9, 1, 41))[0]
+        np.testing.assert_allclose(ax.patches[0].get_data().values, counts / counts.max())
+    boxes = [ax.get_position() for ax in figure.axes]
+    assert all(a.y0 >= b.y1 - 1e-9 for a, b in zip(boxes, boxes[1:], strict=False))
+
+
+def test_what_is_below_the_axis_stands_where_it_begins() -> None:
+    figure = plots._refit_cosines_figure({"before": [[0.2] * 20]}, PAPER, "vanilla", 0.9)
+    for ax in figure.axes:
+        values = ax.patches[0].get_data().values
+        assert values[0] == 1
+        assert values[1:].sum() == 0
+
+
+def test_every_sae_has_one_colour_and_those_known_have_theirs() -> None:
+    colours = plots._colours(["x", "vanilla", "y", "matryoshka", "z"])
+    assert colours["vanilla"] == plots.COLOURS["vanilla"]
+    assert colours["matryoshka"] == plots.COLOURS["matryoshka"]
+    assert [colours[name] for name in "xyz"] == list(plots.CYCLE[:3])
+    assert len(set(colours.values())) == len(colours)
+    assert not set(plots.CYCLE) & set(plots.COLOURS.values())
+
+
+def test_saes_of_any_names_are_drawn_the_known_ones_first() -> None:
+    curves = {name: curves_of(2)["vanilla"] for name in ("b", "matryoshka", "a", "vanilla")}
+    figure = plots._training_curves_figure(np.arange(30), curves, 1.2, None)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    names = ["vanilla", "Matryoshka", "b", "a"]
+    assert labels[:4] == [f"{name}, median of 2 seeds" for name in names]
+    colours = [to_hex(line.get_color()) for line in figure.axes[1].lines]
+    wanted = [*(plots.COLOURS[n] for n in ("vanilla", "matryoshka")), *plots.CYCLE[:2]]
+    assert colours == [colour.lower() for colour in wanted]
+    panels = plots._toy_cosines_figure({"b": np.eye(20), "vanilla": np.eye(20)}, PAPER, "decoder")
+    titles = [ax.get_title(loc="left") for ax in panels.axes[:2]]
+    assert titles == ["Vanilla SAE", "b"]
+
+
+def test_a_legend_of_many_saes_makes_the_figure_higher_not_its_axes_smaller() -> None:
+    few, many = (
+        plots._training_curves_figure(np.arange(30), of, 1.2, None)
+        for of in (curves_of(2), of_many(curves_of(2)["vanilla"]))
+    )
+    assert many.get_figheight() > few.get_figheight()
+    for one, other in zip(few.axes, many.axes, strict=True):
+        for figure, ax in ((few, one), (many, other)):
+            assert ax.figure is figure
+        size = [
+            ax.get_position().height * figure.get_figheight()
+            for figure, ax in ((few, one), (many, other))
+        ]
+        assert size[0] == pytest.approx(size[1])
+    [legend] = many.legends
+    box = legend.get_window_extent()
+    assert box.x1 <= many.bbox.x1
+    assert box.y0 > max(ax.get_tightbbox().y1 for ax in many.axes) - 1
+
+
+@pytest.mark.parametrize("low", [0.95, 0.7, 0.3, 0.059, 0.02, 0.003, 1e-5])
+def test_three_ticks_or_more_of_a_log_axis_have_a_number(low: float) -> None:
+    ys = np.geomspace(1, low, 30)
+    curves = {"vanilla": {key: ys[None] for key in ("l0", "fvu", "sparsity_weight")}}
+    prefixes = {"vanilla": {"prefix": 2 ** np.arange(10), "fvu": ys[::3]}}
+    for ax in (
+        plots._training_curves_figure(np.arange(30), curves, 1.2, None).axes[1],
+        plots._fvu_by_prefix_figure(prefixes).axes[0],
+    ):
+        ax.figure.canvas.draw()
+        assert ax.get_yscale() == "log"
+        low_end, high_end = ax.get_ylim()
+        labelled = [
+            tick
+            for tick in (*ax.yaxis.get_major_ticks(), *ax.yaxis.get_minor_ticks())
+            if low_end <= tick.get_loc() <= high_end and tick.label1.get_text()
+        ]
+        assert 3 <= len(labelled) <= 9, [tick.label1.get_text() for tick in labelled]
