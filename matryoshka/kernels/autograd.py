@@ -1,5 +1,7 @@
 """The gradient by PyTorch, of the loss as sae.py has it: the slow way, for whatever is new."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,14 @@ from sae import ACTIVATIONS, matryoshka_loss
 
 def write(grads: Params, params: Params, objective: Objective) -> Stats:
     """Writes the gradient; see `write_gradient`."""
-    parts = [_write_one(i, grads.one(i), params.one(i), objective) for i in range(len(objective.x))]
-    l0s, mean_squares = zip(*parts, strict=True)
-    kernels = ("autograd",) * len(parts)
+    l0s, mean_squares = [], []
+    for i in range(len(objective.x)):
+        parts, l0, mean_square = _gradient(i, params.one(i), objective)
+        for grad, part in zip(grads.one(i), parts, strict=True):
+            grad.copy_(part)
+        l0s.append(l0)
+        mean_squares.append(mean_square)
+    kernels = ("autograd",) * len(l0s)
     return Stats(torch.stack(l0s), torch.stack(mean_squares), kernels)
 
 
@@ -42,17 +49,18 @@ def length_weights(ranked: Tensor, ends: list[int]) -> list[float]:
 
 
 @torch.inference_mode(False)
-def _write_one(
-    i: int, grads: Params, params: Params, objective: Objective
-) -> tuple[Tensor, Tensor]:
-    """Writes SAE i's gradient. -> L0 [], mean square of a_j ||d_j|| [n_latents]."""
+def _gradient(
+    i: int, params: Params, objective: Objective
+) -> tuple[Sequence[Tensor], Tensor, Tensor]:
+    """SAE i's gradient, as `params` are; L0 []; mean square of a_j ||d_j|| [n_latents].
+
+    Tensors made in inference mode cannot be differentiated, so all are copied first.
+    """
     leaves = Params(*(part.clone().requires_grad_() for part in params))
-    x = objective.x[i].clone()
+    objective = objective.copied()
     with torch.enable_grad():
-        loss, acts = loss_of(leaves, x, i, objective)
+        loss, acts = loss_of(leaves, objective.x[i], i, objective)
         parts = torch.autograd.grad(loss, leaves)
-    for grad, part in zip(grads, parts, strict=True):
-        grad.copy_(part)
     acts = acts.detach()
     mean_square = (acts * leaves.W_dec.detach().norm(dim=1)).square().mean(0)
-    return (acts > 0).sum().to(x.dtype) / len(x), mean_square
+    return parts, (acts > 0).sum().to(acts.dtype) / len(acts), mean_square

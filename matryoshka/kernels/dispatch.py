@@ -65,8 +65,9 @@ def write_one(kernel: Kernel, task: Task, matmul_dtype: MatmulDtype) -> Tensor:
     """Writes one SAE's gradient. -> mean square of a_j ||d_j|| [n_latents]."""
     if kernel == "sparse":
         return sparse.write(task)
-    dtype = torch.bfloat16 if matmul_dtype == "bfloat16" else task.x.dtype
-    return by_prefix.write(task, dtype, grouped=kernel == "grouped")
+    rounded = matmul_dtype == "bfloat16"
+    dtype = torch.bfloat16 if rounded else task.x.dtype
+    return by_prefix.write(task, dtype, grouped=rounded or kernel == "grouped")
 
 
 def task_of(

@@ -91,6 +91,12 @@ class Objective:
             self.x[one], self.reach[one], self.price[one], ends, self.sparsity, self.activation
         )
 
+    def copied(self) -> "Objective":
+        """The same, of copies of the tensors."""
+        ends = None if self.ends is None else [end.clone() for end in self.ends]
+        x, reach, price = self.x.clone(), self.reach.clone(), self.price.clone()
+        return Objective(x, reach, price, ends, self.sparsity, self.activation)
+
     def ends_of(self, i: int) -> Tensor:
         """The ends of SAE i, counted where they are not given."""
         return count_ends(self.reach[i]) if self.ends is None else self.ends[i]
