@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # scripts import this module, not it them
     from train_toy import Config
 
 N_DRAWN = 200  # held-out samples in the figure of activations
-N_COUNTS = 4  # numbers of clean features in a cell of the table
+N_COUNTS = 3  # numbers of clean features in a cell of the table
 FIGURES = ("activations.png", "decoder_cosines.png", "encoder_cosines.png", "curves.png")
 SEEDS_FIGURE = "seeds.png"  # where there are several
 

@@ -1,5 +1,6 @@
 """Every figure: written whole and readable, in the right order, and by nobody else's settings."""
 
+import itertools
 import struct
 import subprocess
 import sys
@@ -102,7 +103,7 @@ def both(values: Any) -> dict[str, Any]:
     return {"matryoshka": values, "vanilla": values}
 
 
-# A run may hold any number of SAEs of any names; these are more than colours and a row have room for.
+# A run may hold any number of SAEs of any names: more than there are colours, or room in a row.
 MANY = ("topk_width_4096_l0_40", "vanilla", "a_name_that_is_much_too_long_for_any_legend_in_here",
         "matryoshka", *(f"sae {i}" for i in range(9)))  # fmt: skip
 
@@ -474,13 +475,14 @@ def test_refits_are_drawn_apart_by_kind_and_named() -> None:
     assert {"as trained", "decoder\nrefitted", "both\nrefitted"} <= set(texts_of_figure)
     assert [ax.get_ylabel() for ax in figure.axes] == ["parent", "child", "rare"] * 3
     for i, (ax, kind) in enumerate(zip(figure.axes, ["parent", "child", "rare"] * 3, strict=True)):
-        colours = {to_hex(patch.get_edgecolor()) for patch in ax.patches}
+        area, outline = ax.patches
+        colours = {to_hex(area.get_facecolor()), to_hex(outline.get_edgecolor())}
         assert colours == {plots.KIND_COLOURS[kind].lower()}, "one kind a strip: nothing overlaps"
         best = list(stages.values())[i // 3][:, np.array(PAPER.kind) == kind]
         counts = np.histogram(best, np.linspace(0.9, 1, 41))[0]
         np.testing.assert_allclose(ax.patches[0].get_data().values, counts / counts.max())
     boxes = [ax.get_position() for ax in figure.axes]
-    assert all(a.y0 >= b.y1 - 1e-9 for a, b in zip(boxes, boxes[1:], strict=False))
+    assert all(a.y0 >= b.y1 - 1e-9 for a, b in itertools.pairwise(boxes))
 
 
 def test_what_is_below_the_axis_stands_where_it_begins() -> None:
