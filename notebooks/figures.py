@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 import train_toy
 from matryoshka import plots
-from matryoshka.plots import COLOURS, FAINT, INK, MISSED, NAMES, _figure, _legend, _style, _write
+from matryoshka.plots import COLOURS, FAINT, INK, MISSED, _figure, _legend, _style, _write
 from matryoshka.prefix_draws import expected_reach, reach
 from sae import STREAM_PREFIXES, prefix_probabilities, sample_prefixes, seeded_generator
 from studies import tables
@@ -27,6 +27,11 @@ def log_ticks(axes: Axes) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=99))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.yaxis.set_minor_locator(NullLocator())
+
+
+def kinds_in(results: Results) -> list[str]:
+    """The kinds of SAE that were trained, in the order in which every figure has them."""
+    return [sae for sae, _ in plots._in_order(dict.fromkeys(tables.kinds_of(results)))]
 
 
 # ----------------------------------------------------------------------------------- 1. the idea
@@ -126,8 +131,9 @@ def cosines(path: Path, results: Results) -> None:
     kinds = np.array(tree.kind)
     best = {
         sae: np.array([run["best_cosine"] for run in tables.runs_of(results, sae)])
-        for sae in tables.kinds_of(results)
+        for sae in kinds_in(results)
     }  # [n_seeds, n_features] each
+    colours = plots._colours(best)
     drawing = _figure(0.9 + 1.6 * len(best))
     axes = drawing.subplots(
         len(best), 3, sharex=True, sharey=True, squeeze=False,
@@ -140,17 +146,17 @@ def cosines(path: Path, results: Results) -> None:
     for row, (sae, of_sae) in zip(axes, best.items(), strict=True):
         for ax, kind in zip(row, ("parent", "child", "rare"), strict=True):
             counts = np.histogram(of_sae[:, kinds == kind].clip(max=1), edges)[0]
-            _draw_cosines(ax, sae, counts, edges, threshold)
+            _draw_cosines(ax, colours[sae], counts, edges, threshold)
             _mark_prediction(ax, PREDICTED.get((sae, kind)))
             ax.set_xlim(lowest, 1.01)
             ax.xaxis.set_major_locator(MaxNLocator(4, prune="lower"))  # else neighbours touch
-        row[0].set_ylabel(NAMES[sae], color=COLOURS[sae], fontweight="bold")
+        row[0].set_ylabel(plots._label(sae), color=colours[sae], fontweight="bold")
         row[0].set_ylim(0.7, 30 * len(of_sae))
     for ax, kind in zip(axes[-1], ("parent", "child", "rare feature"), strict=True):
         n = int((kinds == kind.split()[0]).sum())
         ax.set_xlabel(f"best cosine to a {kind} ({n} a seed)")
     key = [
-        *(plots._patch(sae, len(of)) for sae, of in best.items()),
+        *(plots._patch(sae, len(of), colours[sae]) for sae, of in best.items()),
         Line2D([], [], color=INK, linewidth=1, linestyle=(0, (4, 2)), label="clean above"),
         Line2D([], [], color=INK, linewidth=0.8, linestyle=":", label="predicted"),
     ]
@@ -161,11 +167,11 @@ def cosines(path: Path, results: Results) -> None:
 
 
 def _draw_cosines(
-    axes: Axes, sae: str, counts: np.ndarray, edges: np.ndarray, threshold: float
+    axes: Axes, colour: str, counts: np.ndarray, edges: np.ndarray, threshold: float
 ) -> None:
     """One histogram, on a logarithmic axis, with the threshold."""
-    axes.stairs(counts, edges, color=COLOURS[sae], fill=True, alpha=0.55)
-    axes.stairs(counts, edges, color=COLOURS[sae], linewidth=1)
+    axes.stairs(counts, edges, color=colour, fill=True, alpha=0.55)
+    axes.stairs(counts, edges, color=colour, linewidth=1)
     axes.axvline(threshold, color=INK, linewidth=1, linestyle=(0, (4, 2)), zorder=0)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
@@ -227,13 +233,14 @@ def clean_by_threshold(path: Path, results: Results) -> None:
         gridspec_kw={"left": 0.058, "right": 0.985, "top": 0.79, "bottom": 0.17, "wspace": 0.08},
     )  # fmt: skip
     thresholds = np.linspace(0.6, 1.0, 401)
-    kinds = tables.kinds_of(results)
+    kinds = kinds_in(results)
+    colours = plots._colours(kinds)
     for ax, title, how in zip(axes, titles, tables.REFITS, strict=True):
         for sae in kinds:
             runs = tables.runs_of(results, sae + how)
             best = np.array([run["best_cosine"] for run in runs])  # [n_seeds, n_features]
             clean = (best[:, :, None] > thresholds).sum(axis=1).mean(axis=0)
-            ax.plot(thresholds, clean, color=COLOURS[sae], linewidth=1.7)
+            ax.plot(thresholds, clean, color=colours[sae], linewidth=1.7)
         for level in map(float, tables.THRESHOLDS):
             ax.axvline(level, color=FAINT, linewidth=0.7, linestyle=":", zorder=0)
         ax.set_title(title)
@@ -244,7 +251,8 @@ def clean_by_threshold(path: Path, results: Results) -> None:
     axes[0].yaxis.set_major_locator(MaxNLocator(4, steps=[5]))
     axes[0].set_ylabel("clean features of 20, mean over seeds")
     axes[1].set_xlabel("cosine above which a feature is clean (dotted: 0.9, 0.95, 0.99)")
-    _legend(drawing, [plots._patch(sae, len(tables.runs_of(results, sae))) for sae in kinds], 0.05)
+    n_seeds = {sae: len(tables.runs_of(results, sae)) for sae in kinds}
+    _legend(drawing, [plots._patch(sae, n_seeds[sae], colours[sae]) for sae in kinds], 0.05)
     _write(path, drawing)
 
 
