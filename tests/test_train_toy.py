@@ -127,8 +127,7 @@ def test_help_names_every_flag_with_its_default():
     text = " ".join(cli("--help").stdout.split())
     for field in dataclasses.fields(Config):
         assert f"--{field.name.replace('_', '-')}" in text
-    assert "--n-steps N_STEPS" in text or "--n-steps" in text
-    assert "--steps" in text
+    assert "--n-steps, --steps" in text or "--n-steps INT, --steps INT" in text
     for default in ("40000", "1.2338", "200", "0.03", "runs/toy"):
         assert f"(default: {default})" in text
 
@@ -559,14 +558,13 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path, monkeypatch, capsys):
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
 
 
-@pytest.mark.parametrize("seeds", [1, 2])
-@pytest.mark.parametrize("steps", [40_000, 10**9])
+@pytest.mark.parametrize(("seeds", "steps"), [(1, 40_000), (2, 40_000), (2, 10**9)])
 def test_ctrl_c_stops_every_process_at_once(tmp_path, seeds, steps):
     with started("--seeds", seeds, "--workers", 2, "--steps", steps, "--out", tmp_path) as process:
         if steps == 40_000:
             read_until_training(process)
         else:  # its first figures would come in an hour
-            wait_for_children(process.pid, 0 if seeds == 1 else 2)
+            wait_for_children(process.pid, 2)
             time.sleep(5)
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=30)
