@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import sae as sae_module
-from cuda_graph import CudaGraph, Function
-from sae import SAE, Trainer, TrainerConfig, seeded_generator
+from matryoshka import prefix_draws
+from matryoshka import trainer as trainer_module
+from matryoshka.controls import Schedule
+from matryoshka.cuda_graph import CudaGraph, Function
+from matryoshka.prefix_draws import StepPrefixes
+from matryoshka.trainer import Trainer
+from matryoshka.trainer_config import TrainerConfig
+from sae import SAE, seeded_generator
 
 D_MODEL, N_LATENTS, BATCH, N_STEPS = 16, 400, 32, 60
-CONFIG = {"n_steps": N_STEPS, "target_l0": 20.0, "lr": 1e-3, "products": "bfloat16", "dense": True}
+CONFIG = {"n_steps": N_STEPS, "target_l0": 20.0, "lr": 1e-3, "matmul_dtype": "bfloat16"}
+CONFIG["gradient"] = "dense"
 CONTROLS = [
     {"l0_control": "original", "restart_every": 5},
     {"l0_control": "steady", "sparsity": "log"},
@@ -24,8 +30,13 @@ CONTROLS = [
 
 
 def make_trainer(device: str = "cpu", **config: object) -> Trainer:
-    stack = SAE.stack([SAE(D_MODEL, N_LATENTS, seed) for seed in (0, 1)]).to(device)
-    return Trainer(stack, TrainerConfig(**(CONFIG | config)), [0, 1], [10, 1])  # type: ignore[arg-type]
+    saes = [SAE(D_MODEL, N_LATENTS, seed).to(device) for seed in (0, 1)]
+    return Trainer(saes, configs_of(**config), [0, 1])
+
+
+def configs_of(n_prefixes: tuple[int, int] = (10, 1), **config: object) -> list[TrainerConfig]:
+    settings = CONFIG | config
+    return [TrainerConfig(n_prefixes=n, **settings) for n in n_prefixes]  # type: ignore[arg-type]
 
 
 def batches(n: int) -> Tensor:
@@ -59,7 +70,7 @@ class Recorded(CudaGraph):
 @pytest.fixture
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU's way through a step, on the CPU."""
-    monkeypatch.setattr(sae_module, "CudaGraph", Recorded)
+    monkeypatch.setattr(trainer_module, "CudaGraph", Recorded)
     monkeypatch.setattr(Recorded, "recorded", [])
 
 
@@ -68,7 +79,8 @@ def test_a_replayed_step_is_the_step(
     control: dict[str, object], without_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit, through warm-up, restarts and a block's end."""
-    monkeypatch.setattr(Trainer, "BLOCK", 25)
+    for module in (prefix_draws, trainer_module):
+        monkeypatch.setattr(module, "STEPS_A_BLOCK", 25)
     monkeypatch.setattr(Trainer, "_is_replayed", True)
     plain, replayed = make_trainer(**control), make_trainer(**control)
     xs = batches(N_STEPS)
@@ -152,40 +164,37 @@ def test_sizes_that_bfloat16_cannot_have_are_refused(size: str) -> None:
     d_model = 20 if size == "d_model" else 16
 
     def train() -> None:
-        stack = SAE.stack([SAE(d_model, N_LATENTS)])
-        trainer = Trainer(stack, TrainerConfig(**CONFIG), [0], [10])  # type: ignore[arg-type]
+        trainer = Trainer([SAE(d_model, N_LATENTS)], configs_of()[:1], [0])
         trainer.step(torch.ones(20, d_model))
 
     with pytest.raises(ValueError, match=f"{size} is 20, not a multiple of 8"):
         train()
 
 
-@pytest.mark.parametrize("products", ["bfloat16", "float32"])
+@pytest.mark.parametrize("matmul_dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("n_reaches", [(10, 1), (N_LATENTS, 1)])
 @pytest.mark.parametrize("control", CONTROLS[:2], ids=["original", "steady"])
 def test_a_step_on_a_gpu_reads_nothing_back(
     control: dict[str, object],
     n_reaches: tuple[int, int],
-    products: str,
+    matmul_dtype: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On tensors that lie on no CPU and hold no values: reading one raises."""
     monkeypatch.setattr(Trainer, "_adam", lambda *_: None)  # torch has none without values
-    stack = SAE.stack([SAE(D_MODEL, N_LATENTS, seed) for seed in (0, 1)]).to("meta")
-    settings = CONFIG | control | {"products": products}
-    config = TrainerConfig(**settings)  # type: ignore[arg-type]
-    trainer = Trainer(stack, config, [0, 1], [10, 1])
+    saes = [SAE(D_MODEL, N_LATENTS, seed).to("meta") for seed in (0, 1)]
+    trainer = Trainer(saes, configs_of(matmul_dtype=matmul_dtype, **control), [0, 1])
     with torch.device("meta"):
-        x, reach = torch.empty(BATCH, D_MODEL), torch.empty(2, N_LATENTS)
-        schedule = sae_module.Schedule(*torch.empty(3).unbind())
-    # where `Trainer._draw` puts them: on the device, or where `blocks` reads them
-    ends_on = "meta" if products == "bfloat16" else "cpu"
+        x, reach = torch.empty(2, BATCH, D_MODEL), torch.empty(2, N_LATENTS)
+        schedule = Schedule(*torch.empty(3).unbind())
+    # where `PrefixDraws` puts them: on the device, or where `by_prefix` reads them
+    ends_on = "meta" if matmul_dtype == "bfloat16" else "cpu"
     ends = [torch.arange(1, n + 1, device=ends_on) for n in n_reaches]
     ends[1].fill_(N_LATENTS)
     ends[0][-1:].fill_(N_LATENTS)
     with torch.inference_mode():
         for in_warmup, restarts in ((True, False), (False, True)):
-            metrics = trainer._step(x, reach, ends, schedule, in_warmup, restarts)
+            metrics = trainer._step(x, StepPrefixes(reach, ends), schedule, in_warmup, restarts)
             assert {tensor.device.type for tensor in metrics.values()} == {"meta"}
     with pytest.raises(RuntimeError):
         float(metrics["l0"][0])

@@ -288,6 +288,17 @@ def test_bad_settings_and_paths_are_refused(made, tmp_path):
     assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_any_precision_between_0_and_1_may_be_asked_for(made, tmp_path, share):
+    config = config_for(made, tmp_path, min_precision=share)
+    assert len(evaluate.read_inputs(config, torch.device("cpu")).saes) == 2
+
+
+def test_the_published_figures_are_of_these_defaults():
+    config = evaluate.Config()
+    assert (config.n_tokens, config.min_precision, config.seed) == (100_000, 0.8, 0)
+
+
 @pytest.mark.parametrize("ids", [[3, 10000], [-1]])
 def test_concepts_of_another_vocabulary_are_refused(made, tmp_path, ids):
     (tmp_path / "concepts.json").write_text(json.dumps({"concepts": {"a": {"ids": ids}}}))
