@@ -113,6 +113,14 @@ def test_a_concept_that_never_occurs_has_no_rates():
     )
 
 
+def test_a_concept_that_is_not_on_the_first_half_has_no_detector():
+    fires = torch.ones(6, 2, dtype=torch.bool)
+    chosen = choose_detectors(**counts_on(fires, ~fires[:, :1].T), min_precision=0.5)
+    result = concept_result("late", 0, chosen, 0, [4, 1, 1])
+    assert (result["tokens"], result["detector"], result["precision"]) == (4, None, None)
+    assert (result["recall"], result["miss_rate"], result["absorption"]) == (None, None, None)
+
+
 def test_halves_are_halves_and_repeat():
     first = halves(11, seed=3)
     assert first.sum() == 5

@@ -222,9 +222,10 @@ def test_nothing_to_refit_both_on_is_refused():
 
 
 def test_streamed_fvu_is_that_of_all_at_once():
-    sae, x = make_sae(7), 1000 + rand(300, 6, seed=7)
-    exact = fvu(x, sae(x)).item()
-    assert streamed_fvu(sae, x.split(77)) == pytest.approx(exact, rel=1e-9)
+    sae = make_sae(7)
+    for x in (rand(300, 6, seed=7), 1000 + rand(300, 6, seed=7)):
+        exact = fvu(x, sae(x)).item()
+        assert streamed_fvu(sae, x.split(77)) == pytest.approx(exact, rel=1e-6)
     with pytest.raises(ValueError, match="all the same"):
         streamed_fvu(sae, [])
     with pytest.raises(ValueError, match="not finite"):
@@ -368,6 +369,14 @@ def test_a_gram_matrix_is_solved_in_any_units():
     torch.testing.assert_close(found * units[:, None], solution, rtol=1e-9, atol=1e-9)
     with pytest.raises(ValueError, match="not finite"):
         solve_gram(gram, torch.full((4, 3), torch.inf).double())
+
+
+@pytest.mark.parametrize("off_diagonal", [1 - 2.0**-53, 2.0])
+def test_a_gram_matrix_that_rounding_settles_or_that_is_none_is_refused(off_diagonal):
+    """The first has a factor, of a pivot that is all rounding; the second is not positive."""
+    gram = torch.tensor([[1.0, off_diagonal], [off_diagonal, 1.0]], dtype=torch.float64)
+    with pytest.raises(ValueError, match="a larger ridge"):
+        solve_gram(gram, torch.ones(2, 1, dtype=torch.float64))
 
 
 def test_more_samples_than_are_held_at_once_are_all_fitted(monkeypatch):

@@ -307,6 +307,9 @@ def test_a_cache_that_does_not_fit_is_refused(made, tmp_path):
     saes = load_saes(made / "run", CPU, trained)
     check_cache(ActivationCache(made / "validation"), saes, trained)
     check_cache(ActivationCache(made / "validation"), saes, {})
+    first_row = int((ActivationCache(made / "validation").tokens(0, 99)[1] == 0).sum())
+    two_rows = write_cache(made, "validation", tokens=first_row + 1, out=str(tmp_path / "two"))
+    check_cache(ActivationCache(two_rows), saes, trained)
     write_model(tmp_path / "wide.pt", d_model=32, d_mlp=24)
     write_model(tmp_path / "other.pt", d_model=D_MODEL, d_mlp=24, seed=9)
     for changed, named in (
