@@ -130,8 +130,7 @@ def name_of(config: Config) -> str:
 
 def shape_of(config: Config) -> dict[str, Any]:
     """The settings that shape an SAE, as JSON gives them back."""
-    shape = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SHAPING}
-    return dict(json.loads(json.dumps(shape)))
+    return {k: v for k, v in config.as_json().items() if k not in NOT_SHAPING}
 
 
 def cache_config(config: Config, split: str, tokens: int) -> CacheConfig:
@@ -362,7 +361,7 @@ def compare(config: Config, root: str) -> dict[str, Any]:
     reload()
     draw(run, jobs, done, config.target_l0)
     results = {
-        "config": dataclasses.asdict(config),
+        "config": config.as_json(),
         "caches": [str(cache), str(validation)],
         "runs": [
             {"sae": job.sae, "seed": job.config.seed, "out": job.config.out, **result}

@@ -198,7 +198,7 @@ class Trainer:
         return state | {"n_steps_done": torch.tensor(self.n_steps_done)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raises ValueError, and changes nothing, where `state` is of a trainer of another shape."""
+        """Raises ValueError, and changes nothing, where `state` is of another shape of trainer."""
         wanted = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
         for name, shape in (wanted | {"n_steps_done": ()}).items():
             if name not in state or tuple(state[name].shape) != shape:

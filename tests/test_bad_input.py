@@ -51,7 +51,11 @@ CASES = [
     # train.py
     ("train", "--cache {W}/nowhere --out {W}/o", "nowhere"),
     ("train", "--cache {W}/cache --n-latents 0 --out {W}/o", "--n-latents"),
-    ("train", "--cache {W}/cache --n-latents 8 --target-l0 9 --out {W}/o", "--target-l0 9"),
+    (
+        "train",
+        "--cache {W}/cache --n-latents 8 --n-prefixes 2 --target-l0 9 --out {W}/o",
+        "--target-l0 9",
+    ),
     ("train", "--cache {W}/cache --n-latents 8 --n-prefixes 9 --target-l0 2 --out {W}/o", "9"),
     ("train", "--cache {W}/cache --target-l0 nan --out {W}/o", "--target-l0"),
     ("train", "--cache {W}/cache --target-l0 inf --out {W}/o", "--target-l0"),
@@ -160,8 +164,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_bad_input_is_one_line(
     script: str, line: str, words: str, world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sources = f"--model {world}/model.pt --dataset {world}"
-    argv = line.format(W=world, SRC=sources).split()
+    model = f"--model {world}/model.pt"
+    argv = line.format(W=world, MODEL=model, SRC=f"{model} --dataset {world}").split()
     before = contents(world)
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module(script).main(argv)

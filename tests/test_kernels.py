@@ -50,7 +50,7 @@ def poisoned(params):
 
 
 def gradient(kernel, params, objective, **options):
-    """What a kernel writes: the four tensors of the gradient, L0, mean squares; and which it was."""
+    """What a kernel writes: four tensors of the gradient, L0, mean squares; and which it was."""
     grads = poisoned(params)
     stats = write_gradient(grads, params, objective, kernel, **options)
     return [*grads, stats.l0, stats.mean_square], stats.kernels
@@ -527,7 +527,7 @@ def test_grouped_products_agree_in_float32(n_reaches, sparse, sparsity):
 @pytest.mark.parametrize("sparse", [True, False])
 def test_products_in_bfloat16_are_off_by_its_rounding(sparse):
     """2**-9 an operand; and the few latents that this moves over the ReLU's edge, whose gradients
-    come or go: the same ones in all kernels, so those are nearer to each other than to the truth."""
+    come or go: the same in all kernels, so those are nearer to each other than to the truth."""
     params, x, reach = large_case(1, sparse)
     exact, results = exact_gradient(params, x, reach, "l1"), []
     for kernel in ("sparse", "by_prefix", "grouped"):
