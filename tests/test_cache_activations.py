@@ -510,6 +510,8 @@ def test_rows_of_the_hub_are_those_of_a_folder(
     local, hub_cache = ActivationCache(tmp_path / "local"), ActivationCache(tmp_path / "hub")
     assert hub_cache.content_hash == local.content_hash
     assert hub_cache.make["dataset_sha256"] is None
+    part = cache_activations.read_rows(config_for(sources, tmp_path, **hub), 40, 75, 10_000)
+    assert np.concatenate(list(part)).tolist() == make_rows(100, seq=32)[40:75]
     (tmp_path / "hub" / "manifest.json").unlink()
     (tmp_path / "hub" / "00002.json").unlink()
     assert run(config_for(sources, tmp_path / "hub", **hub))["shards_made"] == 1
@@ -655,7 +657,14 @@ def test_a_shard_of_other_rows_is_made_anew(sources: Path, tmp_path: Path) -> No
         (tmp_path / "c" / f"00003.{kind}").unlink()
     model = cache_activations.load_model(config)
     assert cache_activations.cache_rows(config, model, 90, 95) == 1
-    assert run(config)["shards_made"] == 2
+    sidecar = json.loads((tmp_path / "c" / "00002.json").read_text())
+    sidecar["shards"][0].update(name="00004")
+    (tmp_path / "c" / "00002.json").write_text(json.dumps(sidecar))
+    for kind in ("acts", "tokens"):
+        shutil.copy(tmp_path / "c" / f"00002.{kind}", tmp_path / "c" / f"00004.{kind}")
+    assert run(config)["shards_made"] == 3
+    for kind in ("acts", "tokens"):
+        (tmp_path / "c" / f"00004.{kind}").unlink()
     assert contents(tmp_path / "c") == before
 
 
@@ -679,6 +688,7 @@ def test_copies_beside_a_cache_change_nothing(sources: Path, tmp_path: Path) -> 
         for name in (f"{path.name}.bak", f"{path.stem}.bak.json", f"{path.stem} (copy).json"):
             shutil.copy(path, out / name)
     shutil.copytree(out, out / "c.bak")
+    (out / "notes.json").write_text("{")
     assert ActivationCache(out).content_hash == content
     assert ActivationCache(tmp_path / "c.bak").content_hash == content
     assert run(config)["shards_made"] == 0
