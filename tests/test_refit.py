@@ -217,6 +217,16 @@ def test_a_fit_that_rounding_alone_settles_is_refused():
     refit_decoder(sae, [x], ridge=0.0)  # a latent of small activations is no such latent
 
 
+def test_a_latent_that_always_fires_is_not_left_to_rounding():
+    """On or off tells nothing of it, so it stands for 1 throughout and keeps its row."""
+    sae, x = make_sae(12).double(), 2 + rand(900, 6, seed=12).double()
+    with torch.no_grad():
+        sae.b_enc[5] = 1e3
+    both = refit_both(sae, lambda: x.split(100))
+    torch.testing.assert_close(both.encode(x)[:, 5], torch.ones(900).double(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(both.W_dec[5], sae.W_dec[5], rtol=0, atol=1e-6)
+
+
 def test_nothing_to_refit_both_on_is_refused():
     with pytest.raises(ValueError, match="no activations"):
         refit_both(make_sae(), lambda: [])
@@ -370,17 +380,17 @@ def test_streamed_fvu_is_that_of_all_at_once():
 
 
 def brute_fit(u, y, prior, ridge):
-    """LeastSquares in other words: the ridge is a row of its own a column of u."""
+    """LeastSquares in other words, about the means: the ridge is a row of its own a column of u."""
     pull = np.sqrt(ridge * np.square(u).sum() / u.shape[1])
-    design = np.concatenate([np.c_[u, np.ones(len(u))], pull * np.eye(u.shape[1] + 1)[:-1]])
-    solution = np.linalg.lstsq(design, np.concatenate([y, pull * prior]), rcond=None)[0]
-    return solution[:-1], solution[-1]
+    design = np.concatenate([u - u.mean(0), pull * np.eye(u.shape[1])])
+    W = np.linalg.lstsq(design, np.concatenate([y - y.mean(0), pull * prior]), rcond=None)[0]
+    return W, y.mean(0) - u.mean(0) @ W
 
 
 @pytest.mark.parametrize("ridge", [1e-4, 0.2])
 def test_refitting_both_is_its_four_steps_in_float64(ridge):
     """On data far from 0, of a scale that is not 1, with a latent that never fires."""
-    sae, x = make_sae(8).double(), 2 + rand(900, 6, seed=8).double()
+    sae, x = make_sae(8).double(), 0.7 + rand(900, 6, seed=8).double()
     with torch.no_grad():
         sae.b_enc[4] = -1e3
     found = refit_both(sae, lambda: x.split(250), ridge)
@@ -391,6 +401,7 @@ def test_refitting_both_is_its_four_steps_in_float64(ridge):
     )
     preacts = y @ W_enc + b_enc
     fires = preacts > 0
+    assert ((fires.mean(0) < 0.95) & ((fires.mean(0) > 0.05) | (np.arange(9) == 4))).all()
     directions, origin = brute_fit(fires.astype(float), y, np.zeros((9, 6)), ridge)
     strengths = brute_strengths(*map(torch.tensor, (y - origin, fires, directions)), 1e-4)
     unit = np.where(fires, preacts, 0).sum(0) / fires.sum(0).clip(1)
@@ -400,7 +411,7 @@ def test_refitting_both_is_its_four_steps_in_float64(ridge):
     W_dec, b_dec = brute_fit(acts, y, sae.W_dec.detach().numpy(), ridge)
     for name, expected in (("W_enc", W_enc), ("b_enc", b_enc), ("W_dec", W_dec), ("b_dec", b_dec)):
         ours = getattr(found, name).detach()
-        np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-7, err_msg=name)
+        np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-8, err_msg=name)
     assert (strengths == 0).sum() > (~fires).sum()  # some were clipped at 0
 
 
