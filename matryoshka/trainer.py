@@ -9,8 +9,9 @@ from torch.optim.adam import adam
 
 from matryoshka.controls import InputScale, Schedule, SparsityController
 from matryoshka.cuda_graph import CudaGraph
-from matryoshka.kernels import Objective, Params, Workspace, write_gradient
+from matryoshka.kernels import Objective, Params, Workspace, all_pairs, write_gradient
 from matryoshka.kernels.autograd import loss_of
+from matryoshka.kernels.dispatch import MAX_REACHES_OF_BY_PREFIX
 from matryoshka.prefix_draws import STEPS_A_BLOCK, PrefixDraws, StepPrefixes
 from matryoshka.restart import restart_last
 from matryoshka.trainer_config import TrainerConfig, shared_settings
@@ -165,9 +166,12 @@ class Trainer:
         objective = self._objective(
             self._input_scale.scaled_by(mean_norm, x), self._prefixes.of(step)
         )
-        losses = [
-            loss_of(self._params.one(i), objective.x[i], i, objective)[0] for i in range(len(x))
-        ]
+        losses = []
+        for i, one in enumerate(objective.x):
+            if len(objective.ends_of(i)) > MAX_REACHES_OF_BY_PREFIX:  # the exact mean's
+                losses.append(all_pairs.loss_of(self._params.one(i), one, i, objective))
+            else:
+                losses.append(loss_of(self._params.one(i), one, i, objective)[0])
         return torch.stack(losses)
 
     def order(self) -> Tensor:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from matryoshka import trainer as trainer_module
 from matryoshka.controls import Schedule
 from matryoshka.kernels import Params
+from matryoshka.kernels.autograd import loss_of
 from matryoshka.trainer import Trainer
 from matryoshka.trainer_config import TrainerConfig
 from sae import SAE, matryoshka_loss, relu, sample_prefixes, seeded_generator
@@ -245,6 +246,28 @@ def test_the_recipe_is_adam_on_the_clipped_gradient_of_the_loss():
     ours = (final.W_enc.T, final.b_enc[0], final.W_dec, final.b_dec[0])
     for a, b in zip(ours, leaves, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sparsity", ["l1", "log"])
+def test_the_logged_loss_of_many_prefixes_is_the_loss(sparsity):
+    """By its closed form there, which does not loop over every length."""
+    trainer = make_trainer(
+        n_latents=200,
+        n_prefixes=(4, 9),
+        dtype=torch.float64,
+        prefixes="expected",
+        sparsity=sparsity,
+    )
+    for x in batches(4):
+        trainer.step(x)
+    (x,), step = batches(1, seed=7), trainer.n_steps_done
+    mean_norm = trainer._input_scale.mean_with(trainer._checked(x), 1 / (step + 1))
+    scaled = trainer._input_scale.scaled_by(mean_norm, trainer._checked(x))
+    objective = trainer._objective(scaled, trainer._prefixes.of(step))
+    assert all(len(ends) == 200 for ends in objective.ends)
+    for i, loss in enumerate(trainer.loss(x)):
+        expected, _ = loss_of(trainer._params.one(i), objective.x[i], i, objective)
+        torch.testing.assert_close(loss, expected)
 
 
 def test_what_is_too_small_to_be_seen_in_a_run_is_as_published(monkeypatch):

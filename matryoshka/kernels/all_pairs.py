@@ -5,6 +5,7 @@ quadratic term is 2 acts (shared * G) to acts, and 2 (shared * C) W_dec to W_dec
 """
 
 import torch
+from torch import Tensor
 
 from matryoshka.kernels.layout import (
     MIN_NORM,
@@ -53,3 +54,19 @@ def write(grads: Params, params: Params, objective: Objective) -> Stats:
     l0 = torch.linalg.vector_norm(acts, ord=0, dim=(1, 2)) / batch
     mean_square = correlation.diagonal(dim1=1, dim2=2) * norms.square() / batch
     return Stats(l0, mean_square, ("all_pairs",) * len(x))
+
+
+def loss_of(params: Params, x: Tensor, i: int, objective: Objective) -> Tensor:
+    """SAE i's loss on x [batch, d_model], a mean over the batch: [], by the form in the head of
+    kernels/__init__.py. Its cost does not grow with the number of prefixes, but [n_latents,
+    n_latents] has to fit in memory."""
+    acts = ACTIVATIONS[objective.activation](x @ params.W_enc.T + params.b_enc)
+    x_centred, reach = x - params.b_dec, objective.reach[i]
+    shared = torch.minimum(reach[:, None], reach) * (params.W_dec @ params.W_dec.T)
+    fit = torch.addmm((x_centred @ params.W_dec.T) * (-2 * reach), acts, shared).mul_(acts).sum()
+    weighted = acts * params.W_dec.norm(dim=1)
+    if objective.sparsity == "log":
+        weighted = ((weighted + 0.1) / 0.1).log()
+    price = (weighted @ objective.price[i]).sum()
+    loss: Tensor = (x_centred.square().sum() + fit + price) / len(x)
+    return loss
