@@ -179,13 +179,16 @@ def run(config: Config) -> tuple[int, list[Mutant]]:
     every = [mutant for module in modules for mutant in mutants_of(module)]
     if not every:
         raise UserError(f"--only {config.only}: no module of {', '.join(TESTS)} contains this")
-    for module in modules:
-        untouched = Mutant(module, 0, "none", (ROOT / module).read_text())
-        if is_noticed(untouched, config.timeout):
-            raise UserError(f"tests/{TESTS[module]} fails as it is: mend that first")
     drawn = random.Random(config.seed).sample(every, min(config.n, len(every)))
+    modules = sorted({mutant.module for mutant in drawn})
+    untouched = [Mutant(name, 0, "none", (ROOT / name).read_text()) for name in modules]
     survivors = []
     with concurrent.futures.ThreadPoolExecutor(config.workers) as pool:
+        for mutant, noticed in zip(
+            untouched, pool.map(lambda m: is_noticed(m, config.timeout), untouched), strict=True
+        ):
+            if noticed:
+                raise UserError(f"tests/{TESTS[mutant.module]} fails as it is: mend that first")
         futures = {pool.submit(is_noticed, mutant, config.timeout): mutant for mutant in drawn}
         done = concurrent.futures.as_completed(futures)
         for future in tqdm(done, "mutants", len(futures)):
