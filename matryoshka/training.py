@@ -17,7 +17,7 @@ from matryoshka.cache_reader import ActivationCache
 from matryoshka.checkpoint import no_checkpoint, read_checkpoint, write_checkpoint
 from matryoshka.command_line import inherited, require_not_negative, require_positive, setting
 from matryoshka.errors import CannotWrite, UserError
-from matryoshka.kinds import check_names, config_of
+from matryoshka.kinds import KINDS, check_names, config_of
 from matryoshka.metrics import fvu
 from matryoshka.process import deferring_signals
 from matryoshka.run_folder import read_metrics, require_same
@@ -38,7 +38,7 @@ class TrainingConfig(TrainerConfig):
     cache: str = setting("cache/train", "folder that cache_activations.py wrote")
     tokens: int = setting(0, "train on the cache's first so many activations; 0: on all")
     saes: tuple[str, ...] = setting(
-        ("matryoshka", "vanilla"), "which SAEs, each by the name of its kind", alias="sae"
+        tuple(KINDS), "which SAEs, each by the name of its kind", alias="sae"
     )
     n_latents: int = setting(3072, "latents of an SAE")
     n_steps: int = inherited(TrainerConfig, "n_steps", default=30_000)

@@ -458,6 +458,20 @@ def test_densities_account_for_every_latent() -> None:
     assert [p.get_data().values.sum() for p in seeds] == [50, 75]
 
 
+@pytest.mark.parametrize("n_saes", [1, 2, 7])
+def test_the_dead_of_every_sae_stand_side_by_side_left_of_the_rarest(n_saes: int) -> None:
+    [histogram] = histograms_of([[0, 0, 1e-4, 0.1]])
+    names = [f"sae {i}" for i in range(n_saes)]
+    ax = plots._density_histograms_figure(dict.fromkeys(names, histogram)).axes[0]
+    bars = [p for p in ax.patches if isinstance(p, matplotlib.patches.Rectangle)]
+    spans = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in bars)
+    assert len(spans) == n_saes
+    assert spans[0][0] >= ax.get_xlim()[0]
+    assert all(a[1] <= b[0] + 1e-9 for a, b in itertools.pairwise(spans))
+    assert spans[-1][1] < ax.lines[0].get_xdata()[0] < -4, "the dotted line parts them"
+    assert [bar.get_height() for bar in bars] == [50] * n_saes
+
+
 def test_one_histogram_is_one_seed() -> None:
     [histogram] = histograms_of([[0, 0.1]])
     figures = [

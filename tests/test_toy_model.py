@@ -324,6 +324,7 @@ def test_streams_are_pinned():
     assert streams == (10, 11, 12, 13)
     assert toy_model.STEPS_A_DRAW == 50
     assert toy_model.CHUNK == 2**15
+    assert toy_model.TOLERANCE == 1e-9
 
 
 def test_true_directions():
@@ -354,6 +355,7 @@ def with_leaf(leaf: object) -> dict:
     return {"active_prob": 1, "children": [NODE, {"active_prob": 1, "children": [leaf]}]}
 
 
+EXCLUSIVE = NODE | {"mutually_exclusive_children": True}
 LEAF = "children[1].children[0]"
 BAD = {
     "above 1": (with_leaf({"active_prob": 1.3}), f"{LEAF}.active_prob is 1.3: it must be within"),
@@ -375,6 +377,14 @@ BAD = {
     "sum": (
         with_leaf(NODE | {"mutually_exclusive_children": True, "children": [NODE, NODE, NODE]}),
         f"{LEAF}.children exclude each other, and their active_prob sum to 1.5:",
+    ),
+    "text among exclusive ones": (
+        with_leaf(EXCLUSIVE | {"children": [NODE, {"active_prob": "1"}]}),
+        f"{LEAF}.children[1].active_prob is '1': it must be a number",
+    ),
+    "above 1 among exclusive ones": (
+        with_leaf(EXCLUSIVE | {"children": [{"active_prob": 0}, {"active_prob": 1.5}]}),
+        f"{LEAF}.children[1].active_prob is 1.5: it must be within",
     ),
     "twice": (with_leaf(NODE | {"id": "node_0"}), f"{LEAF}.id is 'node_0': another node has"),
     "root is a list": ([1], "the root is [1]: a node must be an object"),

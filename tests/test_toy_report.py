@@ -62,6 +62,7 @@ def test_several_seeds_are_mean_and_spread_and_how_often():
     assert found["clean > 0.9"] == "18.67"
     assert found["child lost"] == "1.33"
     assert found["absorption"] == "0.375", "a child's rate that is not known does not count"
+    assert "2 seeds" in summary(results_of(*runs[:2]))
     assert cells(summary(results_of(runs[2])))["a"]["absorption"] == "-"
 
 
