@@ -32,7 +32,6 @@ ROOT = Path(__file__).parents[1]
 TESTS = {
     "sae.py": "test_sae.py",
     "toy_model.py": "test_toy_model.py",
-    "train_toy.py": "test_train_toy.py",
     "train.py": "test_train.py",
     "matryoshka/kernels/all_pairs.py": "test_kernels.py",
     "matryoshka/kernels/by_prefix.py": "test_kernels.py",
