@@ -19,6 +19,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import shutil
 import sys
 import threading
@@ -267,7 +268,7 @@ def train_stacks(
             for future in futures:
                 while concurrent.futures.wait([future], timeout=0.2).not_done:
                     _show(bar, progress)
-                yield future.result()
+                yield pickle.loads(future.result())
             _show(bar, progress)
         finally:
             progress.stop.set()
@@ -317,11 +318,15 @@ def _die_after(parent: Any) -> None:
 
 def _train_stack(
     config: Config, data: ToyData, seeds: Sequence[int], trainer_class: type[Trainer]
-) -> StackResult:
-    """`train_stack` on one thread: its tensors are too small for two to help."""
+) -> bytes:
+    """`train_stack` on one thread: its tensors are too small for two to help.
+
+    The result is pickled here, by value: PyTorch would hand over each tensor as an open file, of
+    which a process may have a thousand.
+    """
     assert _progress is not None
     with threads(1):
-        return train_stack(config, data, seeds, _progress, trainer_class)
+        return pickle.dumps(train_stack(config, data, seeds, _progress, trainer_class))
 
 
 # ------------------------------------------------------------------------------------ what is left

@@ -339,6 +339,20 @@ def test_refit_of_saes_that_are_dead_does_not_end_the_run(tmp_path):
     assert max(run["dead_share"] for run in results["runs"]) == 1
 
 
+def test_many_seeds_need_no_more_open_files_than_one(tmp_path):
+    """A tensor handed over by another process is an open file, unless it is copied."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    try:
+        args = ["--seeds", 4, "--workers", 2, "--refit", "--steps", 5, "--n-eval", 500]
+        result = cli(*args, "--out", tmp_path)  # 24 SAEs of five tensors
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert result.returncode == 0, result.stderr
+    assert len(list(tmp_path.glob("*.safetensors"))) == 24
+
+
 # ---------------------------------------------------------------------------- one folder, one run
 
 
