@@ -30,23 +30,30 @@ STRENGTH_RIDGE = 1e-4  # of the mean squared length of a direction that fires
 class LeastSquares:
     """min over W, b of  sum_i ||y_i - u_i W - b||^2 + ridge ||W - prior||^2, of streamed u and y.
 
-    What is held are the normal equations, [n, n] for u_i [n], in float64. ridge is a share of the
-    mean square of u.
+    What is held are the normal equations, [n, n] for u_i [n], in float64, of u and y less the means
+    of the first batch. ridge is a share of the mean square of u.
     """
 
     def __init__(self, prior: Tensor):
         """prior: [n, n_targets]"""
         n, n_targets = prior.shape
         self.prior, self.count = prior.double(), 0
-        self.gram = self.prior.new_zeros(n + 1, n + 1)  # of [u, 1]
-        self.cross = self.prior.new_zeros(n + 1, n_targets)
+        self.gram = self.prior.new_zeros(n, n)
+        self.cross = self.prior.new_zeros(n, n_targets)
+        self.u_sum, self.y_sum = self.prior.new_zeros(n), self.prior.new_zeros(n_targets)
 
     def add(self, u: Tensor, y: Tensor) -> None:
         """u [batch, n], y [batch, n_targets]"""
-        u = torch.cat([u, u.new_ones(len(u), 1)], dim=1).double()
-        self.gram.addmm_(u.T, u)
-        self.cross.addmm_(u.T, y.double())
-        self.count += len(u)
+        u, y = u.double(), y.double()
+        if self.count == 0 and len(u):
+            self.u_about, self.y_about = u.mean(dim=0), y.mean(dim=0)
+        if len(u):
+            u, y = u - self.u_about, y - self.y_about
+            self.gram.addmm_(u.T, u)
+            self.cross.addmm_(u.T, y)
+            self.u_sum += u.sum(dim=0)
+            self.y_sum += y.sum(dim=0)
+            self.count += len(u)
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
         """W [n, n_targets], b [n_targets] in float64.
@@ -55,25 +62,28 @@ class LeastSquares:
         """
         if self.count == 0:
             raise ValueError("there are no activations to fit")
-        gram, cross = self.gram.clone(), self.cross.clone()
-        mean_square = gram.diagonal()[:-1].sum() / len(self.prior)
+        u_mean, y_mean = self.u_sum / self.count, self.y_sum / self.count
+        gram = self.gram - torch.outer(self.u_sum, u_mean)  # about the means: b is eliminated
+        cross = self.cross - torch.outer(self.u_sum, y_mean)
+        squares = gram.diagonal() + self.count * (self.u_about + u_mean).square()  # about 0
+        mean_square = squares.sum() / len(self.prior)
         weight = ridge * torch.where(mean_square > 0, mean_square, 1.0)  # u may be 0 throughout
-        gram.diagonal()[:-1] += weight
-        cross[:-1] += weight * self.prior
-        solution = solve_gram(gram, cross)
-        return solution[:-1], solution[-1]
+        gram.diagonal().add_(weight)
+        W = solve_gram(gram, cross + weight * self.prior, squares + weight)
+        return W, self.y_about + y_mean - (self.u_about + u_mean) @ W
 
 
-def solve_gram(gram: Tensor, cross: Tensor) -> Tensor:
+def solve_gram(gram: Tensor, cross: Tensor, squares: Tensor) -> Tensor:
     """The X [n, n_targets] of gram @ X = cross, for a Gram matrix [n, n]; all float64.
 
-    Rows and columns are scaled to a diagonal of 1, so that no unit of u matters. Then a pivot of
-    the Cholesky factor, squared, is the share of a u that those before it do not explain. Raises
-    ValueError where that is no more than rounding: another machine would find another X.
+    squares: [n], the diagonal if it were about 0. Rows and columns are divided by its root, so that
+    no unit of u matters. Then a pivot of the Cholesky factor, squared, is the share of a u that b
+    and those before it do not explain. Raises ValueError where that is no more than rounding:
+    another machine would find another X.
     """
     if not (gram.isfinite().all() and cross.isfinite().all()):
         raise ValueError("the fit is not finite: the SAE, the activations or the ridge are not")
-    scale = gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()[:, None]
+    scale = squares.clamp_min(torch.finfo(torch.float64).tiny).rsqrt()[:, None]
     factor, failed = torch.linalg.cholesky_ex(gram * scale * scale.T)
     rounding = len(gram) * torch.finfo(torch.float64).eps
     if failed or factor.diagonal().square().min() <= rounding:

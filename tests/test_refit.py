@@ -216,6 +216,16 @@ def test_a_fit_that_rounding_alone_settles_is_refused():
     refit_decoder(sae, [x], ridge=0.0)  # a latent of small activations is no such latent
 
 
+def test_a_latent_that_always_fires_is_not_left_to_rounding():
+    """On or off tells nothing of it, so it stands for 1 throughout and keeps its row."""
+    sae, x = make_sae(12).double(), 2 + rand(900, 6, seed=12).double()
+    with torch.no_grad():
+        sae.b_enc[5] = 1e3
+    both = refit_both(sae, lambda: x.split(100))
+    torch.testing.assert_close(both.encode(x)[:, 5], torch.ones(900).double(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(both.W_dec[5], sae.W_dec[5], rtol=0, atol=1e-6)
+
+
 def test_nothing_to_refit_both_on_is_refused():
     with pytest.raises(ValueError, match="no activations"):
         refit_both(make_sae(), lambda: [])
@@ -365,10 +375,10 @@ def test_a_gram_matrix_is_solved_in_any_units():
     u, units = rand(50, 4).double(), torch.tensor([1e-120, 1.0, 1e9, 1e100], dtype=torch.float64)
     solution = rand(4, 3, seed=1).double()
     gram = (u * units).T @ (u * units)
-    found = solve_gram(gram, gram @ (solution / units[:, None]))
+    found = solve_gram(gram, gram @ (solution / units[:, None]), gram.diagonal())
     torch.testing.assert_close(found * units[:, None], solution, rtol=1e-9, atol=1e-9)
     with pytest.raises(ValueError, match="not finite"):
-        solve_gram(gram, torch.full((4, 3), torch.inf).double())
+        solve_gram(gram, torch.full((4, 3), torch.inf).double(), gram.diagonal())
 
 
 @pytest.mark.parametrize("off_diagonal", [1 - 2.0**-53, 2.0])
@@ -376,7 +386,7 @@ def test_a_gram_matrix_that_rounding_settles_or_that_is_none_is_refused(off_diag
     """The first has a factor, of a pivot that is all rounding; the second is not positive."""
     gram = torch.tensor([[1.0, off_diagonal], [off_diagonal, 1.0]], dtype=torch.float64)
     with pytest.raises(ValueError, match="a larger ridge"):
-        solve_gram(gram, torch.ones(2, 1, dtype=torch.float64))
+        solve_gram(gram, torch.ones(2, 1, dtype=torch.float64), gram.diagonal())
 
 
 def test_more_samples_than_are_held_at_once_are_all_fitted(monkeypatch):
