@@ -269,3 +269,13 @@ def test_an_sae_of_any_name_makes_a_folder_taken(tmp_path: Path) -> None:
     for name in ("mine.safetensors", ".mine.safetensors.7.part", "notes.txt"):
         (tmp_path / name).write_text("")
     assert run_folder.files_of_runs(tmp_path) == ["mine.safetensors"]
+
+
+def test_metrics_are_of_the_runs_saes_in_turn(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"sae": name, "fvu": 0.5}) + "\n" for name in ("a", "b", "a", "b")]
+    path.write_text("".join(lines))
+    assert len(run_folder.read_metrics(path, ["a", "b"])) == 4
+    for names in (["b", "a"], ["a"], ["a", "b", "c"]):
+        with pytest.raises(UserError, match="is of another SAE"):
+            run_folder.read_metrics(path, names)

@@ -397,3 +397,9 @@ def test_an_sae_hands_on_its_activation_and_what_it_is_about():
     config = TrainerConfig(n_steps=1, target_l0=1.0, n_prefixes=1)
     (trained,) = Trainer([sae], config, [0]).saes
     assert (trained.activation, trained.about) == ("relu", {"name": "mine"})
+
+
+def test_saes_on_two_devices_are_refused():
+    config = TrainerConfig(n_steps=1, target_l0=1.0, n_prefixes=1)
+    with pytest.raises(ValueError, match="same device"):
+        Trainer([SAE(2, 3), SAE(2, 3).to("meta")], config, [0, 1])

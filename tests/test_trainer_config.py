@@ -6,7 +6,7 @@ import math
 import pytest
 
 from matryoshka.errors import UserError
-from matryoshka.trainer_config import TrainerConfig
+from matryoshka.trainer_config import TrainerConfig, shared_settings
 
 CONFIG = TrainerConfig(n_steps=40_000, target_l0=1.2338)
 
@@ -78,3 +78,16 @@ def test_bfloat16_takes_multiples_of_eight():
     config.check(300, 64)
     with pytest.raises(UserError, match="--batch-size is 60, not a multiple of 8"):
         config.check(300, 60)
+
+
+def test_a_training_of_a_few_steps_has_no_warm_up():
+    config = dataclasses.replace(CONFIG, n_steps=10)
+    assert config.learning_rate(1) == pytest.approx(0.03)
+
+
+def test_settings_that_a_stack_shares_are_refused_where_they_differ():
+    other = dataclasses.replace(CONFIG, n_prefixes=1)
+    assert shared_settings([CONFIG, other]) == CONFIG
+    for change in ({"lr": 1.0}, {"gradient": "dense"}, {"betas": (0.1, 0.2)}):
+        with pytest.raises(ValueError, match=f"not in {next(iter(change))}"):
+            shared_settings([CONFIG, dataclasses.replace(CONFIG, **change)])

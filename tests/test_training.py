@@ -402,3 +402,12 @@ def test_memory_does_not_grow_with_the_cache(tmp_path: Path) -> None:
     # 205 MB of activations; two buffers of them are 2 x 17 MB, a third may be being freed, and
     # what an allocator keeps differs from run to run: 23 to 61 MB were seen.
     assert grown < 80e6
+
+
+def test_a_training_has_at_most_300_records_an_sae() -> None:
+    assert training.N_RECORDS == 300
+
+
+def test_one_activation_a_step_is_refused() -> None:
+    with pytest.raises(UserError, match="no variance"):
+        training.check_training(training.TrainingConfig(batch_size=1))

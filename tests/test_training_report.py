@@ -37,3 +37,8 @@ def test_the_bar_shows_both_saes_in_80_columns() -> None:
     assert said == "matryoshka FVU 12.345 L0 3072, vanilla FVU 12.345 L0 3072"
     assert len("100% 1:23:45<1:23:45, " + said) <= 80
     assert short(5.4e7, 3) == "5e+07"
+
+
+def test_a_number_is_short_from_a_hundred_on() -> None:
+    assert short(99.9994, 3) == "99.999"
+    assert short(100.0, 3) == "100"
