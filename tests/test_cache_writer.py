@@ -42,7 +42,7 @@ from cache_activations import Config, run
 from matryoshka import cache_writer
 from matryoshka.cache_format import read_record
 from matryoshka.cache_reader import ActivationCache
-from matryoshka.cache_writer import cache_rows, finish, load_model, split_rows
+from matryoshka.cache_writer import CacheConfig, cache_rows, finish, load_model, split_rows
 from matryoshka.errors import UserError
 from matryoshka.files import make_folder
 from matryoshka.tiny_model import BEGIN, PAD, TinyModel
@@ -560,3 +560,12 @@ def test_a_layer_that_is_not_there_is_refused_before_anything_is_read(
 ) -> None:
     with pytest.raises(UserError, match="layer 3 is not there: this model has 0 to 2"):
         load_model(config_for(sources, tmp_path, layer=3, dataset="nowhere"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("tokens", 10**12), ("batch_size", 10**6), ("rows_per_shard", 10**6)]
+)
+def test_settings_beyond_any_machine_are_refused(name: str, most: int) -> None:
+    CacheConfig(**{name: most}).check()  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=name.replace("_", "-")):
+        CacheConfig(**{name: most + 1}).check()  # type: ignore[arg-type]

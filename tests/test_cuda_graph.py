@@ -4,6 +4,7 @@ rules: what is recorded sees no number of Python's again, and may read none back
 import gc
 import weakref
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -212,3 +213,17 @@ def test_replays_on_a_gpu(control: dict[str, object], monkeypatch: pytest.Monkey
     for ours, x in zip(found, xs, strict=True):
         for name, tensor in plain.step(x).items():
             torch.testing.assert_close(ours[name], tensor, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("major", "replayed"), [(8, False), (9, True), (10, True), (12, False)])
+def test_a_step_is_replayed_on_hopper_and_blackwell_in_bfloat16(
+    major: int, replayed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what the GPU says of itself: there is none here."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    grads = SimpleNamespace(is_cuda=True, device="cuda:0")
+    for dtype, gradient in (("bfloat16", "auto"), ("float32", "auto"), ("bfloat16", "autograd")):
+        (config,) = configs_of(matmul_dtype=dtype, gradient=gradient)[:1]
+        trainer = SimpleNamespace(config=config, _flat_grads=grads)
+        expected = replayed and (dtype, gradient) == ("bfloat16", "auto")
+        assert Trainer._is_replayed.fget(trainer) == expected  # type: ignore[attr-defined]

@@ -270,3 +270,13 @@ def test_metrics_of_other_formats_are_those_of_their_numbers_in_float64(dtype):
     rates = absorption_rate(acts, acts.relu(), [None, 0, 0, 1, 1, 2], torch.arange(6))
     wide = absorption_rate(acts.double(), acts.double(), [None, 0, 0, 1, 1, 2], torch.arange(6))
     torch.testing.assert_close(rates, wide, equal_nan=True)
+
+
+def test_fvu_of_samples_far_from_zero_is_exact() -> None:
+    """In float32 their mean is a thousand times their spread: they are centred before it is."""
+    noise = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+    x = 1000 + 1e-3 * noise
+    x_hat = x + 1e-4 * noise.flip(0)
+    wide, error = x.double(), x_hat.double() - x.double()
+    exact = error.square().sum() / (wide - wide.mean(0)).square().sum()
+    torch.testing.assert_close(fvu(x, x_hat), exact, rtol=1e-6, atol=0)
