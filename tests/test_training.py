@@ -411,3 +411,14 @@ def test_a_training_has_at_most_300_records_an_sae() -> None:
 def test_one_activation_a_step_is_refused() -> None:
     with pytest.raises(UserError, match="no variance"):
         training.check_training(training.TrainingConfig(batch_size=1))
+
+
+def test_a_checkpoint_of_no_steps_is_gone_on_from(cache: Path, tmp_path: Path) -> None:
+    """A run has one from its beginning on."""
+    made = [
+        Training(config_for(cache, tmp_path), ActivationCache(cache), torch.device("cpu"))
+        for _ in range(2)
+    ]
+    made[0].save()
+    made[1].load()
+    assert made[1].trainer.n_steps_done == 0
