@@ -12,8 +12,7 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback; `mai
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import concurrent.futures
-import contextlib
+import concurrent.futures.process
 import dataclasses
 import json
 import math
@@ -54,6 +53,7 @@ from toy_model import STEPS_A_DRAW, FeatureTree, ToyData
 
 SEEDS_A_STACK = 10  # on a CPU: a stack whose activations stay in a core's cache is fastest a seed
 RESULTS = "results.json"
+NEW = ".new"  # a folder in --out, where a run is written before it takes the place of another
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,8 @@ def run(
 
     Returns what results.json holds; `report` is called with it before anything is written, so that
     a full disk does not take it away. Raises `UserError` where the input is wrong, before anything
-    in `config.out` is touched. After Ctrl-C the stacks that were finished are written.
+    in `config.out` is touched. After Ctrl-C, or where a stack fails, those that were finished are
+    written, but not over a run of these settings that has more of them.
     """
     started = time.perf_counter()
     device = pick_device(config.device)
@@ -112,21 +113,36 @@ def run(
     with one_writer(out):
         claim(config)
         finished: list[StackResult] = []
-        interrupted = False
+        stopped: BaseException | None = None
         try:
             for result in train_stacks(config, data, trainer_class):
                 finished.append(result)
-        except KeyboardInterrupt:
-            interrupted = True
+        except (KeyboardInterrupt, UserError) as error:
+            stopped = error
         results = results_of(config, finished, time.perf_counter() - started)
-        if report and not interrupted:
-            report(results)
-        if finished:
+        if stopped is None:
+            if report:
+                report(results)
             write(config, data, finished, results)
-        if interrupted:
-            n_done = len({entry["seed"] for entry in results["runs"]})
-            raise Interrupted(f"{n_done} of {config.seeds} seeds are finished, in {out}")
-        return results
+            return results
+        what = keep_finished(config, data, finished, results)
+        if isinstance(stopped, UserError):
+            raise UserError(f"{stopped} ({what})" if finished else str(stopped)) from None
+        raise Interrupted(what)
+
+
+def keep_finished(
+    config: Config, data: ToyData, finished: Sequence[StackResult], results: dict[str, Any]
+) -> str:
+    """Writes what was finished of a run that was stopped; says how much that is, and where."""
+    n_done = len({entry["seed"] for entry in results["runs"]})
+    said = f"{n_done} of {config.seeds} seeds are finished"
+    earlier = recorded(Path(config.out) / RESULTS, "runs") or []
+    if len(earlier) > len(results["runs"]) and not config.overwrite:
+        return f"{said}; the earlier run, which has more, is still in {config.out}"
+    if finished:
+        write(config, data, finished, results)
+    return f"{said}, in {config.out}"
 
 
 # ------------------------------------------------------------------------ before anything is done
@@ -162,10 +178,11 @@ def require_memory(config: Config, n_features: int) -> None:
     """Raises `UserError` naming the setting that takes more memory than this machine has."""
     n_saes, wide = len(config.saes), config.d_model + n_features
     size = 4 * config.n_latents * config.d_model * n_saes  # of an SAE's W_dec, for every kind
+    n_scoring = min(config.workers, config.seeds)  # each has its samples, and FVU's in float64
     needed = {  # bytes at least, of float32, where all else is small
         "n_latents" if config.n_latents > config.d_model else "d_model": 10 * size,
         "batch_size": 4 * STEPS_A_DRAW * config.batch_size * wide,
-        "n_eval": 4 * config.n_eval * (wide + config.n_latents),
+        "n_eval": n_scoring * config.n_eval * (4 * (wide + config.n_latents) + 24 * config.d_model),
         "seeds": 2 * size * config.seeds,
     }
     for name, n_bytes in needed.items():
@@ -204,7 +221,7 @@ def require_same_run(path: Path, config: Any) -> None:
     """
     if config.overwrite or not path.exists():
         return
-    found = recorded_config(path)
+    found = recorded(path, "config")
     if found is None:
         raise UserError(f"{path} is no results of this script: {REMEDY}")
     for name, asked in json.loads(json.dumps(dataclasses.asdict(config))).items():
@@ -218,12 +235,14 @@ def require_same_run(path: Path, config: Any) -> None:
     print(f"{path.parent} holds a run of these settings, which is replaced", file=sys.stderr)
 
 
-def recorded_config(path: Path) -> dict[str, Any] | None:
-    """The settings in a results.json; None where that is not what it is."""
+def recorded(path: Path, key: str) -> Any:
+    """What a results.json has at `key`, "config" or "runs"; None where that is not what it is."""
+    kinds = {"config": dict, "runs": list}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["config"])
+        value = json.loads(path.read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    return value if isinstance(value, kinds[key]) else None
 
 
 def saes_in(out: Path) -> list[Path]:
@@ -270,6 +289,11 @@ def train_stacks(
                     _show(bar, progress)
                 yield pickle.loads(future.result())
             _show(bar, progress)
+        except concurrent.futures.process.BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, perhaps since the memory was full: try fewer "
+                "--workers, or a smaller --n-eval"
+            ) from None
         finally:
             progress.stop.set()
             executor.shutdown(cancel_futures=True)
@@ -346,22 +370,27 @@ def results_of(config: Config, finished: Sequence[StackResult], seconds: float) 
 def write(
     config: Config, data: ToyData, finished: Sequence[StackResult], results: dict[str, Any]
 ) -> None:
-    """Writes the SAEs, then the figures, then results.json into `config.out`, in place of the run
-    that was there. Raises `UserError` where a file cannot be written."""
+    """Writes the SAEs, the figures and results.json into `config.out`, in place of the run that was
+    there. Raises `UserError` where a file cannot be written: then that run is still there, whole.
+    """
     out = Path(config.out)
-    with contextlib.suppress(FileNotFoundError):
-        (out / RESULTS).unlink()  # it would be of other SAEs than those beside it
-    old = saes_in(out)
-    written = set()
-    for result in finished:
-        for entry, sae in zip(result.runs, result.saes, strict=True):
-            name, seed = entry["sae"], entry["seed"]
-            written.add(out / file_name(name, seed))
-            write_atomically(out / file_name(name, seed), sae.save)
-    for path in (*(path for path in old if path not in written), out / SEEDS_FIGURE):
-        path.unlink(missing_ok=True)
-    draw(config, data, finished)
-    write_json(out / RESULTS, results)
+    new = out / NEW
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+    try:
+        make_folder(new)
+        for result in finished:
+            for entry, sae in zip(result.runs, result.saes, strict=True):
+                write_atomically(new / file_name(entry["sae"], entry["seed"]), sae.save)
+        draw(dataclasses.replace(config, out=str(new)), data, finished)
+        write_json(new / RESULTS, results)
+        (out / RESULTS).unlink(missing_ok=True)  # until the files beside it are the new run's
+        for path in (out / SEEDS_FIGURE, *saes_in(out)):
+            if not (new / path.name).exists():
+                path.unlink(missing_ok=True)
+        for path in sorted(new.iterdir(), key=lambda path: path.name == RESULTS):
+            os.replace(path, out / path.name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,7 +20,7 @@ import torch
 
 import train_toy
 from matryoshka import metrics
-from matryoshka.errors import UserError
+from matryoshka.errors import Interrupted, UserError
 from matryoshka.files import one_writer
 from matryoshka.kinds import KINDS
 from matryoshka.toy_stack import REFITS
@@ -449,9 +449,32 @@ def test_a_full_disk_is_one_line_after_the_results_were_printed(tmp_path, monkey
     assert "| matryoshka |" in printed.out
     last = printed.err.splitlines()[-1]
     assert last == (
-        f"error: cannot write {tmp_path}/matryoshka_seed0.safetensors (No space left on device)"
+        f"error: cannot write {tmp_path}/.new/matryoshka_seed0.safetensors "
+        "(No space left on device)"
     )
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_full_disk_leaves_the_earlier_run_whole(tmp_path, monkeypatch, overwrite):
+    short_run_in(tmp_path, seeds=2)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(path: Path, value: object) -> None:
+        raise UserError(f"cannot write {path}")
+
+    monkeypatch.setattr(train_toy, "write_json", full)  # the last file
+    with pytest.raises(UserError, match="cannot write"):
+        short_run_in(tmp_path, seeds=1 if overwrite else 2, overwrite=overwrite)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path):
+    (tmp_path / ".new").mkdir()
+    (tmp_path / ".new" / "vanilla_seed9.safetensors").write_text("half")
+    short_run_in(tmp_path)
+    assert not (tmp_path / ".new").exists()
+    assert not (tmp_path / "vanilla_seed9.safetensors").exists()
 
 
 # -------------------------------------------------------------------------------------- refusals
@@ -524,15 +547,17 @@ def test_bad_input_is_one_line_and_touches_nothing(tmp_path, capsys, monkeypatch
 def test_what_the_memory_holds_is_not_refused(monkeypatch):
     tree = train_toy.load_tree("tree.json")
     monkeypatch.setattr(train_toy, "_memory", lambda: 20_000_000)
-    assert train_toy.check(Config(), tree)
-    with pytest.raises(UserError, match=r"--n-eval 90000 takes at least 0\.0216 GB .* 0\.02 GB"):
-        train_toy.check(Config(n_eval=90_000), tree)
+    assert train_toy.check(Config(n_eval=27_000), tree)
+    with pytest.raises(UserError, match=r"--n-eval 28000 takes at least 0\.0202 GB .* 0\.02 GB"):
+        train_toy.check(Config(n_eval=28_000), tree)
+    with pytest.raises(UserError, match=r"--n-eval 10000 takes at least 0\.0216 GB"):
+        train_toy.check(Config(n_eval=10_000, seeds=9, workers=3), tree)
     with pytest.raises(UserError, match=r"--batch-size 3000 takes at least 0\.024 GB"):
-        train_toy.check(Config(batch_size=3_000), tree)
+        train_toy.check(Config(batch_size=3_000, n_eval=1_000, workers=1), tree)
     with pytest.raises(UserError, match=r"--n-latents 13000 takes at least 0\.0208 GB"):
-        train_toy.check(Config(n_latents=13_000), tree)
+        train_toy.check(Config(n_latents=13_000, n_eval=1_000, workers=1), tree)
     with pytest.raises(UserError, match=r"--seeds 4000 takes at least 0\.0256 GB"):
-        train_toy.check(Config(seeds=4_000), tree)
+        train_toy.check(Config(seeds=4_000, n_eval=1_000, workers=1), tree)
 
 
 def test_bad_input_shows_no_traceback():
@@ -570,6 +595,50 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path, monkeypatch, capsys):
     assert not printed.out
     assert len(json.loads((tmp_path / "results.json").read_text())["runs"]) == 4
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
+
+
+def first_stack_then(stop: BaseException):
+    """`train_stacks` that is stopped when the first of its seeds is done."""
+    train_stacks = train_toy.train_stacks
+
+    def stopped(config, *rest):
+        yield from train_stacks(dataclasses.replace(config, seeds=1), *rest)
+        raise stop
+
+    return stopped
+
+
+def test_ctrl_c_keeps_an_earlier_run_that_has_more(tmp_path, monkeypatch):
+    short_run_in(tmp_path, seeds=3)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(train_toy, "train_stacks", first_stack_then(KeyboardInterrupt()))
+    said = "1 of 3 seeds are finished; the earlier run, which has more, is still in"
+    with pytest.raises(Interrupted, match=said):
+        short_run_in(tmp_path, seeds=3)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(Interrupted, match="1 of 3 seeds are finished, in"):
+        short_run_in(tmp_path, seeds=3, overwrite=True)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_a_stack_that_fails_does_not_take_the_finished_ones_away(tmp_path, monkeypatch):
+    error = UserError("step 7: no number")
+    monkeypatch.setattr(train_toy, "train_stacks", first_stack_then(error))
+    with pytest.raises(UserError, match=r"step 7: no number \(1 of 3 seeds are finished, in"):
+        short_run_in(tmp_path, seeds=3)
+    assert len(json.loads((tmp_path / "results.json").read_text())["runs"]) == 2
+
+
+class Killed(Trainer):
+    """Whose process is killed, as one is that takes too much memory."""
+
+    def step(self, x):
+        os._exit(9)
+
+
+def test_a_worker_that_is_killed_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"a worker process was killed, .* try fewer --workers"):
+        train_toy.run(Config(out=str(tmp_path), **{**SHORT, "seeds": 2, "workers": 2}), Killed)
 
 
 @pytest.mark.parametrize(("seeds", "steps"), [(1, 40_000), (2, 40_000), (2, 10**9)])
