@@ -37,6 +37,7 @@ from matryoshka.environment import environment, fix_kernels
 from matryoshka.errors import UserError
 from matryoshka.files import make_folder, one_writer, write_json
 from matryoshka.kernels import Params
+from matryoshka.toy_report import share
 from matryoshka.trainer import Trainer
 
 RESULTS = "ablation.json"
@@ -177,11 +178,11 @@ def rows_of(results: dict[str, Any]) -> list[list[str]]:
         rows.append(
             [
                 name,
-                f"{matryoshka['clean_features'].get('20', 0)} of {seeds}",
+                share(matryoshka["clean_features"].get("20", 0), seeds),
                 ", ".join(f"{n} x {clean}" for clean, n in counts if clean != "20") or "-",
                 f"{matryoshka['fvu']:.4f}",
                 f"{matryoshka['l0']:.3f}",
-                f"{vanilla['clean_features'].get('11', 0)} of {seeds}",
+                share(vanilla["clean_features"].get("11", 0), seeds),
             ]
         )
     return rows

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.stats
 
 from matryoshka import toy_stack
 from matryoshka.command_line import table
 from matryoshka.errors import UserError
+from matryoshka.toy_report import share
 from studies import ablate_toy, bench
 
 ROOT = Path(__file__).parents[1]
@@ -28,11 +28,23 @@ Run = dict[str, Any]
 
 
 def read(name: str) -> Results:
-    """A file of results/, as `studies.keep` writes it. Raises `UserError` where there is none."""
+    """A file of results/, as `studies.keep` writes it: "sources" and "runs", lists of objects.
+
+    Raises `UserError` where there is none, and where it is damaged or something else.
+    """
     path = RESULTS / name
     if not path.exists():
         raise UserError(f"results/{name} is not there: the command that makes it is in docs/")
-    results: Results = json.loads(path.read_text())
+    try:
+        results: Results = json.loads(path.read_text(encoding="utf-8"))
+        entries = [*results["sources"], *results["runs"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        entries = []
+    if not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(
+            f"results/{name} is damaged: it should have sources and runs, as python -m "
+            "studies.keep writes them"
+        )
     return results
 
 
@@ -92,12 +104,6 @@ def _place(source: dict[str, Any]) -> str:
 def spread(values: Sequence[float], digits: int) -> str:
     """Mean and standard deviation over seeds."""
     return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
-
-
-def share(count: int, n: int) -> str:
-    """A count over seeds with its exact 95% interval (Clopper and Pearson): 88 of 100 (80-94%)."""
-    low, high = scipy.stats.binomtest(count, n).proportion_ci(0.95, "exact")
-    return f"{count} of {n} ({100 * low:.0f}-{100 * high:.0f}%)"
 
 
 def percent(share: float, digits: int) -> str:
@@ -207,7 +213,7 @@ def _refit_row(runs: Sequence[Run], complete: set[int]) -> list[str]:
         f"{np.mean([run['fvu'] for run in runs]):.4f}",
         f"{max(run['fvu'] for run in successes):.4f}",
         *mean_clean(runs),
-        *(f"{count} of {len(successes)}" for count in counts),
+        *(share(count, len(successes)) for count in counts),
         f"{min(min(run['best_cosine']) for run in successes):.3f}",
         f"{np.mean(absorbed):.3f}",
     ]
@@ -232,7 +238,7 @@ def trees() -> str:
             clean = [_of_pair(pair, "clean_features", 1) for pair in pairs]
             fvu = [_of_pair(pair, "fvu", 4) for pair in pairs]
             complete, n_seeds = complete_seeds(results), len(pairs[0][0])
-            rows.append([title + recipe, *clean, f"{len(complete)} of {n_seeds}", *fvu])
+            rows.append([title + recipe, *clean, share(len(complete), n_seeds), *fvu])
     stages = ("as trained", "refit", "refit both")
     clean_headers = [f"clean, {stage}" for stage in stages]
     headers = [" / ".join(kinds), *clean_headers, "all 20", *(f"FVU, {s}" for s in stages)]
@@ -364,9 +370,16 @@ TABLES: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
 
 
 def named(name: str) -> str:
-    """The table `name`, and under it where its figures were made. Raises `UserError` for none."""
+    """The table `name`, and under it where its figures were made. Raises `UserError` for none, and
+    where the files that it is made of lack something that it shows."""
     if name not in TABLES:
         raise UserError(f"there is no table {name}, only {', '.join(TABLES)}")
     make, files = TABLES[name]
     made_from = ", ".join(f"`results/{file}`" for file in files)
-    return f"{make()}\n\n<sub>{made_from}: {where(*files)}</sub>"
+    try:
+        return f"{make()}\n\n<sub>{made_from}: {where(*files)}</sub>"
+    except (AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
+        raise UserError(
+            f"{made_from} lacks what table {name} shows ({error!r}): was a file edited, or kept by "
+            "another version?"
+        ) from error

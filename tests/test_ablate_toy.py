@@ -150,7 +150,7 @@ def test_counts_and_medians_are_over_seeds():
     assert summed["matryoshka"] == {"clean_features": {"16": 1, "20": 2}, "fvu": 0.2, "l0": 0.4}
     results = {"config": {"seeds": 3}, "variants": {"none": summed}}
     assert ablate_toy.rows_of(results) == [
-        ["none", "2 of 3", "1 x 16", "0.2000", "0.400", "1 of 3"]
+        ["none", "2 of 3 (9-99%)", "1 x 16", "0.2000", "0.400", "1 of 3 (1-91%)"]
     ]
 
 

@@ -50,6 +50,46 @@ def test_a_missing_file_is_named(kept):
         tables.where("toy/*.json")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"sources": [{"torch": "2',
+        "",
+        "\x00",
+        "{}",
+        "[]",
+        "7",
+        '{"sources": [], "runs": []}',
+        '{"sources": null, "runs": 3}',
+        '{"sources": [1], "runs": [2]}',
+    ],
+)
+def test_a_damaged_file_is_named(kept, tmp_path, content):
+    kept("toy/sampled.json")
+    (tmp_path / "toy" / "sampled.json").write_text(content)
+    for make in (tables.toy, lambda: tables.named("toy"), lambda: tables.where("toy/*.json")):
+        with pytest.raises(UserError, match=r"results/toy/sampled\.json is damaged"):
+            make()
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(kept, tmp_path):
+    (tmp_path / "toy" / "sampled.json").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"results/toy/sampled\.json is damaged"):
+        tables.toy()
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_files_that_lack_what_a_table_shows_are_named(name, tmp_path, monkeypatch):
+    """Every file that is kept, with its keys or its runs gone."""
+    for path in tables.RESULTS.rglob("*.json"):
+        copy = tmp_path / path.relative_to(tables.RESULTS)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text('{"sources": [{}], "runs": [{}]}')
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    with pytest.raises(UserError, match=rf"`results/\S+\.json`.* lacks what table {name} shows"):
+        tables.named(name)
+
+
 def test_where_names_each_place_once(kept):
     place = {"device": "cpu, x86_64", "threads": 2, "torch": "2.9", "cpu": "A", "commit": "f" * 40}
     kept("toy/a.json", environment=place)
@@ -123,8 +163,8 @@ def test_starred_columns_of_the_refits_are_over_the_seeds_that_had_all_features(
     shown = tables.refitted()
     assert set(column(shown, "FVU")) == {"0.5000"}
     assert set(column(shown, "worst FVU*")) == {"0.2500"}
-    assert set(column(shown, "all 20 > 0.95*")) == {"1 of 1"}
-    assert set(column(shown, "all 20 > 0.99*")) == {"0 of 1"}
+    assert set(column(shown, "all 20 > 0.95*")) == {"1 of 1 (2-100%)"}
+    assert set(column(shown, "all 20 > 0.99*")) == {"0 of 1 (0-98%)"}
     assert set(column(shown, "worst cosine*")) == {"0.750"}
     assert set(column(shown, "absorption")) == {"0.500"}
 
@@ -142,6 +182,7 @@ def test_trees_show_whatever_kinds_there_are(kept):
     assert len(rows) == 2 * len(tables.TREES)
     for row in rows:
         assert row[1] == "10.5 / 11.5 / 12.5"
+        assert row[4] == "0 of 2 (0-84%)"
         assert row[5] == "0.0000 / 0.2500 / 0.5000"
 
 
