@@ -469,6 +469,26 @@ def test_a_full_disk_leaves_the_earlier_run_whole(tmp_path, monkeypatch, overwri
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_run_that_is_half_in_place_has_every_sae_and_no_results(tmp_path, monkeypatch):
+    """For results.json would be of other SAEs than those beside it."""
+    short_run_in(tmp_path, seeds=2)
+    saes = {path.name for path in tmp_path.glob("*.safetensors")}
+    replace, moved = os.replace, []
+
+    def second_move_fails(source: Path, target: Path) -> None:
+        if Path(target).parent == tmp_path:
+            moved.append(target)
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", second_move_fails)
+    with pytest.raises(KeyboardInterrupt):
+        short_run_in(tmp_path, seeds=2)
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == saes
+    assert not (tmp_path / "results.json").exists()
+
+
 def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path):
     (tmp_path / ".new").mkdir()
     (tmp_path / ".new" / "vanilla_seed9.safetensors").write_text("half")
@@ -597,12 +617,14 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path, monkeypatch, capsys):
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
 
 
-def first_stack_then(stop: BaseException):
-    """`train_stacks` that is stopped when the first of its seeds is done."""
-    train_stacks = train_toy.train_stacks
+TRAIN_STACKS = train_toy.train_stacks
+
+
+def first_stack_then(stop: BaseException, seeds: int = 1):
+    """`train_stacks` that is stopped when the first of its seeds are done."""
 
     def stopped(config, *rest):
-        yield from train_stacks(dataclasses.replace(config, seeds=1), *rest)
+        yield from TRAIN_STACKS(dataclasses.replace(config, seeds=seeds), *rest)
         raise stop
 
     return stopped
@@ -619,6 +641,15 @@ def test_ctrl_c_keeps_an_earlier_run_that_has_more(tmp_path, monkeypatch):
     with pytest.raises(Interrupted, match="1 of 3 seeds are finished, in"):
         short_run_in(tmp_path, seeds=3, overwrite=True)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_an_interrupted_run_takes_the_place_of_one_that_has_fewer(tmp_path, monkeypatch):
+    for seeds in (1, 2, 2):
+        stopped = first_stack_then(KeyboardInterrupt(), seeds)
+        monkeypatch.setattr(train_toy, "train_stacks", stopped)
+        with pytest.raises(Interrupted, match=f"{seeds} of 3 seeds are finished, in"):
+            short_run_in(tmp_path, seeds=3)
+        assert len(list(tmp_path.glob("*.safetensors"))) == 2 * seeds
 
 
 def test_a_stack_that_fails_does_not_take_the_finished_ones_away(tmp_path, monkeypatch):
