@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+import torch
+
 from matryoshka.command_line import require_not_negative, require_positive, setting
 from matryoshka.errors import UserError
 from matryoshka.kernels import Gradient, MatmulDtype
@@ -61,6 +63,9 @@ class TrainerConfig:
         """Raises `UserError` where a setting is impossible for SAEs of `n_latents`."""
         require_positive(self, "n_steps", "n_prefixes", "target_l0", "lr", "sparsity_weight")
         require_positive(self, "max_grad_norm")
+        for name in ("target_l0", "lr", "sparsity_weight", "max_grad_norm"):
+            if getattr(self, name) > torch.finfo(torch.float32).max:
+                raise UserError(f"--{name.replace('_', '-')} is more than float32 can hold")
         require_not_negative(self, "restart_every", "lr_warmup_steps", "lr_end")
         for name in ("sparsity_warmup", "lr_decay", "norm_decay", "order_decay"):
             share = getattr(self, name)
