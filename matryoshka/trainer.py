@@ -15,7 +15,7 @@ from matryoshka.kernels.dispatch import MAX_REACHES_OF_BY_PREFIX
 from matryoshka.prefix_draws import STEPS_A_BLOCK, PrefixDraws, StepPrefixes
 from matryoshka.restart import restart_last
 from matryoshka.trainer_config import TrainerConfig, shared_settings
-from sae import SAE
+from sae import ACTIVATIONS, SAE
 
 
 class Trainer:
@@ -295,9 +295,25 @@ def _check_stack(
                 raise ValueError(f"SAEs that are stepped together must have the same {name}")
         if sae.W_enc.device != first.W_enc.device:
             raise ValueError("SAEs that are stepped together must be on the same device")
+    if any(config.gradient != "autograd" for config in configs):
+        _require_slopes(first.activation)
     for config in configs:
         config.check(first.n_latents)
         config.require_eights("d_model", first.d_model)
+
+
+@torch.inference_mode(False)
+def _require_slopes(activation: str) -> None:
+    """Raises ValueError where the kernels' gradients would be wrong for an activation function.
+
+    They take its slope to be 1 where it is not 0, and 0 where it is.
+    """
+    preacts = torch.linspace(-4, 4, 257, dtype=torch.float64, requires_grad=True)
+    with torch.enable_grad():
+        acts = ACTIVATIONS[activation](preacts[None] * 1.0)[0]
+        (slopes,) = torch.autograd.grad(acts.sum(), preacts)
+    if not torch.equal(slopes, (acts != 0).to(slopes.dtype)):
+        raise ValueError(f'the slope of {activation} is not 0 or 1: train with gradient="autograd"')
 
 
 def _flattened(sae: SAE) -> Tensor:

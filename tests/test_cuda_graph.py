@@ -123,6 +123,23 @@ def test_what_a_replay_returned_stays(without_gpu: None, monkeypatch: pytest.Mon
     assert len({float(metrics["l0"][0]) for metrics in found}) > 1
 
 
+def test_each_size_of_a_batch_has_its_graph(
+    without_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last batch of a pass is smaller."""
+    plain, replayed = make_trainer(), make_trainer()
+    monkeypatch.setattr(Trainer, "_is_replayed", True)
+    for i, x in enumerate(batches(20)):
+        x = x[: BATCH // 2] if i % 3 == 2 else x
+        found = replayed.step(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(Recorded, "WARM_UP", N_STEPS)
+            expected = plain.step(x)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(replayed.state_dict()[name], tensor)
+
+
 def test_replaying_goes_on_from_a_checkpoint(
     without_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

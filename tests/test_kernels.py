@@ -318,6 +318,7 @@ def test_a_workspace_changes_nothing(kernel):
         ours, _ = gradient(kernel, params, objective, workspace=workspace)
         own, _ = gradient(kernel, params, objective)
         assert all(torch.equal(one, other) for one, other in zip(ours, own, strict=True))
+        assert workspace._held or kernel == "all_pairs"  # which needs none
 
 
 def test_a_workspace_hands_out_the_same_memory_where_it_fits():
@@ -371,6 +372,27 @@ def test_too_many_pairs_of_runs_are_left_to_another_kernel(monkeypatch, spare):
     monkeypatch.setattr(dispatch, "MAX_PAIRS_OF_RUNS", 64 * 9**2 + spare)
     kernel = "sparse" if spare == 0 else "all_pairs"
     assert gradient("auto", params, objective)[1] == (kernel, kernel)
+
+
+def test_runs_of_one_reach_are_counted_once(monkeypatch):
+    """9 active latents a sample, of 3 reaches: 9 pairs, not 81."""
+    params, x, _ = large_case(2, sparse=True)
+    params.W_enc.zero_()
+    params.b_enc.fill_(-1.0)[..., :9] = 1.0
+    monkeypatch.setattr(dispatch, "MAX_PAIRS_OF_RUNS", 64 * 9)
+    objective = objective_of(x, ((1 + torch.arange(400) % 3) / 3).expand(2, -1))
+    assert gradient("auto", params, objective)[1] == ("sparse", "sparse")
+
+
+def test_one_saes_part_of_an_objective_is_its_own():
+    x, reach = rand(2, 3, 4), rand(2, 5, seed=1)
+    ends = [torch.tensor([1, 5]), torch.tensor([2, 5])]
+    one = objective_of(x, reach, 0.3, ends=ends, sparsity="log", activation="other").slice(1)
+    assert torch.equal(one.x, x[1:])
+    assert torch.equal(one.reach, reach[1:])
+    assert torch.equal(one.price, 0.3 * reach[1:])
+    assert torch.equal(one.ends_of(0), ends[1])
+    assert (one.sparsity, one.activation) == ("log", "other")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -112,3 +112,9 @@ def test_the_exact_mean_is_the_same_at_every_step():
     assert prefixes.of(0) is prefixes.of(999)
     torch.testing.assert_close(prefixes.of(0).reach[0], expected_reach(500, 10).float())
     assert prefixes.of(0).ends[1].tolist() == [500]
+
+
+def test_a_seeds_prefixes_are_what_they_were():
+    """Blocks of 256 steps: results that were published name their seeds."""
+    block = sample_prefixes(500, 4, seeded_generator(1, 1, 1), 256)
+    assert draws().of(256 + 255).ends[1].tolist() == block[255].tolist()

@@ -1,13 +1,14 @@
 """Restarts of the last latent, against a plain loop."""
 
+import pytest
 import torch
-from core_cases import rand
+from core_cases import rand, states_equal
 
 from matryoshka.kernels import Params
 from matryoshka.restart import restart_last
 from matryoshka.trainer import Trainer
 from matryoshka.trainer_config import TrainerConfig
-from sae import SAE
+from sae import ACTIVATIONS, SAE
 
 
 def test_a_lost_feature_is_restarted_and_a_found_one_is_left_alone():
@@ -39,7 +40,7 @@ def state_of(d_model, n_latents, n_saes, seed):
     return state
 
 
-def by_hand(state, x, i, d_model, n_latents):
+def by_hand(state, x, i, d_model, n_latents, activation):
     """What becomes of SAE i: the latent that is worth least, against the residual's worth."""
     parts = {
         name: Params.of(state[name].clone(), d_model, n_latents).one(i)
@@ -47,7 +48,7 @@ def by_hand(state, x, i, d_model, n_latents):
     }
     params, worths = parts["params"], state["mean_square"][i].clone()
     last = int(worths.argsort(descending=True, stable=True)[-1])
-    acts = torch.relu(x[i] @ params.W_enc.T + params.b_enc)
+    acts = activation(x[i] @ params.W_enc.T + params.b_enc)
     residual = x[i] - params.b_dec - acts @ params.W_dec
     u = max(residual, key=lambda r: float(r.norm()))
     u = u / u.norm()
@@ -62,18 +63,24 @@ def by_hand(state, x, i, d_model, n_latents):
     return parts, worths, moves
 
 
-def test_a_restart_is_what_a_loop_does():
+def hard_threshold(preacts):
+    return preacts * (preacts > 1)
+
+
+@pytest.mark.parametrize("activation", [torch.relu, hard_threshold])
+def test_a_restart_is_what_a_loop_does(activation, monkeypatch):
     """To weights, bias, both of Adam's moments and the running mean; and to nothing else."""
+    monkeypatch.setitem(ACTIVATIONS, "mine", activation)
     d_model, n_latents, n_saes, moved = 4, 6, 5, []
     for seed in range(6):
         state = state_of(d_model, n_latents, n_saes, 100 * seed)
         x = rand(n_saes, 30, d_model, seed=seed) * (0.2 if seed % 2 else 2.0)
         if seed % 2:
             state["mean_square"] += 1.0  # what is worth more than any residual stays
-        expected = [by_hand(state, x, i, d_model, n_latents) for i in range(n_saes)]
+        expected = [by_hand(state, x, i, d_model, n_latents, activation) for i in range(n_saes)]
         params = Params.of(state["params"], d_model, n_latents)
         order = state["mean_square"].sort(dim=1, descending=True, stable=True).indices
-        restart_last(state, params, order[:, -1:], x, "relu")
+        restart_last(state, params, order[:, -1:], x, "mine")
         for i, (parts, worths, moves) in enumerate(expected):
             moved.append(moves)
             torch.testing.assert_close(state["mean_square"][i], worths)
@@ -84,3 +91,14 @@ def test_a_restart_is_what_a_loop_does():
                     torch.testing.assert_close(ours, theirs)
     assert any(moved)
     assert not all(moved)
+
+
+def test_what_is_reconstructed_to_the_last_bit_is_left_alone():
+    """A residual of zeros has no direction: nothing moves, and nothing becomes NaN."""
+    state = state_of(4, 6, 2, 0)
+    state["params"].zero_()
+    state["mean_square"].zero_()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    params = Params.of(state["params"], 4, 6)
+    restart_last(state, params, torch.full((2, 1), 5), torch.zeros(2, 30, 4), "relu")
+    assert states_equal(before, state)

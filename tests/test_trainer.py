@@ -15,9 +15,10 @@ from matryoshka import trainer as trainer_module
 from matryoshka.controls import Schedule
 from matryoshka.kernels import Params
 from matryoshka.kernels.autograd import loss_of
+from matryoshka.prefix_draws import StepPrefixes
 from matryoshka.trainer import Trainer
 from matryoshka.trainer_config import TrainerConfig
-from sae import SAE, matryoshka_loss, relu, sample_prefixes, seeded_generator
+from sae import ACTIVATIONS, SAE, matryoshka_loss, relu, sample_prefixes, seeded_generator
 
 
 def test_in_company_as_alone():
@@ -165,6 +166,8 @@ def test_all_state_lives_on_the_saes_device(device):
     tensors = trainer.state_dict()
     tensors.pop("n_steps_done")
     assert {tensor.device.type for tensor in tensors.values()} == {device}
+    prefixes = trainer._prefixes.of(0)  # a kernel reads their ends on the host
+    assert (prefixes.reach.device.type, prefixes.ends[0].device.type) == (device, "cpu")
     if device != "meta":
         metrics = trainer.step(batches(1)[0].to(device))
         assert {tensor.device.type for tensor in metrics.values()} == {device}
@@ -270,6 +273,31 @@ def test_the_logged_loss_of_many_prefixes_is_the_loss(sparsity):
         torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("prefixes", ["sampled", "expected"])
+@pytest.mark.parametrize("sparsity", ["l1", "log"])
+def test_a_step_descends_the_loss_that_is_logged_before_it(sparsity, prefixes):
+    """The gradient is the logged loss's slope at every step, so each setting arrives in both."""
+    config = {"sparsity": sparsity, "prefixes": prefixes, "sparsity_weight": 5.0}
+    trainer = make_trainer(dtype=torch.float64, max_grad_norm=1e9, **config)
+    expected = make_trainer(dtype=torch.float64, **config)
+    nudge = 1e-7 * rand(*trainer.state_dict()["params"].shape, seed=3, dtype=torch.float64)
+    for x in batches(12):
+        before, losses = trainer.state_dict(), []
+        for params in (before["params"] + nudge, before["params"] - nudge):
+            expected.load_state_dict(before | {"params": params})
+            losses.append(expected.loss(x))
+        trainer.step(x)
+        slope = (trainer._flat_grads * nudge).sum(1)
+        torch.testing.assert_close((losses[0] - losses[1]) / 2, slope, rtol=1e-5, atol=1e-12)
+    lengths = trainer._prefixes.of(11).ends[0]
+    assert len(lengths) == (4 if prefixes == "sampled" else N_LATENTS)
+    trainer._state["sparsity_weight"].copy_(torch.tensor([5.0, 1.0]))  # each SAE has its own
+    reach, price = torch.ones(2, N_LATENTS).double(), torch.tensor([[5.0], [1.0]]).double()
+    objective = trainer._objective(x.expand(2, -1, -1).double(), StepPrefixes(reach, [lengths] * 2))
+    assert objective.sparsity == sparsity
+    torch.testing.assert_close(objective.price, price.expand_as(reach))
+
+
 def test_what_is_too_small_to_be_seen_in_a_run_is_as_published(monkeypatch):
     asked = {}
     monkeypatch.setattr(trainer_module, "adam", lambda *_, **settings: asked.update(settings))
@@ -340,6 +368,14 @@ def test_inputs_of_another_shape_are_refused(shape):
         make_trainer().step(torch.zeros(shape))
 
 
+def test_a_batch_of_nothing_is_refused_before_anything_changes():
+    trainer = make_trainer()
+    before = trainer.state_dict()
+    with pytest.raises(ValueError, match="at least one sample"):
+        trainer.step(torch.zeros(0, D_MODEL))
+    assert states_equal(before, trainer.state_dict())
+
+
 @pytest.mark.parametrize("name", ["params", "mean_norm", "n_steps_done"])
 def test_a_state_that_lacks_something_changes_nothing(name):
     trainer, other = make_trainer(), make_trainer()
@@ -368,10 +404,13 @@ def test_more_prefixes_than_latents_are_refused(prefixes):
         make_trainer(n_prefixes=(8, 1), prefixes=prefixes)
 
 
-def test_what_cannot_be_stepped_together_is_refused():
+def test_what_cannot_be_stepped_together_is_refused(monkeypatch):
     config = TrainerConfig(n_steps=1, target_l0=1.0, n_prefixes=1)
     with pytest.raises(ValueError, match="must be as many"):
         Trainer([SAE(2, 3)], config, [0, 1])
+    monkeypatch.setitem(ACTIVATIONS, "other", relu)
+    with pytest.raises(ValueError, match="same activation"):
+        Trainer([SAE(2, 3), SAE(2, 3, activation="other")], config, [0, 1])
     with pytest.raises(ValueError, match="same n_latents"):
         Trainer([SAE(2, 3), SAE(2, 4)], config, [0, 1])
     other = dataclasses.replace(config, lr=0.5)
@@ -403,3 +442,15 @@ def test_saes_on_two_devices_are_refused():
     config = TrainerConfig(n_steps=1, target_l0=1.0, n_prefixes=1)
     with pytest.raises(ValueError, match="same device"):
         Trainer([SAE(2, 3), SAE(2, 3).to("meta")], config, [0, 1])
+
+
+def test_an_activation_that_the_kernels_would_get_wrong_is_refused(monkeypatch):
+    softplus = torch.nn.functional.softplus
+    monkeypatch.setitem(ACTIVATIONS, "softplus", softplus)
+    monkeypatch.setitem(ACTIVATIONS, "hard", lambda preacts: preacts * (preacts > 0.1))
+    settings = {"n_steps": 9, "target_l0": 1.0, "n_prefixes": 1}
+    for name, gradient in (("hard", "auto"), ("relu", "auto"), ("softplus", "autograd")):
+        config = TrainerConfig(**settings, gradient=gradient)
+        Trainer([SAE(D_MODEL, N_LATENTS, activation=name)], config, [0]).step(batches(1)[0])
+    with pytest.raises(ValueError, match="slope of softplus is not 0 or 1"):
+        Trainer([SAE(D_MODEL, N_LATENTS, activation="softplus")], TrainerConfig(**settings), [0])
