@@ -26,9 +26,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from matryoshka.errors import UserError
+from matryoshka.sites import Replace, Site, check_site
 
 WEIGHTS_FILE = "tiny_model.pt"
 BEGIN, PAD = 9996, 9998  # of its 10,000 token ids: what rows begin with, and are filled up with
+SPECIAL_TEXTS = {BEGIN: "[BEGIN]", 9997: "[END]", PAD: "[PAD]", 9999: "[UNK]"}
 
 
 class Linear(nn.Linear):
@@ -97,7 +99,15 @@ class Block(nn.Module):
 
 
 class TinyModel(nn.Module):
-    """The whole model. Make it with `from_pretrained`: `TinyModel(...)` has shapes, no values."""
+    """The whole model. Make it with `from_pretrained`: `TinyModel(...)` has shapes, no values.
+
+    It is a `language_models.LanguageModel`. Rows can be padded at their end only, where no other
+    position sees the padding.
+    """
+
+    has_head = True
+    begin_id, pad_id = BEGIN, PAD
+    special_ids = frozenset({BEGIN, PAD})
 
     def __init__(
         self, d_model: int, n_layers: int, n_heads: int, d_mlp: int, d_vocab: int, max_seq_len: int
@@ -155,29 +165,84 @@ class TinyModel(nn.Module):
         embedded: Tensor = self.embed(tok_ids)
         return embedded + self.pos_embed[:, :seq]
 
-    def residual(self, tok_ids: Tensor, layer: int) -> Tensor:
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.pos_embed.device
+
+    def text_of(self, tok_id: int) -> str:
+        """The name of a special token, else the id itself: the weights come without a text."""
+        return SPECIAL_TEXTS.get(tok_id, str(tok_id))
+
+    def residual(self, tok_ids: Tensor, layer: int, is_real: Tensor | None = None) -> Tensor:
         """The residual stream at `layer`, [batch, seq, d_model]: only blocks before it are run.
 
         `tok_ids`: integers, [batch, seq], in 0..d_vocab-1 (not checked here: on a GPU that would
-        be a stall a call). Raises `UserError` for a layer or a length that the model has not.
+        be a stall a call). Raises `UserError` for a layer or a length that the model has not, and
+        where padding, False in `is_real`, comes before a token.
         """
         self.check_layer(layer)
+        require_padded_at_end(is_real)
         x = self.embed_tokens(tok_ids)  # [batch, seq, d_model]
         for block in self.torso[:layer]:
             x = block(x)
         return x
 
-    def forward_from(self, residual: Tensor, layer: int) -> Tensor:
+    def forward_from(self, residual: Tensor, layer: int, is_real: Tensor | None = None) -> Tensor:
         """Log-probabilities, [batch, seq, d_vocab], from the residual stream at `layer`.
 
         A reconstruction in the residual's place, [batch, seq, d_model], is how one asks what an
-        SAE costs the model. Raises `UserError` for a layer that the model has not.
+        SAE costs the model. Raises `UserError` as `residual` does.
         """
         self.check_layer(layer)
+        require_padded_at_end(is_real)
         x = residual
         for block in self.torso[layer:]:
             x = block(x)
         return F.log_softmax(self.lm_head(x), dim=-1)
+
+    def activations(
+        self, tok_ids: Tensor, layer: int, site: Site, is_real: Tensor | None = None
+    ) -> Tensor:
+        """The activations at a site of `layer`, [batch, seq, d_model]; no more is run than it
+        needs. Raises `UserError` as `residual` does, and for a site that is none."""
+        self.check_site(layer, site)
+        if site == "resid_post":
+            return self.residual(tok_ids, layer + 1, is_real)
+        x = self.residual(tok_ids, layer, is_real)
+        if site == "resid_pre":
+            return x
+        block = self.torso[layer]
+        assert isinstance(block, Block)
+        attn_out: Tensor = block.attn(x)
+        if site == "attn_out":
+            return attn_out
+        mlp_out: Tensor = block.mlp(x + attn_out)
+        return mlp_out
+
+    def log_probs_with(
+        self,
+        tok_ids: Tensor,
+        layer: int,
+        site: Site,
+        replace: Replace,
+        is_real: Tensor | None = None,
+    ) -> Tensor:
+        """Log-probabilities, [batch, seq, d_vocab], with `replace(acts)` where a site's activations
+        [batch, seq, d_model] were. Raises `UserError` as `activations` does."""
+        self.check_site(layer, site)
+        if site == "resid_post":
+            return self.log_probs_with(tok_ids, layer + 1, "resid_pre", replace, is_real)
+        x = self.residual(tok_ids, layer, is_real)
+        if site == "resid_pre":
+            return self.forward_from(replace(x), layer, is_real)
+        block = self.torso[layer]
+        assert isinstance(block, Block)
+        attn_out = block.attn(x)
+        x = x + (replace(attn_out) if site == "attn_out" else attn_out)
+        mlp_out = block.mlp(x)
+        x = x + (replace(mlp_out) if site == "mlp_out" else mlp_out)
+        return self.forward_from(x, layer + 1, is_real)
 
     def forward(self, tok_ids: Tensor) -> Tensor:
         """Log-probabilities of each next token, [batch, seq, d_vocab], from ids [batch, seq]."""
@@ -185,8 +250,11 @@ class TinyModel(nn.Module):
 
     def check_layer(self, layer: int) -> None:
         """Raises `UserError` unless the model has a residual stream at `layer`."""
-        if not isinstance(layer, int) or not 0 <= layer <= self.n_layers:
-            raise UserError(f"layer {layer} is not there: this model has 0 to {self.n_layers}")
+        self.check_site(layer, "resid_pre")
+
+    def check_site(self, layer: int, site: str) -> None:
+        """Raises `UserError` unless the model has this site at this layer."""
+        check_site(layer, site, self.n_layers)
 
     @functools.cached_property
     def weights_hash(self) -> str:
@@ -200,6 +268,12 @@ class TinyModel(nn.Module):
             digest.update(f"{name} {list(tensor.shape)}\n".encode())
             digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().data)
         return digest.hexdigest()
+
+
+def require_padded_at_end(is_real: Tensor | None) -> None:
+    """Raises `UserError` where a token follows padding: is_real is bool [batch, seq], or None."""
+    if is_real is not None and bool((is_real[:, 1:] & ~is_real[:, :-1]).any()):
+        raise UserError("rows of TinyModel can be padded at their end only")
 
 
 def locate_weights(name_or_path: str | Path, revision: str | None) -> Path:
