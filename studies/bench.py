@@ -17,39 +17,33 @@ Writes a JSON file with every median, its quartiles, and where it was measured.
 """
 
 import dataclasses
-import importlib.util
 import itertools
 import json
-import math
 import resource
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 import cache_activations
 import train_toy
-from matryoshka import metrics, tiny_model
+from matryoshka import tiny_model
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.cache_writer import cache_rows, finish, load_model
 from matryoshka.command_line import main_guard, parse, pick_device, require_positive, setting, table
 from matryoshka.environment import environment
 from matryoshka.errors import UserError
 from matryoshka.files import make_folder, write_json
-from matryoshka.kernels import MatmulDtype, Workspace, write_gradient
-from matryoshka.kernels.layout import encode
 from matryoshka.process import threads
 from matryoshka.trainer import Trainer
 from matryoshka.trainer_config import TrainerConfig
 from sae import SAE, seeded_generator
+from studies.bench_cases import Case, load_original, original_step
 
 Times = dict[str, dict[str, float]]
 Prefixes = Literal["sampled", "expected"]
@@ -168,175 +162,10 @@ def bench_toy_whole() -> Times:
 
 # ------------------------------------------------------------------------------------- full size
 
-D_MODEL, N_LATENTS, BATCH, L0 = 768, 3072, 1024, 30
-TRAINING_STEPS = 200
-UNMOVED = TrainerConfig(n_steps=10**6, target_l0=L0, lr=1e-12)  # too small to change anything
-
 
 def steps_at_once(device: torch.device) -> int:
     """How many are timed together: a GPU's are not waited for one by one in training, either."""
     return 20 if device.type == "cuda" else 1
-
-
-class Synthetic:
-    """Inputs made of `n_latents` known directions, in units of their mean norm / sqrt(D_MODEL)."""
-
-    def __init__(self, n_latents: int, l0: float):
-        self.generator = seeded_generator(0)
-        dictionary = torch.randn(n_latents, D_MODEL, generator=self.generator)
-        self.dictionary = torch.nn.functional.normalize(dictionary, dim=1)
-        # frequencies fall as a power of the place, none above 1/2, and sum to l0
-        self.frequency = (torch.arange(n_latents) + 10.0) ** -0.8
-        for _ in range(50):
-            self.frequency = (self.frequency * (l0 / self.frequency.sum())).clamp(max=0.5)
-        self.scale = 1.0
-        self.scale = math.sqrt(D_MODEL) / float(self.draw().norm(dim=1).mean())
-
-    def draw(self) -> Tensor:
-        """x [BATCH, D_MODEL]"""
-        shape = (BATCH, len(self.dictionary))
-        active = torch.rand(shape, generator=self.generator) < self.frequency
-        strength = active * (0.5 + torch.rand(shape, generator=self.generator))
-        noise = 0.02 * torch.randn(BATCH, D_MODEL, generator=self.generator)
-        return self.scale * (strength @ self.dictionary + noise)
-
-    @torch.no_grad()
-    def placed_sae(self, x: Tensor) -> SAE:
-        """An SAE on the true directions whose latents fire on x as often as those are active."""
-        sae = SAE(D_MODEL, len(self.dictionary))
-        # rounded up or down at random: most of a large dictionary fires less than once a batch
-        chance = torch.rand(len(self.dictionary), generator=self.generator)
-        kept = (self.frequency * BATCH + chance).long()
-        ranked = (x @ self.dictionary.T).sort(dim=0, descending=True).values
-        sae.b_enc.copy_(-ranked.gather(0, kept[None])[0])
-        sae.W_enc.copy_(self.dictionary.T)
-        sae.W_dec.copy_(self.dictionary)
-        sae.mean_norm.fill_(math.sqrt(D_MODEL))
-        return sae
-
-
-class Case(NamedTuple):
-    """An SAE, and a batch to take steps on: x [BATCH, D_MODEL]."""
-
-    sae: SAE
-    x: Tensor
-
-    @classmethod
-    def fresh(cls, device: torch.device) -> "Case":
-        x = torch.randn(BATCH, D_MODEL, generator=seeded_generator(0))
-        return cls(SAE(D_MODEL, N_LATENTS).to(device), x.to(device))
-
-    @classmethod
-    def placed(cls, device: torch.device, n_latents: int = N_LATENTS, l0: float = L0) -> "Case":
-        data = Synthetic(n_latents, l0)
-        x = data.draw()
-        return cls(data.placed_sae(x).to(device), x.to(device))
-
-    @classmethod
-    def trained(cls, device: torch.device, n_prefixes: int) -> "Case":
-        data = Synthetic(N_LATENTS, L0)
-        config = TrainerConfig(
-            n_steps=TRAINING_STEPS,
-            target_l0=L0,
-            n_prefixes=n_prefixes,
-            lr=1e-3,
-            l0_control="steady",
-            sparsity_weight=3.0,
-            sparsity_warmup=0.1,
-        )
-        trainer = Trainer([data.placed_sae(data.draw()).to(device)], config, [0])
-        for _ in tqdm(range(TRAINING_STEPS), f"train, {n_prefixes} prefixes", leave=False):
-            trainer.step(data.draw().to(device))
-        return cls(trainer.saes[0], data.draw().to(device))
-
-    @torch.no_grad()
-    def l0(self) -> float:
-        """Active latents an input."""
-        return float(metrics.l0(self.sae.encode(self.x)))
-
-    def trainer(self, n_prefixes: int, **settings: Any) -> Trainer:
-        """A trainer whose steps change nothing. settings: a `TrainerConfig`'s."""
-        config = dataclasses.replace(UNMOVED, n_prefixes=n_prefixes, **settings)
-        return Trainer([self.sae], config, [0])
-
-    def step(self, n_prefixes: int, **settings: Any) -> Callable[[], object]:
-        """A call that takes one step."""
-        trainer = self.trainer(n_prefixes, **settings)
-        return lambda: trainer.step(self.x)
-
-    def five_products(self, dtype_name: MatmulDtype = "float32") -> Callable[[], object]:
-        """The dense step's matrix products alone, on dense operands."""
-        dtype = getattr(torch, dtype_name)
-        W_enc, W_dec = (W.detach().to(dtype) for W in (self.sae.W_enc, self.sae.W_dec))
-        x = self.x.to(dtype)
-        acts = torch.rand(BATCH, self.sae.n_latents, device=x.device, dtype=dtype)
-        g_x, g_acts = torch.randn_like(x), torch.rand_like(acts)
-
-        def call() -> None:
-            x @ W_enc
-            acts @ W_dec
-            g_x @ W_dec.T
-            acts.T @ g_x
-            g_acts.T @ x
-
-        return call
-
-    def parts(self, n_prefixes: int) -> dict[str, Callable[[], object]]:
-        """Calls that do a step's parts, one by one. The second contains the first."""
-        trainer = self.trainer(n_prefixes)
-        trainer.step(self.x)
-        x, params, grads = self.x[None], trainer._params, trainer._grads
-        prefixes, one = trainer._prefixes.of(1), params.one(0)
-        objective = trainer._objective(x, prefixes)
-        workspace, flat = Workspace(), trainer._flat_grads
-        parts: dict[str, Callable[[], object]] = {
-            "encode": lambda: encode(one, x[0], "relu", "float32", workspace),
-            "encode, decode and backward": lambda: write_gradient(
-                grads, params, objective, workspace=workspace
-            ),
-            "clip": lambda: flat.mul_(torch.linalg.vector_norm(flat, dim=1).clamp_(1, 1)[:, None]),
-            "Adam": lambda: trainer._adam(UNMOVED.lr),
-            "scale the input": lambda: trainer._input_scale.scale(x, 0.01),
-            "order the latents": lambda: trainer._objective(x, prefixes),
-        }
-        return {f"of these: {name}": torch.inference_mode()(part) for name, part in parts.items()}
-
-
-def load_original(folder: str) -> Any:
-    """The module sae.py of a clone of the original code. Raises `UserError` where it is none."""
-    path = Path(folder) / "sae.py"
-    if not path.is_file():
-        raise UserError(f"--original {folder}: there is no sae.py; a clone of the original has one")
-    spec = importlib.util.spec_from_file_location("original_sae", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        original_sae(module, 4, 2)
-    except Exception as error:  # somebody else's code: whatever it raises
-        why = f"{type(error).__name__}: {error}"
-        raise UserError(f"--original {folder}: not the original's sae.py ({why})") from None
-    return module
-
-
-def original_sae(original: Any, n_latents: int, n_prefixes: int) -> Any:
-    """An SAE of the original code that a step does not move."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*GradScaler")  # it asks for CUDA's everywhere
-        return original.MatryoshkaSAE(
-            D_MODEL, n_latents, n_prefixes, L0, UNMOVED.n_steps, lr=UNMOVED.lr
-        )
-
-
-def original_step(original: Any, case: Case, n_prefixes: int) -> Callable[[], object]:
-    """A call that takes one step of the original code, from the weights of `case`."""
-    theirs = original_sae(original, case.sae.n_latents, n_prefixes).to(case.x.device)
-    with torch.no_grad():
-        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-            getattr(theirs, name).copy_(getattr(case.sae, name))
-        theirs.normalizer.running_avg.fill_(float(case.x.norm(dim=1).mean()))
-    return lambda: theirs.step(case.x)
 
 
 def bench_step(repeats: int, device: torch.device, original: Any = None) -> Times:

@@ -1,4 +1,4 @@
-"""studies/bench.py at a size at which it takes a second: what it measures, not how fast that is."""
+"""studies/bench.py and its cases where they take a second: what is measured, not how fast it is."""
 
 import json
 import math
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from studies import bench
-from studies.bench import Case
+from studies import bench, bench_cases
+from studies.bench_cases import Case
 
 CPU = torch.device("cpu")
 
@@ -17,8 +17,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def small(monkeypatch):
     for name, value in (("D_MODEL", 48), ("N_LATENTS", 300), ("BATCH", 512), ("L0", 6)):
-        monkeypatch.setattr(bench, name, value)
-    monkeypatch.setattr(bench, "TRAINING_STEPS", 20)
+        monkeypatch.setattr(bench_cases, name, value)
+    monkeypatch.setattr(bench_cases, "TRAINING_STEPS", 20)
 
 
 def test_a_placed_sae_fires_as_many_latents_as_it_says(small):
@@ -98,9 +98,9 @@ def test_the_original_is_stepped_from_the_same_weights(small):
             seen.append(x)
 
     case = Case.placed(CPU, 300, 6)
-    bench.original_step(types.SimpleNamespace(MatryoshkaSAE=MatryoshkaSAE), case, 10)()
+    bench_cases.original_step(types.SimpleNamespace(MatryoshkaSAE=MatryoshkaSAE), case, 10)()
     (theirs, n_prefixes, lr), x = seen
-    assert (n_prefixes, lr) == (10, bench.UNMOVED.lr)
+    assert (n_prefixes, lr) == (10, bench_cases.UNMOVED.lr)
     assert torch.equal(theirs.W_enc, case.sae.W_enc)
     assert torch.equal(theirs.b_enc, case.sae.b_enc)
     assert theirs.normalizer.running_avg.item() == pytest.approx(case.x.norm(dim=1).mean().item())

@@ -1,27 +1,20 @@
 """The script itself: a short run end to end, its files, its refusals, its repeatability."""
 
-import contextlib
 import dataclasses
-import errno
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from toy_commands import ROOT, cli, figures, short_run_in
 
 import train_toy
 from matryoshka import metrics
-from matryoshka.errors import Interrupted, UserError
-from matryoshka.files import one_writer
+from matryoshka.errors import UserError
 from matryoshka.kinds import KINDS
 from matryoshka.toy_stack import REFITS
 from matryoshka.trainer import Trainer
@@ -29,53 +22,6 @@ from matryoshka.trainer_config import TrainerConfig
 from sae import SAE
 from toy_model import ToyData
 from train_toy import Config
-
-ROOT = Path(__file__).parents[1]
-SHORT: dict[str, Any] = {"n_steps": 120, "batch_size": 50, "n_eval": 2_000, "workers": 1}
-
-
-def command(*args: object) -> list[str]:
-    return [sys.executable, str(ROOT / "train_toy.py"), *map(str, args)]
-
-
-def cli(*args: object, **kwargs: Any) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        command(*args), cwd=ROOT, capture_output=True, text=True, timeout=120, **kwargs
-    )
-
-
-@contextlib.contextmanager
-def started(*args: object) -> Iterator["subprocess.Popen[str]"]:
-    """The script in a group of processes of its own, of which none outlives the test."""
-    process = subprocess.Popen(
-        command(*args), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-def read_until_training(process: "subprocess.Popen[str]") -> None:
-    """Reads stderr until the bar shows that every SAE is trained."""
-    assert process.stderr is not None
-    seen = ""
-    while seen.count("FVU") < 2:
-        character = process.stderr.read(1)
-        assert character, f"it ended: {seen}"
-        seen += character
-
-
-def short_run_in(out: Path, **settings: Any) -> dict[str, Any]:
-    return train_toy.run(Config(out=str(out), **(SHORT | settings)))
-
-
-def figures(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """What must repeat: everything but the time and where it was written."""
-    return [dict(run) for run in results["runs"]]
-
 
 # ---------------------------------------------------------------------------------------- settings
 
@@ -353,150 +299,6 @@ def test_many_seeds_need_no_more_open_files_than_one(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 24
 
 
-# ---------------------------------------------------------------------------- one folder, one run
-
-
-def test_the_same_settings_run_again_and_say_so(tmp_path, capsys):
-    first = short_run_in(tmp_path)
-    capsys.readouterr()
-    again = short_run_in(tmp_path, workers=2)  # which changes no figure
-    assert capsys.readouterr().err.startswith(f"{tmp_path} holds a run of these settings")
-    assert figures(first) == figures(again)
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"n_steps": 121}, "holds a run with --n-steps 120, not --n-steps 121"),
-        ({"seeds": 2}, "holds a run with --seeds 1, not --seeds 2"),
-        ({"betas": (0.5, 0.9)}, "holds a run with --betas 0.5 0.9375, not --betas 0.5 0.9"),
-        ({"refit": True}, "holds a run with --refit False, not --refit True"),
-    ],
-)
-def test_a_run_of_other_settings_is_not_overwritten(tmp_path, settings, said):
-    short_run_in(tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(UserError, match=f"{said}: choose another --out, or add --overwrite"):
-        short_run_in(tmp_path, **settings)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_overwrite_leaves_nothing_of_the_run_that_was_there(tmp_path):
-    short_run_in(tmp_path, seeds=3, refit=True)
-    assert (tmp_path / "seeds.png").exists()
-    (tmp_path / "notes.txt").write_text("mine")
-    short_run_in(tmp_path, seeds=1, seed=7, overwrite=True)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        ".lock",
-        "notes.txt",
-        "results.json",
-        "matryoshka_seed7.safetensors",
-        "vanilla_seed7.safetensors",
-        "activations.png",
-        "curves.png",
-        "decoder_cosines.png",
-        "encoder_cosines.png",
-    }
-
-
-@pytest.mark.parametrize("content", ["precious", "{}", "[1]", '{"config": 3}', "\x00"])
-def test_a_results_file_of_something_else_is_not_overwritten(tmp_path, content):
-    (tmp_path / "results.json").write_text(content)
-    with pytest.raises(UserError, match=r"results\.json is no results of this script: choose"):
-        short_run_in(tmp_path)
-    assert (tmp_path / "results.json").read_text() == content
-    short_run_in(tmp_path, overwrite=True)
-
-
-def test_the_results_of_an_earlier_version_are_not_overwritten(tmp_path):
-    (tmp_path / "results.json").write_text('{"config": {"steps": 40000}}')
-    with pytest.raises(UserError, match="holds a run of an earlier version, not --n-steps 120"):
-        short_run_in(tmp_path)
-
-
-def test_saes_of_an_unknown_run_are_not_overwritten(tmp_path):
-    (tmp_path / "matryoshka_seed0.safetensors").write_text("precious")
-    with pytest.raises(UserError, match=r"holds SAEs, and no results\.json that says what they"):
-        short_run_in(tmp_path)
-    assert (tmp_path / "matryoshka_seed0.safetensors").read_text() == "precious"
-
-
-def test_a_folder_has_one_writer(tmp_path):
-    with one_writer(tmp_path), pytest.raises(UserError, match="another process is writing there"):
-        short_run_in(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-
-
-@pytest.mark.parametrize(
-    "name", ["results.json", "vanilla_seed1.safetensors", "activations.png", "seeds.png"]
-)
-def test_a_folder_in_the_place_of_a_file_is_named_before_training(tmp_path, name):
-    (tmp_path / name).mkdir()
-    for overwrite in (False, True):
-        with pytest.raises(UserError, match=f"{name} is a folder"):
-            train_toy.run(Config(out=str(tmp_path), seeds=2, overwrite=overwrite))  # in full
-
-
-def test_a_full_disk_is_one_line_after_the_results_were_printed(tmp_path, monkeypatch, capsys):
-    def full(self: SAE, path: Path) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(SAE, "save", full)
-    with pytest.raises(SystemExit) as stopped:
-        train_toy.main(["--steps=20", "--n-eval=500", f"--out={tmp_path}", "--workers=1"])
-    assert stopped.value.code == 2
-    printed = capsys.readouterr()
-    assert "| matryoshka |" in printed.out
-    last = printed.err.splitlines()[-1]
-    assert last == (
-        f"error: cannot write {tmp_path}/.new/matryoshka_seed0.safetensors "
-        "(No space left on device)"
-    )
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_full_disk_leaves_the_earlier_run_whole(tmp_path, monkeypatch, overwrite):
-    short_run_in(tmp_path, seeds=2)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def full(path: Path, value: object) -> None:
-        raise UserError(f"cannot write {path}")
-
-    monkeypatch.setattr(train_toy, "write_json", full)  # the last file
-    with pytest.raises(UserError, match="cannot write"):
-        short_run_in(tmp_path, seeds=1 if overwrite else 2, overwrite=overwrite)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_a_run_that_is_half_in_place_has_every_sae_and_no_results(tmp_path, monkeypatch):
-    """For results.json would be of other SAEs than those beside it."""
-    short_run_in(tmp_path, seeds=2)
-    saes = {path.name for path in tmp_path.glob("*.safetensors")}
-    replace, moved = os.replace, []
-
-    def second_move_fails(source: Path, target: Path) -> None:
-        if Path(target).parent == tmp_path:
-            moved.append(target)
-        if len(moved) == 2:
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", second_move_fails)
-    with pytest.raises(KeyboardInterrupt):
-        short_run_in(tmp_path, seeds=2)
-    assert {path.name for path in tmp_path.glob("*.safetensors")} == saes
-    assert not (tmp_path / "results.json").exists()
-
-
-def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path):
-    (tmp_path / ".new").mkdir()
-    (tmp_path / ".new" / "vanilla_seed9.safetensors").write_text("half")
-    short_run_in(tmp_path)
-    assert not (tmp_path / ".new").exists()
-    assert not (tmp_path / "vanilla_seed9.safetensors").exists()
-
-
 # -------------------------------------------------------------------------------------- refusals
 
 BAD_TREES = {
@@ -592,135 +394,6 @@ def test_training_that_diverges_stops_with_the_last_good_metrics(tmp_path):
     ):
         short_run_in(tmp_path, n_steps=200, lr=1e30)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-
-
-# ---------------------------------------------------------------------------------- interruptions
-
-
-def test_ctrl_c_keeps_what_was_finished(tmp_path, monkeypatch, capsys):
-    """The first stack is done when the interrupt comes; its SAEs and figures are written."""
-    train_stacks = train_toy.train_stacks
-
-    def interrupted(config, *rest):
-        yield from train_stacks(dataclasses.replace(config, seeds=2), *rest)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train_toy, "train_stacks", interrupted)
-    flags = {"seeds": 4, "out": tmp_path, **SHORT}
-    with pytest.raises(SystemExit) as stopped:
-        train_toy.main([f"--{k.replace('_', '-')}={v}" for k, v in flags.items()])
-    assert stopped.value.code == 130
-    printed = capsys.readouterr()
-    assert f"interrupted: 2 of 4 seeds are finished, in {tmp_path}" in printed.err
-    assert not printed.out
-    assert len(json.loads((tmp_path / "results.json").read_text())["runs"]) == 4
-    assert len(list(tmp_path.glob("*.safetensors"))) == 4
-
-
-TRAIN_STACKS = train_toy.train_stacks
-
-
-def first_stack_then(stop: BaseException, seeds: int = 1):
-    """`train_stacks` that is stopped when the first of its seeds are done."""
-
-    def stopped(config, *rest):
-        yield from TRAIN_STACKS(dataclasses.replace(config, seeds=seeds), *rest)
-        raise stop
-
-    return stopped
-
-
-def test_ctrl_c_keeps_an_earlier_run_that_has_more(tmp_path, monkeypatch):
-    short_run_in(tmp_path, seeds=3)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(train_toy, "train_stacks", first_stack_then(KeyboardInterrupt()))
-    said = "1 of 3 seeds are finished; the earlier run, which has more, is still in"
-    with pytest.raises(Interrupted, match=said):
-        short_run_in(tmp_path, seeds=3)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    with pytest.raises(Interrupted, match="1 of 3 seeds are finished, in"):
-        short_run_in(tmp_path, seeds=3, overwrite=True)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 2
-
-
-def test_an_interrupted_run_takes_the_place_of_one_that_has_fewer(tmp_path, monkeypatch):
-    for seeds in (1, 2, 2):
-        stopped = first_stack_then(KeyboardInterrupt(), seeds)
-        monkeypatch.setattr(train_toy, "train_stacks", stopped)
-        with pytest.raises(Interrupted, match=f"{seeds} of 3 seeds are finished, in"):
-            short_run_in(tmp_path, seeds=3)
-        assert len(list(tmp_path.glob("*.safetensors"))) == 2 * seeds
-
-
-def test_a_stack_that_fails_does_not_take_the_finished_ones_away(tmp_path, monkeypatch):
-    error = UserError("step 7: no number")
-    monkeypatch.setattr(train_toy, "train_stacks", first_stack_then(error))
-    with pytest.raises(UserError, match=r"step 7: no number \(1 of 3 seeds are finished, in"):
-        short_run_in(tmp_path, seeds=3)
-    assert len(json.loads((tmp_path / "results.json").read_text())["runs"]) == 2
-
-
-class Killed(Trainer):
-    """Whose process is killed, as one is that takes too much memory."""
-
-    def step(self, x):
-        os._exit(9)
-
-
-def test_a_worker_that_is_killed_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"a worker process was killed, .* try fewer --workers"):
-        train_toy.run(Config(out=str(tmp_path), **{**SHORT, "seeds": 2, "workers": 2}), Killed)
-
-
-@pytest.mark.parametrize(("seeds", "steps"), [(1, 40_000), (2, 40_000), (2, 10**9)])
-def test_ctrl_c_stops_every_process_at_once(tmp_path, seeds, steps):
-    with started("--seeds", seeds, "--workers", 2, "--steps", steps, "--out", tmp_path) as process:
-        if steps == 40_000:
-            read_until_training(process)
-        else:  # its first figures would come in an hour
-            wait_for_children(process.pid, 2)
-            time.sleep(5)
-        os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "interrupted: 0 of" in err
-    assert "Traceback" not in err
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-
-
-def children(pid: int) -> list[int]:
-    """The worker processes of a process; not multiprocessing's tracker of resources."""
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    words = {int(p): Path(f"/proc/{p}/cmdline").read_bytes() for p in found}
-    return [p for p, line in words.items() if b"spawn_main" in line]
-
-
-def wait_for_children(pid: int, n: int) -> list[int]:
-    deadline = time.monotonic() + 60
-    while len(children(pid)) < n:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return children(pid)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc to look into")
-def test_workers_end_with_a_parent_that_is_killed(tmp_path):
-    with started("--seeds", 2, "--workers", 2, "--steps", 10**9, "--out", tmp_path) as process:
-        workers = wait_for_children(process.pid, 2)
-        time.sleep(5)  # until they train
-        assert all(map(is_running, workers))
-        process.kill()
-        deadline = time.monotonic() + 20
-        while any(map(is_running, workers)):
-            assert time.monotonic() < deadline, "workers outlive their parent"
-            time.sleep(0.05)
 
 
 # -------------------------------------------------------------------------------- reproducibility
