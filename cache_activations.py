@@ -12,20 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matryoshka.cache_config import CacheConfig, load_source
 from matryoshka.cache_format import bytes_each
 from matryoshka.cache_reader import ActivationCache
-from matryoshka.cache_writer import (
-    CacheConfig,
-    cache_rows,
-    clear_leftovers,
-    finish,
-    is_complete,
-    load_model,
-    recipe_of,
-)
+from matryoshka.cache_writer import cache_all, clear_leftovers, is_complete, recipe_of
 from matryoshka.command_line import main_guard, parse, pick_device, setting, table
 from matryoshka.files import make_folder, one_writer
-from matryoshka.token_rows import count_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,18 +35,14 @@ def run(config: Config) -> dict[str, Any]:
     """
     config.check()
     began, folder = time.monotonic(), Path(config.out)
-    model = load_model(config, pick_device(config.device))
-    recipe = recipe_of(config, model)
+    source = load_source(config, pick_device(config.device))
+    recipe = recipe_of(config, source)
     n_written = 0
     if not is_complete(folder, recipe):
         make_folder(folder)
         with one_writer(folder):
             clear_leftovers(folder)
-            n_rows, _ = count_rows(
-                config.token_rows, config.tokens, config.keep_begin, model.d_vocab
-            )
-            n_written = cache_rows(folder, config, model, 0, n_rows)
-            finish(folder, n_rows)
+            n_written = cache_all(folder, config, source)
     cache = ActivationCache(folder)
     return {
         "out": str(folder),
@@ -67,7 +55,7 @@ def run(config: Config) -> dict[str, Any]:
         "layer": config.layer,
         "d_model": cache.d_model,
         "dtype": config.dtype,
-        "weights_hash": model.weights_hash,
+        "weights_hash": recipe["weights_hash"],
         "seconds": time.monotonic() - began,
     }
 

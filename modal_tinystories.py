@@ -37,9 +37,10 @@ import evaluate
 import train
 import train_tinystories
 from matryoshka import plots
+from matryoshka.cache_config import CacheConfig, Dtype, load_source
 from matryoshka.cache_format import MANIFEST, read_record
 from matryoshka.cache_reader import RESIDENT_SHARE
-from matryoshka.cache_writer import CacheConfig, Dtype, cache_rows, load_model
+from matryoshka.cache_writer import cache_rows
 from matryoshka.command_line import (
     inherited,
     main_guard,
@@ -257,9 +258,9 @@ def cache_part(job: CacheJob) -> int:
     """Caches a range of rows. Returns how many shards it made; finished ones are kept."""
     reload()
     print(job, flush=True)
-    model = load_model(job.config, pick_device("auto"))
+    source = load_source(job.config, pick_device("auto"))
     try:
-        return cache_rows(job.folder, job.config, model, job.start, job.end)
+        return cache_rows(job.folder, job.config, source, job.start, job.end)
     finally:
         commit()
 

@@ -29,13 +29,22 @@ from matryoshka.errors import UserError
 from matryoshka.files import write_json
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-FORMAT = 2
-READABLE_FORMATS = (1, 2)  # 1 recorded only the size of the dataset's file, not its checksum
+READABLE_FORMATS = (1, 2, 3)  # 1 recorded only the size of the dataset's file, not its checksum
 MANIFEST = "manifest.json"
 SHARD_NAME = "[0-9]{5,}"  # a regular expression
 TOKEN_BYTES = 3 * 4  # an activation's token id, row and position, int32 each
 
-Recipe = dict[str, Any]  # see `cache_writer.recipe_of`
+# All that a recipe may say, in the order in which it is written. A recipe of these alone is of
+# format 2: the residual stream that a model has of token ids.
+FORMAT_2_KEYS = (
+    *("format", "model", "weights_hash"),
+    *("dataset", "dataset_revision", "dataset_bytes", "dataset_sha256", "split"),
+    *("tokens", "layer", "dtype", "d_model", "keep_begin", "rows_per_shard"),
+)
+# One that says more is of format 3.
+RECIPE_KEYS = (*FORMAT_2_KEYS, "site")
+
+Recipe = dict[str, Any]  # see `make_recipe`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +81,13 @@ def whole_number(name: str, value: Any, at_least: int, at_most: float = math.inf
             span = f"between {at_least} and {at_most}"
         raise ValueError(f"{name} must be a whole number {span}, got {value}")
     return number
+
+
+def make_recipe(parts: dict[str, Any]) -> Recipe:
+    """A recipe of `parts`, which have some of RECIPE_KEYS, with its format, in the right order."""
+    is_format_2 = parts.keys() <= set(FORMAT_2_KEYS)
+    parts = {"format": 2 if is_format_2 else 3, **parts}
+    return {key: parts[key] for key in sorted(parts, key=RECIPE_KEYS.index)}
 
 
 def shard_name(first_row: int, recipe: Recipe) -> str:

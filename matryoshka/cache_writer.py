@@ -1,12 +1,11 @@
-"""The writer of a cache: rows of token ids -> language model -> shards of activations on disk.
+"""The writer of a cache: a source of activations -> shards of them on disk.
 
 Whatever is interrupted, the same settings go on after the last finished shard and end with the
-same bytes. Several machines can share the work: `count_rows` once, `cache_rows` for each of
-`split_rows`, `finish` once; `cache_activations.run` is those three in a row.
+same bytes. Several machines can share the work: `source.count` once, `cache_rows` for each of
+`split_rows`, `finish` once; `cache_all` is those three in a row.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import math
@@ -16,22 +15,23 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from matryoshka.cache_config import CacheConfig
 from matryoshka.cache_format import (
     DTYPES,
-    FORMAT,
     MANIFEST,
     SHARD_NAME,
     Recipe,
     Record,
     Shard,
     bytes_each,
+    make_recipe,
     read_record,
     shard_name,
     shard_records,
@@ -39,78 +39,22 @@ from matryoshka.cache_format import (
     write_record,
     wrong_size,
 )
-from matryoshka.command_line import setting
 from matryoshka.errors import UserError
 from matryoshka.files import write_atomically
-from matryoshka.tiny_model import TinyModel
-from matryoshka.token_rows import TokenRows, kept_positions
-
-Dtype = Literal["float16", "bfloat16", "float32"]
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheConfig:
-    """What a cache is made of."""
-
-    model: str = setting("noanabeshima/tiny_model", "weights: a hub repo, a file or a folder")
-    model_revision: str | None = setting(None, "the hub model's branch, tag or commit")
-    dataset: str = setting(
-        "noanabeshima/TinyModelTokIds", "token ids: a hub dataset, or a folder of SPLIT.jsonl"
-    )
-    dataset_revision: str | None = setting(None, "the hub dataset's branch, tag or commit")
-    split: str = setting("train", "which SPLIT.jsonl of the dataset")
-    tokens: int = setting(30_000_000, "activations to cache")
-    layer: int = setting(3, "residual stream at the input of this block, blocks counted from 0")
-    dtype: Dtype = setting("float16", "what activations are stored in")
-    keep_begin: bool = setting(False, "cache [BEGIN] positions too")
-    batch_size: int = setting(64, "rows a forward pass")
-    rows_per_shard: int = setting(1024, "dataset rows a shard; held in memory while it is computed")
-
-    @property
-    def token_rows(self) -> TokenRows:
-        """The dataset's rows."""
-        return TokenRows(self.dataset, self.split, self.dataset_revision)
-
-    def check(self) -> None:
-        """Raises `UserError` naming a setting that is impossible for every model and dataset."""
-        limits = {"tokens": 10**12, "batch_size": 10**6, "rows_per_shard": 10**6}
-        for name, most in limits.items():
-            try:
-                whole_number(f"--{name.replace('_', '-')}", getattr(self, name), 1, most)
-            except ValueError as error:
-                raise UserError(str(error)) from None
-        if self.dtype not in DTYPES:
-            raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
-
-
-def load_model(config: CacheConfig, device: torch.device) -> TinyModel:
-    """The language model, on `device`. Raises `UserError` if it has no such layer."""
-    model = TinyModel.from_pretrained(config.model, config.model_revision, device)
-    model.check_layer(config.layer)
-    return model
-
+from matryoshka.sources import Block, Source
 
 # ------------------------------------------------------------------------ what a cache is made of
 
 
-def recipe_of(config: CacheConfig, model: TinyModel) -> Recipe:
+def recipe_of(config: CacheConfig, source: Source) -> Recipe:
     """What a cache is made of: two caches whose recipes agree hold the same activations.
 
     Batch size and device are not in it: they move activations by float32's rounding only. Of a
-    dataset on the hub there is the revision only; `cache_rows` looks whether its rows have changed.
+    dataset on the hub there is the revision only; the tokens of finished shards say whether its
+    rows have changed.
     """
-    return {
-        "format": FORMAT,
-        "model": config.model,
-        "weights_hash": model.weights_hash,
-        **config.token_rows.identity(),
-        "tokens": config.tokens,
-        "layer": config.layer,
-        "dtype": config.dtype,
-        "d_model": model.d_model,
-        "keep_begin": config.keep_begin,
-        "rows_per_shard": config.rows_per_shard,
-    }
+    settings = {name: getattr(config, name) for name in ("tokens", "dtype", "rows_per_shard")}
+    return make_recipe({**source.identity(), **settings, "d_model": source.d_model})
 
 
 def require_same_recipe(found: Recipe, wanted: Recipe, folder: Path) -> None:
@@ -138,7 +82,7 @@ def is_complete(folder: Path, recipe: Recipe) -> bool:
         return False
     manifest = read_record(folder / MANIFEST)
     found = manifest.recipe
-    if found["format"] != FORMAT:
+    if found["format"] == 1:
         recipe = {key: recipe[key] for key in recipe if key in found and key != "format"}
     if manifest.n_tokens >= recipe["tokens"]:
         found = {**found, "tokens": recipe["tokens"]}
@@ -165,63 +109,46 @@ def finished_shard(folder: Path, rows: tuple[int, int], recipe: Recipe) -> Shard
     return shard if has_all_bytes and is_of_rows else None
 
 
-def kept_tokens(rows: np.ndarray, first_row: int, keep_begin: bool) -> np.ndarray:
-    """Token id, row and position of what is cached of `rows` [n_rows, seq]: int32 [n, 3]."""
-    kept = kept_positions(rows, keep_begin)
-    row, position = np.nonzero(kept)
-    return np.stack([rows[kept], row + first_row, position], axis=1).astype("<i4")
-
-
-def require_same_rows(folder: Path, shard: Shard, rows: np.ndarray, config: CacheConfig) -> None:
-    """Raises `UserError` where a finished shard was not made of these rows, [n_rows, seq]."""
-    tokens = kept_tokens(rows, shard.first_row, config.keep_begin)
-    if hashlib.sha256(tokens.data).hexdigest() != shard.tokens_sha256:
+def require_same_rows(folder: Path, shard: Shard, block: Block, source: Source) -> None:
+    """Raises `UserError` where a finished shard was not made of the rows in `block`."""
+    if hashlib.sha256(block.tokens.data).hexdigest() != shard.tokens_sha256:
         raise UserError(
             f"{folder}: shard {shard.name} was made of other rows {shard.first_row} to "
-            f"{shard.end_row - 1} than {config.token_rows.file} has now; give another --out, or "
+            f"{shard.end_row - 1} than {source.name} has now; give another --out, or "
             "delete that folder"
         )
 
 
-def compute_shard(
-    model: TinyModel, rows: np.ndarray, first_row: int, config: CacheConfig
-) -> tuple[Tensor, np.ndarray]:
-    """The activations of `rows` [n_rows, seq] that are kept, and where each comes from.
+def compute_shard(block: Block, d_model: int, dtype: torch.dtype, where: str) -> Tensor:
+    """The activations of `block`, [n, d_model] in `dtype`, on the device that they come from.
 
-    Returns acts [n, d_model] in the cache's dtype on the model's device, and int32 [n, 3] of
-    token id, row and position. Raises `UserError` if an activation does not fit the dtype.
+    `where`: which these are, in messages. Raises `UserError` if one does not fit the dtype.
     """
-    kept = kept_positions(rows, config.keep_begin)  # [n_rows, seq]
-    tokens = kept_tokens(rows, first_row, config.keep_begin)
-    device = model.pos_embed.device
-    acts = torch.empty(len(tokens), model.d_model, dtype=DTYPES[config.dtype], device=device)
-    peak = torch.zeros((), device=device)  # largest activation, kept on the device: no sync
-    n_done = 0
-    for i in range(0, len(rows), config.batch_size):
-        part = slice(i, i + config.batch_size)
-        index = torch.from_numpy(np.flatnonzero(kept[part])).to(device)
-        if len(index) == 0:
-            continue
-        residual = model.residual(torch.from_numpy(rows[part]).to(device), config.layer)
-        batch = residual.flatten(0, 1).index_select(0, index)  # [n, d_model], float32
-        peak = torch.maximum(peak, batch.abs().amax())
-        acts[n_done : n_done + len(index)] = batch
-        n_done += len(index)
-    _require_representable(peak, config, f"rows {first_row} to {first_row + len(rows) - 1}")
-    return acts, tokens
+    n_tokens, n_done = len(block.tokens), 0
+    acts = torch.empty(n_tokens, d_model, dtype=dtype)
+    peak = torch.zeros(())  # largest activation, kept on the device: no sync
+    for part in block.activations():
+        if n_done == 0:
+            acts, peak = acts.to(part.device), peak.to(part.device)
+        peak = torch.maximum(peak, part.abs().amax())
+        acts[n_done : n_done + len(part)] = part
+        n_done += len(part)
+    if n_done != n_tokens:
+        raise ValueError(f"{where}: {n_tokens} tokens, and {n_done} activations")
+    _require_representable(peak, dtype, where)
+    return acts
 
 
-def _require_representable(peak: Tensor, config: CacheConfig, where: str) -> None:
+def _require_representable(peak: Tensor, dtype: torch.dtype, where: str) -> None:
     """Raises `UserError` unless activations of up to `peak`, [], are numbers in the dtype."""
     if not peak.isfinite():
+        raise UserError(f"activations are not finite in {where}")
+    if peak.to(dtype).isinf():
+        name = str(dtype).removeprefix("torch.")
+        wider = "float32" if name == "bfloat16" else "bfloat16 or float32"
         raise UserError(
-            f"the model's activations at layer {config.layer} are not finite in {where}"
-        )
-    if peak.to(DTYPES[config.dtype]).isinf():
-        wider = "float32" if config.dtype == "bfloat16" else "bfloat16 or float32"
-        raise UserError(
-            f"activations reach {peak.item():.6g} in {where}: --dtype {config.dtype} holds "
-            f"{torch.finfo(DTYPES[config.dtype]).max:.6g} at most; use {wider}"
+            f"activations reach {peak.item():.6g} in {where}: --dtype {name} holds "
+            f"{torch.finfo(dtype).max:.6g} at most; use {wider}"
         )
 
 
@@ -314,50 +241,86 @@ class _BackgroundWriter:
             self._writing.result()
 
 
-def cache_rows(folder: Path, config: CacheConfig, model: TinyModel, start: int, end: int) -> int:
-    """Caches dataset rows `start` up to `end` in `folder`; finished shards there are kept.
+def cache_all(folder: Path, config: CacheConfig, source: Source) -> int:
+    """Caches the first `config.tokens` activations of `source`, and finishes the cache.
+
+    Returns how many shards it wrote; finished ones are kept. Raises `UserError` where there is
+    nothing to cache, and see `cache_rows` and `finish`.
+    """
+    n_rows = source.count(config.tokens)
+    if n_rows is not None:
+        n_written = cache_rows(folder, config, source, 0, n_rows)
+    else:
+        n_written, n_rows = _cache_blocks(folder, config, source, 0, None)
+    if n_rows == 0:
+        raise UserError(f"{source.name} holds nothing to cache")
+    finish(folder, n_rows)
+    return n_written
+
+
+def cache_rows(folder: Path, config: CacheConfig, source: Source, start: int, end: int) -> int:
+    """Caches the source's rows `start` up to `end` in `folder`; finished shards there are kept.
 
     `start` is a multiple of `rows_per_shard`, and so is `end`, unless it is the end of all rows.
     Returns how many shards it wrote. Ranges that do not overlap can be cached at once by separate
     processes. Raises `UserError` where the rows of a finished shard have changed, and see the
     functions above.
     """
-    recipe = recipe_of(config, model)
+    recipe = recipe_of(config, source)
     ranges = shard_ranges(start, end, config.rows_per_shard)
-    finished = {rows: finished_shard(folder, rows, recipe) for rows in ranges}
-    n_missing = list(finished.values()).count(None)
-    if n_missing == 0:
+    if all(finished_shard(folder, rows, recipe) for rows in ranges):
         return 0
-    blocks = config.token_rows.read(start, end, model.d_vocab, config.rows_per_shard)
-    n_tokens, began = 0, time.monotonic()
+    n_written, n_rows = _cache_blocks(folder, config, source, start, end)
+    if n_rows != end - start:
+        raise UserError(f"{source.name} ended before row {end}: it has changed, or was cut")
+    return n_written
+
+
+def _cache_blocks(
+    folder: Path, config: CacheConfig, source: Source, start: int, end: int | None
+) -> tuple[int, int]:
+    """`cache_rows`, up to where the rows end if `end` is None: how many shards it wrote, and of
+    how many rows there are shards now."""
+    recipe, first, n_written = recipe_of(config, source), start, 0
     with (
         torch.inference_mode(),
         ThreadPoolExecutor(1) as pool,
-        tqdm(total=end - start, unit=" rows", desc="caching", mininterval=1) as bar,
+        _Progress(None if end is None else end - start) as progress,
     ):
         writer = _BackgroundWriter(folder, pool)
-        # The dataset may end early, so it decides when to stop; its rows are counted below.
-        for rows, block in zip(ranges, blocks, strict=False):
-            if len(block) != rows[1] - rows[0]:
+        for block in source.blocks(start, end, config.rows_per_shard):
+            rows = (first, first + block.n_rows)
+            # The rows may end early. A shard cut short would be taken for one of other rows.
+            if end is not None and rows[1] < min(end, first + config.rows_per_shard):
                 break
-            shard = finished[rows]
+            shard = finished_shard(folder, rows, recipe)
             if shard is not None:
-                require_same_rows(folder, shard, block, config)
+                require_same_rows(folder, shard, block, source)
             else:
+                where = f"rows {rows[0]} to {rows[1] - 1} of {source.name}"
                 with naming_memory(config):
-                    acts, tokens = compute_shard(model, block, rows[0], config)
-                writer.write(acts, tokens, rows, recipe)
-                n_tokens += len(tokens)
-                rate = n_tokens / (time.monotonic() - began)
-                bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-            bar.update(len(block))
-        n_rows = bar.n
+                    acts = compute_shard(block, source.d_model, DTYPES[config.dtype], where)
+                writer.write(acts, block.tokens, rows, recipe)
+                n_written += 1
+            progress.add(block.n_rows, 0 if shard else len(block.tokens))
+            first = rows[1]
         writer.wait()
-    if n_rows != end - start:
-        raise UserError(
-            f"{config.token_rows.file} ended before row {end}: it has changed, or was cut"
-        )
-    return n_missing
+    return n_written, first - start
+
+
+class _Progress(tqdm):  # type: ignore[misc]
+    """A bar of rows, of which there are `n_rows` or nobody knows how many, with the speed."""
+
+    def __init__(self, n_rows: int | None) -> None:
+        super().__init__(total=n_rows, unit=" rows", desc="caching", mininterval=1)
+        self._n_tokens, self._began = 0, time.monotonic()
+
+    def add(self, n_rows: int, n_tokens: int) -> None:
+        """`n_rows` are done, and `n_tokens` activations of them were computed."""
+        self._n_tokens += n_tokens
+        rate = self._n_tokens / (time.monotonic() - self._began)
+        self.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+        self.update(n_rows)
 
 
 def finish(folder: Path, n_rows: int) -> Record:

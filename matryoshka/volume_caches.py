@@ -13,20 +13,19 @@ from typing import Any
 
 import torch
 
+from matryoshka.cache_config import CacheConfig, load_source
 from matryoshka.cache_format import MANIFEST, Recipe, read_record
-from matryoshka.cache_writer import (
-    CacheConfig,
-    finish,
-    is_complete,
-    load_model,
-    recipe_of,
-    split_rows,
-)
+from matryoshka.cache_writer import finish, is_complete, recipe_of, split_rows
 from matryoshka.files import make_folder
 from matryoshka.token_rows import count_rows
 
-# Settings that do not change the activations.
-NOT_NAMED = ("tokens", "batch_size")
+# Settings that every folder's name stands for. Of others that shape activations it stands for those
+# that are not at their default: so a folder keeps its name when there are more settings.
+ALWAYS_NAMED = (
+    *("model", "model_revision", "dataset", "dataset_revision", "split"),
+    *("layer", "dtype", "keep_begin", "rows_per_shard"),
+)
+NOT_NAMED = ("tokens", "batch_size")  # they do not change the activations
 
 
 def short_hash(value: Any) -> str:
@@ -36,7 +35,12 @@ def short_hash(value: Any) -> str:
 
 def folder_of(config: CacheConfig, root: Path) -> Path:
     """Where the cache of `config` goes: root/caches/MODEL.DATASET.SPLIT.layerN.DTYPE.HASH.TOKENS"""
-    shaping = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_NAMED}
+    shaping = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(CacheConfig)
+        if field.name in ALWAYS_NAMED
+        or (field.name not in NOT_NAMED and getattr(config, field.name) != field.default)
+    }
     parts = [Path(config.model).name, Path(config.dataset).name, config.split]
     words = [re.sub(r"[^\w-]+", "_", part) for part in parts]
     stem = ".".join([*words, f"layer{config.layer}", config.dtype, short_hash(shaping)])
@@ -68,20 +72,20 @@ def make_caches(
     returns when all are done; `commit` makes what was written visible to others. Raises
     `UserError` where a setting, the model or the rows are not right.
     """
-    model = load_model(wanted[0][0], torch.device("cpu"))
     folders: list[Path] = []
     jobs: list[CacheJob] = []
     n_rows_of: dict[Path, int] = {}
     for config, n_parts in wanted:
-        folder = folder_of(config, root)
-        found = finished_cache(config, folder, recipe_of(config, model))
+        folder, source = folder_of(config, root), load_source(config, torch.device("cpu"))
+        found = finished_cache(config, folder, recipe_of(config, source))
         folders.append(found or folder)
         if found:
             print(f"{found} is complete: no token is read, no language model run", flush=True)
             continue
         make_folder(folder, "--volume")
         print(f"counting rows for {folder}", flush=True)
-        counted = count_rows(config.token_rows, config.tokens, config.keep_begin, model.d_vocab)
+        d_vocab = source.model.d_vocab
+        counted = count_rows(config.token_rows, config.tokens, config.keep_begin, d_vocab)
         n_rows_of[folder], n_tokens = counted
         if n_tokens < config.tokens:
             print(f"the {config.split} split ends after {n_tokens:,} activations", flush=True)

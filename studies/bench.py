@@ -33,8 +33,9 @@ import torch
 import cache_activations
 import train_toy
 from matryoshka import tiny_model
+from matryoshka.cache_config import load_source
 from matryoshka.cache_reader import ActivationCache
-from matryoshka.cache_writer import cache_rows, finish, load_model
+from matryoshka.cache_writer import cache_rows, finish
 from matryoshka.command_line import main_guard, parse, pick_device, require_positive, setting, table
 from matryoshka.environment import environment
 from matryoshka.errors import UserError
@@ -244,17 +245,17 @@ def bench_data(repeats: int, device: torch.device) -> Times:
             out=str(out / "cache"),
             device=str(device),
         )
-        model, made = load_model(config, device), Path(config.out)
+        source, made = load_source(config, device), Path(config.out)
 
         def forward() -> None:
             with torch.inference_mode():
                 for block in torch.split(rows.to(device), config.batch_size):
-                    model.residual(block, config.layer)
+                    source.model.residual(block, config.layer)
 
         def cache() -> None:
             shutil.rmtree(made, ignore_errors=True)
             made.mkdir()
-            cache_rows(made, config, model, 0, len(rows))
+            cache_rows(made, config, source, 0, len(rows))
 
         times = alternate({"bare forward": forward, "caching": cache}, max(3, repeats // 2), device)
         finish(made, len(rows))

@@ -1,7 +1,9 @@
 """What is written to a cache, and that no kill, full disk or changed input spoils it."""
 
 import errno
+import hashlib
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -40,11 +42,13 @@ from tiny_factory import (
 
 from cache_activations import Config, run
 from matryoshka import cache_writer
+from matryoshka.cache_config import CacheConfig, load_source
 from matryoshka.cache_format import read_record
 from matryoshka.cache_reader import ActivationCache
-from matryoshka.cache_writer import CacheConfig, cache_rows, finish, load_model, split_rows
+from matryoshka.cache_writer import cache_rows, finish, split_rows
 from matryoshka.errors import UserError
 from matryoshka.files import make_folder
+from matryoshka.sources import Block
 from matryoshka.tiny_model import BEGIN, PAD, TinyModel
 from matryoshka.token_rows import count_rows
 
@@ -100,8 +104,8 @@ def test_takes_exactly_the_tokens_asked_for(sources: Path, tmp_path: Path, token
 def test_parts_make_the_same_bytes(sources: Path, tmp_path: Path, n_parts: int) -> None:
     whole, parts = (config_for(sources, tmp_path / name, tokens=1500) for name in ("w", "p"))
     run(whole)
-    model = load_model(parts, CPU)
-    n_rows, n_tokens = count_rows(parts.token_rows, parts.tokens, parts.keep_begin, model.d_vocab)
+    source = load_source(parts, CPU)
+    n_rows, n_tokens = count_rows(parts.token_rows, parts.tokens, parts.keep_begin, 10_000)
     assert n_tokens >= 1500
     ranges = split_rows(n_rows, parts.rows_per_shard, n_parts)
     assert ranges[0][0] == 0
@@ -112,8 +116,8 @@ def test_parts_make_the_same_bytes(sources: Path, tmp_path: Path, n_parts: int) 
         if i == len(ranges) - 1:
             with pytest.raises(UserError, match="no finished shard 00000"):
                 finish(tmp_path / "p", n_rows)
-        assert cache_rows(Path(parts.out), parts, model, start, end) > 0
-        assert cache_rows(Path(parts.out), parts, model, start, end) == 0  # a retry
+        assert cache_rows(Path(parts.out), parts, source, start, end) > 0
+        assert cache_rows(Path(parts.out), parts, source, start, end) == 0  # a retry
     finish(tmp_path / "p", n_rows)
     expected = contents(tmp_path / "w")
     del expected[".lock"]
@@ -122,9 +126,9 @@ def test_parts_make_the_same_bytes(sources: Path, tmp_path: Path, n_parts: int) 
 
 def test_finish_names_the_shard_that_is_missing(sources: Path, tmp_path: Path) -> None:
     config = config_for(sources, tmp_path)
-    model = load_model(config, CPU)
-    cache_rows(Path(config.out), config, model, 0, 30)
-    cache_rows(Path(config.out), config, model, 60, 100)
+    source = load_source(config, CPU)
+    cache_rows(Path(config.out), config, source, 0, 30)
+    cache_rows(Path(config.out), config, source, 60, 100)
     with pytest.raises(UserError, match="shard 00001, rows 30 to 59, is not finished"):
         finish(tmp_path, 100)
     assert not (tmp_path / "manifest.json").exists()
@@ -197,11 +201,11 @@ def test_a_kill_keeps_finished_shards(
     config = config_for(sources, tmp_path / "c")
     compute, calls = cache_writer.compute_shard, []
 
-    def compute_two(model: TinyModel, rows: np.ndarray, first_row: int, config: Config) -> Any:
-        calls.append(first_row)
+    def compute_two(block: Block, *settings: Any) -> Any:
+        calls.append(int(block.tokens[0, 1]))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return compute(model, rows, first_row, config)
+        return compute(block, *settings)
 
     monkeypatch.setattr(cache_writer, "compute_shard", compute_two)
     with pytest.raises(KeyboardInterrupt):
@@ -368,10 +372,10 @@ def test_going_on_makes_an_incomplete_shard_anew(
     before = contents(tmp_path / "c")
     damage(tmp_path / "c" / f"00002.{kind}")
     (tmp_path / "c" / "manifest.json").unlink()
-    model = load_model(config, CPU)
+    source = load_source(config, CPU)
     with pytest.raises(UserError, match="shard 00002, rows 60 to 89, is not finished"):
         finish(tmp_path / "c", 100)
-    assert cache_rows(Path(config.out), config, model, 0, 100) == 1
+    assert cache_rows(Path(config.out), config, source, 0, 100) == 1
     finish(tmp_path / "c", 100)
     assert contents(tmp_path / "c") == before
 
@@ -385,8 +389,8 @@ def test_a_shard_of_other_rows_is_made_anew(sources: Path, tmp_path: Path) -> No
     for kind in ("acts", "tokens", "json"):
         shutil.copy(tmp_path / "c" / f"00000.{kind}", tmp_path / "c" / f"00001.{kind}")
         (tmp_path / "c" / f"00003.{kind}").unlink()
-    model = load_model(config, CPU)
-    assert cache_rows(Path(config.out), config, model, 90, 95) == 1
+    source = load_source(config, CPU)
+    assert cache_rows(Path(config.out), config, source, 90, 95) == 1
     assert run(config)["shards_made"] == 2
     assert contents(tmp_path / "c") == before
 
@@ -466,9 +470,9 @@ def test_a_batch_beyond_memory_says_which_setting(
 @pytest.mark.parametrize(
     ("dtype", "factor", "message"),
     [
-        ("float16", 1e5, r"reach 340000 in rows 0 to 29.*float16 holds 65504 at most; use bfl"),
+        ("float16", 1e5, r"reach 340000 in rows 0 to 29 of.*float16 holds 65504 at most; use bfl"),
         ("bfloat16", 1e38, r"--dtype bfloat16 holds 3.38953e\+38 at most; use float32"),
-        ("float32", 1e39, "activations at layer 0 are not finite in rows 0 to 29"),
+        ("float32", 1e39, "activations are not finite in rows 0 to 29 of .*train.jsonl"),
     ],
 )
 def test_overflow_is_refused(
@@ -491,18 +495,18 @@ def test_overflow_is_refused(
 
 def test_a_dataset_cut_while_it_is_cached(sources: Path, tmp_path: Path) -> None:
     config = config_for(sources, tmp_path)
-    model = load_model(config, CPU)
+    source = load_source(config, CPU)
     with pytest.raises(UserError, match="ended before row 200"):
-        cache_rows(Path(config.out), config, model, 0, 200)
+        cache_rows(Path(config.out), config, source, 0, 200)
     finished = {path.name for path in tmp_path.glob("0*.json")}
     assert finished == {"00000.json", "00001.json", "00002.json"}
 
 
 def test_a_part_starts_with_a_shard(sources: Path, tmp_path: Path) -> None:
     config = config_for(sources, tmp_path)
-    model = load_model(config, CPU)
+    source = load_source(config, CPU)
     with pytest.raises(ValueError, match="start must be a multiple of rows_per_shard, 30, got 40"):
-        cache_rows(Path(config.out), config, model, 40, 70)
+        cache_rows(Path(config.out), config, source, 40, 70)
     with pytest.raises(ValueError, match="n_parts must be a whole number of 1 or more, got 0"):
         split_rows(100, 30, 0)
 
@@ -517,7 +521,7 @@ def test_parts_are_whole_shards_as_even_as_can_be() -> None:
 
 def test_finishing_clears_what_killed_writers_left(sources: Path, tmp_path: Path) -> None:
     config = config_for(sources, tmp_path)
-    cache_rows(tmp_path, config, load_model(config, CPU), 0, 100)
+    cache_rows(tmp_path, config, load_source(config, CPU), 0, 100)
     for name in (".00001.acts.x.acts", ".00001.json.x.json", ".manifest.json.x.json", ".mine"):
         (tmp_path / name).write_bytes(b"half")
     finish(tmp_path, 100)
@@ -535,7 +539,7 @@ def test_the_models_revision_reaches_the_hub(
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     config = config_for(sources, tmp_path, model="someone/tiny", model_revision="v2")
-    load_model(config, CPU)
+    load_source(config, CPU)
     assert asked == [("someone/tiny", "v2")]
 
 
@@ -559,7 +563,7 @@ def test_a_layer_that_is_not_there_is_refused_before_anything_is_read(
     sources: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="layer 3 is not there: this model has 0 to 2"):
-        load_model(config_for(sources, tmp_path, layer=3, dataset="nowhere"), CPU)
+        load_source(config_for(sources, tmp_path, layer=3, dataset="nowhere"), CPU)
 
 
 @pytest.mark.parametrize(
@@ -569,3 +573,55 @@ def test_settings_beyond_any_machine_are_refused(name: str, most: int) -> None:
     CacheConfig(**{name: most}).check()  # type: ignore[arg-type]
     with pytest.raises(UserError, match=name.replace("_", "-")):
         CacheConfig(**{name: most + 1}).check()  # type: ignore[arg-type]
+
+
+def test_a_cache_of_token_ids_has_the_bytes_that_it_has_always_had(
+    sources: Path, tmp_path: Path
+) -> None:
+    """Format 2, written out: what is in its files does not change with what else can be cached."""
+    run(config_for(sources, tmp_path / "c", rows_per_shard=100, tokens=2000))
+    rows = torch.tensor(make_rows(100, seq=32))
+    model = TinyModel.from_pretrained(sources / "model.pt")
+    tokens = kept_tokens(rows.tolist())
+    n_rows = tokens[1999][1] + 1
+    tokens = [token for token in tokens if token[1] < n_rows]
+    residual = torch.cat([model.residual(part, 1) for part in rows[:n_rows].split(7)])
+    acts = torch.stack([residual[row, position] for _, row, position in tokens]).half()
+    acts_bytes, tokens_bytes = acts.numpy().tobytes(), np.array(tokens, dtype="<i4").tobytes()
+    recipe = {
+        "format": 2,
+        "model": str(sources / "model.pt"),
+        "weights_hash": model.weights_hash,
+        "dataset": str(sources),
+        "dataset_revision": None,
+        "dataset_bytes": (sources / "train.jsonl").stat().st_size,
+        "dataset_sha256": hashlib.sha256((sources / "train.jsonl").read_bytes()).hexdigest(),
+        "split": "train",
+        "tokens": 2000,
+        "layer": 1,
+        "dtype": "float16",
+        "d_model": D_MODEL,
+        "keep_begin": False,
+        "rows_per_shard": 100,
+    }
+    shard = {
+        "name": "00000",
+        "first_row": 0,
+        "end_row": n_rows,
+        "n_tokens": len(tokens),
+        "acts_sha256": hashlib.sha256(acts_bytes).hexdigest(),
+        "tokens_sha256": hashlib.sha256(tokens_bytes).hexdigest(),
+    }
+
+    def record(n_tokens: int) -> bytes:
+        lines = [f' "make": {json.dumps(recipe)}', f' "n_tokens": {n_tokens}']
+        lines += [f' "n_rows": {n_rows}', f' "shards": [\n  {json.dumps(shard)}\n ]']
+        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+    assert contents(tmp_path / "c") == {
+        ".lock": b"",
+        "00000.acts": acts_bytes,
+        "00000.tokens": tokens_bytes,
+        "00000.json": record(len(tokens)),
+        "manifest.json": record(2000),
+    }

@@ -28,8 +28,8 @@ import evaluate
 import modal_tinystories
 import train
 import train_tinystories
-from matryoshka import cache_writer, modal_plan, volume_caches
-from matryoshka.cache_writer import CacheConfig
+from matryoshka import cache_config, cache_writer, modal_plan, volume_caches
+from matryoshka.cache_config import CacheConfig
 from matryoshka.errors import UserError
 from matryoshka.token_rows import count_rows
 from matryoshka.training import Training
@@ -569,7 +569,7 @@ def test_a_cache_of_other_weights_is_refused(
 ) -> None:
     """The name is the same: somebody has changed what the model's name stands for."""
     config, _ = finished
-    other = cache_writer.load_model(
+    other = cache_config.load_source(
         CacheConfig(model=str(write_model(tmp_path / "model.pt", seed=5)), layer=1),
         torch.device("cpu"),
     )
