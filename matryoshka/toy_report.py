@@ -23,13 +23,14 @@ if TYPE_CHECKING:  # scripts import this module, not it them
 
 N_DRAWN = 200  # held-out samples in the figure of activations
 N_COUNTS = 3  # numbers of clean features in a cell of the table
+EDGES = ("found", "wrong", "missing")  # of `hierarchy.tree_edges`
 FIGURES = ("activations.png", "decoder_cosines.png", "encoder_cosines.png", "curves.png")
 SEEDS_FIGURE = "seeds.png"  # where there are several
 
 
 def summary(results: Mapping[str, Any]) -> str:
     """The tables of a run in 80 columns: the write-up's, then means a seed of what was found and
-    lost. An SAE a row, as mean and spread over seeds."""
+    lost, then the tree's edges. An SAE a row, as mean and spread over seeds."""
     threshold = results["config"]["threshold"]
     n_seeds = len({run["seed"] for run in results["runs"]})
     seeds = f"{n_seeds} seeds" if n_seeds > 1 else f"seed {results['runs'][0]['seed']}"
@@ -45,7 +46,10 @@ def summary(results: Mapping[str, Any]) -> str:
         for name, runs in by_name.items()
     ]
     means = [[name, *_means(runs)] for name, runs in by_name.items()]
-    return f"{narrow_table(headers, rows)}\n\n{narrow_table(mean_headers, means)}"
+    edge_headers = ["tree edges, mean a seed", *EDGES, "the whole tree, none wrong"]
+    edges = [[name, *_edges(runs)] for name, runs in by_name.items()]
+    tables = ((headers, rows), (mean_headers, means), (edge_headers, edges))
+    return "\n\n".join(narrow_table(*of) for of in tables)
 
 
 def _spread(runs: Sequence[Mapping[str, Any]], key: str, digits: int) -> str:
@@ -71,6 +75,18 @@ def _means(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     rates = [rate for run in runs for rate in run["absorption"] if rate is not None]
     absorption = f"{np.mean(rates):.3f}" if rates else "-"
     return [*(f"{value:.2f}" for value in (*clean, *lost)), absorption]
+
+
+def _edges(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    counts = [run["edges"] for run in runs]
+    whole = sum(is_whole_tree(run) for run in runs)
+    means = [f"{np.mean([count[what] for count in counts]):.2f}" for what in EDGES]
+    return [*means, f"{whole} of {len(runs)}"]
+
+
+def is_whole_tree(run: Mapping[str, Any]) -> bool:
+    """Whether an SAE's forest has every edge of the true tree, and no other."""
+    return bool(run["edges"]["wrong"] == run["edges"]["missing"] == 0)
 
 
 def share(count: int, n: int) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from matryoshka.errors import UserError
+from matryoshka.hierarchy import forest, pairs_of, stands_for, tree_edges
 from matryoshka.kinds import config_of
 from matryoshka.metrics import (
     absorption_rate,
@@ -281,7 +282,10 @@ def score(config: "Config", data: "ToyData", sae: SAE, member: Member) -> dict[s
     acts = sae.encode(x)
     cosines = decoder_cosines(sae.W_dec, data.directions(member.seed))
     best = best_cosine(cosines)
-    absorbed = absorption_rate(acts, features, tree.parent, match_latents(cosines)).tolist()
+    matched = match_latents(cosines)
+    absorbed = absorption_rate(acts, features, tree.parent, matched).tolist()
+    parents = forest(pairs_of(acts * sae.W_dec.norm(dim=1)), toy_levels(sae))
+    named = stands_for(cosines, matched, config.threshold)
     lost = [kind for kind, c in zip(tree.kind, best, strict=True) if c <= config.threshold]
     return {
         "sae": member.name,
@@ -295,7 +299,17 @@ def score(config: "Config", data: "ToyData", sae: SAE, member: Member) -> dict[s
         "lost": {kind: lost.count(kind) for kind in FEATURE_KINDS},
         "dead_share": float(dead_share(acts)),
         "absorption": [None if math.isnan(rate) else round(rate, 6) for rate in absorbed],
+        "edges": tree_edges(parents, named, tree.parent),
     }
+
+
+def toy_levels(sae: SAE) -> Tensor:
+    """Each latent's level, int64 [n_latents]: one of its own, since prefixes end anywhere, and
+    there are few latents. All are of one level where the SAE was trained at one prefix."""
+    one_prefix = sae.about.get("n_prefixes") == 1
+    return (
+        torch.zeros(sae.n_latents, dtype=torch.int64) if one_prefix else torch.arange(sae.n_latents)
+    )
 
 
 def matched_views(data: "ToyData", sae: SAE, seed: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ import numpy as np
 from matryoshka import toy_stack
 from matryoshka.command_line import table
 from matryoshka.errors import UserError
-from matryoshka.toy_report import share
+from matryoshka.toy_report import EDGES, is_whole_tree, share
 from studies import ablate_toy, bench
 
 ROOT = Path(__file__).parents[1]
@@ -250,6 +250,31 @@ def _of_pair(pair: Sequence[Sequence[Run]], key: str, digits: int) -> str:
     return " / ".join(f"{np.mean([run[key] for run in runs]):.{digits}f}" for runs in pair)
 
 
+def edges() -> str:
+    """The true tree's edges that the forests of latents have: the paper's tree, then harder ones.
+    "-" where the file was kept before they were counted."""
+    files = {"the paper's tree": "toy/sampled", "the same, restarts": "toy/restarts"}
+    files |= {title: f"trees/{name}_0" for name, title in TREES.items()}
+    files |= {f"{title}, restarts": f"trees/{name}_100" for name, title in TREES.items()}
+    rows = []
+    for title, file in files.items():
+        results = read(f"{file}.json")
+        for how in (REFITS[0], REFITS[-1]):
+            of_kind = [runs_of(results, sae + how) for sae in kinds_of(results)]
+            rows.append([title + how, *(cell for runs in of_kind for cell in _edge_cells(runs))])
+    shown = [column for sae in ("matryoshka", "vanilla") for column in (sae, "whole tree")]
+    return table([f"edges {' / '.join(EDGES)}, mean a seed", *shown], rows)
+
+
+def _edge_cells(runs: Sequence[Run]) -> list[str]:
+    """ "9.0 / 0.0 / 0.0", and in how many seeds the forest is the tree."""
+    counted = [run["edges"] for run in runs if "edges" in run]
+    if not counted:
+        return ["-", "-"]
+    means = [f"{np.mean([edges[what] for edges in counted]):.1f}" for what in EDGES]
+    return [" / ".join(means), share(sum(map(is_whole_tree, runs)), len(counted))]
+
+
 def defects() -> str:
     """The original's defects, put back one by one."""
     return ablate_toy.summary(read("ablation/ablation.json")["sources"][0])
@@ -359,6 +384,7 @@ TABLES: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     "recipes": (recipes, ("toy/*.json", "bench/toy.json")),
     "refit": (refitted, ("toy/*.json",)),
     "trees": (trees, ("trees/*.json",)),
+    "edges": (edges, ("toy/sampled.json", "toy/restarts.json", "trees/*.json")),
     "defects": (defects, ("ablation/ablation.json",)),
     "standin": (standin, ("standin/evaluation.json",)),
     "standin_short": (standin_short, ("standin/evaluation.json",)),

@@ -16,6 +16,7 @@ def run_of(sae: str, seed: int, clean: int, **changed: Any) -> dict[str, Any]:
         "clean_at": {"0.9": clean, "0.95": 8, "0.99": 5},
         "lost": {"parent": 0, "child": 20 - clean, "rare": 0},
         "absorption": [None, 0.5, 0.25],
+        "edges": {"found": 9, "wrong": 1, "missing": 0},
     } | changed
 
 
@@ -48,6 +49,10 @@ def test_one_seed_is_given_as_it_is():
         "child lost": "1.00",
         "rare lost": "0.00",
         "absorption": "0.375",
+        "found": "9.00",
+        "wrong": "1.00",
+        "missing": "0.00",
+        "the whole tree, none wrong": "0 of 1",
     }
     assert "seed 3" in summary(results_of(run_of("matryoshka", 3, 19)))
 
@@ -64,6 +69,17 @@ def test_several_seeds_are_mean_and_spread_and_how_often():
     assert found["absorption"] == "0.375", "a child's rate that is not known does not count"
     assert "2 seeds" in summary(results_of(*runs[:2]))
     assert cells(summary(results_of(runs[2])))["a"]["absorption"] == "-"
+
+
+def test_a_tree_is_whole_where_no_edge_is_wrong_or_missing():
+    edges = [(9, 0, 0), (9, 1, 0), (8, 0, 1), (9, 0, 0)]
+    runs = [
+        run_of("a", seed, 20, edges=dict(zip(("found", "wrong", "missing"), e, strict=True)))
+        for seed, e in enumerate(edges)
+    ]
+    found = cells(summary(results_of(*runs)))["a"]
+    assert (found["found"], found["wrong"], found["missing"]) == ("8.75", "0.25", "0.25")
+    assert found["the whole tree, none wrong"] == "2 of 4"
 
 
 def test_any_tables_fit_in_80_columns_and_have_every_sae():

@@ -49,6 +49,7 @@ def test_an_ideal_sae_is_clean_everywhere():
     assert row["l0"] == pytest.approx(float((features > 0).sum(1).double().mean()))
     assert row["dead_share"] == 0
     assert row["absorption"] == ([None] + [0.0] * 3) * 3 + [None] * 8
+    assert row["edges"] == {"found": 9, "wrong": 0, "missing": 0}
     other_seed = score(CONFIG, DATA, ideal(3), Member("any", 4))
     assert other_seed["clean_features"] < 20
 
