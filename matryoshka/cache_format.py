@@ -42,7 +42,10 @@ FORMAT_2_KEYS = (
     *("tokens", "layer", "dtype", "d_model", "keep_begin", "rows_per_shard"),
 )
 # One that says more is of format 3.
-RECIPE_KEYS = (*FORMAT_2_KEYS, "site")
+RECIPE_KEYS = (
+    *(*FORMAT_2_KEYS, "site"),
+    *("source", "seq", "token_ids"),  # of a cache of arrays: see `array_files.cache_arrays`
+)
 
 Recipe = dict[str, Any]  # see `make_recipe`
 

@@ -1,18 +1,12 @@
-"""Where a cache's activations come from: a language model that reads rows of token ids, or arrays.
+"""Where a cache's activations come from: a language model that reads rows of token ids.
 
 The writer of caches knows a `Source` and nothing more of it. A source has rows, counted from 0; a
 row is a sequence with one activation at each position that is kept. The writer asks for blocks of
 `rows_per_shard` rows in order, compares the tokens of a block whose shard is finished, and runs
 the block's activations where it is not.
 
-**An array source** has the same five names: `d_model`; `name`, by which messages call it;
-`identity()`, what of it goes into the cache's recipe (its keys are in `cache_format.RECIPE_KEYS`:
-the files with their checksums in place of the model and the dataset); `count(n_tokens)`; and
-`blocks(start, end, size)`, each block with `tokens` (token id -1 where none is known) and
-`activations()`, which yields float tensors read from the memory-mapped files a few rows at a time.
-An array [n, d_model] is n rows of one position each, one of [rows, seq, d_model] has a sequence a
-row. A value that is not finite is best refused in `activations()`, where file and row are known;
-the writer refuses it in any case, naming the shard's rows.
+Arrays are no source here: nothing but their values tells them from others, so that
+`array_files.cache_arrays` compares the values of finished shards as well.
 """
 
 import dataclasses
