@@ -1,6 +1,7 @@
-"""Token ids -> TinyModel -> a cache of activations on disk.
+"""Token ids -> TinyModel -> a cache of activations on disk; or your own arrays -> the same.
 
     python cache_activations.py --tokens 30_000_000 --layer 3 --out cache/train
+    python cache_activations.py --activations acts/*.npy --out cache/mine
 
 Whatever interrupts it, the same command goes on after the last finished shard and ends with the
 same bytes. What the folder holds is described in matryoshka/cache_format.py.
@@ -12,11 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matryoshka.array_files import cache_arrays, count_activations, open_files
 from matryoshka.cache_config import CacheConfig, load_source
 from matryoshka.cache_format import bytes_each
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.cache_writer import cache_all, clear_leftovers, is_complete, recipe_of
 from matryoshka.command_line import main_guard, parse, pick_device, setting, table
+from matryoshka.errors import UserError
 from matryoshka.files import make_folder, one_writer
 
 
@@ -26,6 +29,25 @@ class Config(CacheConfig):
 
     out: str = setting("cache", "folder that the cache goes to")
     device: str = setting("auto", "auto, cpu, cuda, ...")
+    activations: tuple[str, ...] | None = setting(
+        None, "arrays to cache, and no language model: .npy, .pt, .safetensors, or folders of them"
+    )
+    token_ids: tuple[str, ...] | None = setting(None, "the token ids of --activations, in files")
+
+    def check(self) -> None:
+        """Raises `UserError` naming a setting that is impossible, whatever is read."""
+        super().check()
+        if self.token_ids and not self.activations:
+            raise UserError("--token-ids are those of --activations: give these, too")
+        if self.activations:
+            of_arrays = {"out", "activations", "token_ids", "tokens", "dtype"}
+            for field in dataclasses.fields(self):
+                if field.name not in of_arrays and getattr(self, field.name) != field.default:
+                    flag = f"--{field.name.replace('_', '-')}"
+                    raise UserError(
+                        f"{flag} means nothing beside --activations, which are cached "
+                        "as they are: leave it out"
+                    )
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -34,6 +56,8 @@ def run(config: Config) -> dict[str, Any]:
     Raises `UserError` where a setting, the model, the dataset or the folder is not right.
     """
     config.check()
+    if config.activations:
+        return run_on_arrays(config)
     began, folder = time.monotonic(), Path(config.out)
     source = load_source(config, pick_device(config.device))
     recipe = recipe_of(config, source)
@@ -47,16 +71,39 @@ def run(config: Config) -> dict[str, Any]:
     return {
         "out": str(folder),
         "tokens_asked": config.tokens,
+        **figures(cache),
+        "shards_made": n_written,
+        "layer": config.layer,
+        "weights_hash": recipe["weights_hash"],
+        "seconds": time.monotonic() - began,
+    }
+
+
+def run_on_arrays(config: Config) -> dict[str, Any]:
+    """`run` on the arrays of `config.activations`."""
+    began = time.monotonic()
+    acts, ids = open_files(config.activations or (), config.token_ids)
+    cache = cache_arrays(config.out, acts, ids, dtype=config.dtype, n_tokens=config.tokens)
+    n_there = count_activations(acts)
+    return {
+        "out": config.out,
+        "tokens_asked": min(config.tokens, n_there),
+        "tokens_left_out": max(0, n_there - cache.n_tokens),
+        **figures(cache),
+        "seconds": time.monotonic() - began,
+    }
+
+
+def figures(cache: ActivationCache) -> dict[str, Any]:
+    """What a cache holds."""
+    n_stored = sum(shard.n_tokens for shard in cache.shards)
+    return {
         "tokens": cache.n_tokens,
         "rows": cache.manifest.n_rows,
         "shards": len(cache.shards),
-        "shards_made": n_written,
-        "bytes": sum(shard.n_tokens for shard in cache.shards) * sum(bytes_each(recipe).values()),
-        "layer": config.layer,
+        "bytes": n_stored * sum(bytes_each(cache.recipe).values()),
         "d_model": cache.d_model,
-        "dtype": config.dtype,
-        "weights_hash": recipe["weights_hash"],
-        "seconds": time.monotonic() - began,
+        "dtype": cache.recipe["dtype"],
     }
 
 
@@ -69,7 +116,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"the dataset ends after {result['tokens']:,} activations: "
                 f"{result['tokens_asked']:,} were asked for"
             )
-        if result["shards_made"] == 0:
+        if result.get("tokens_left_out"):
+            print(f"--tokens leaves out {result['tokens_left_out']:,} activations of the files")
+        if result.get("shards_made") == 0:
             print(f"{result['out']} held this cache already: nothing was computed")
         print(result_table(result))
 
@@ -81,8 +130,8 @@ def result_table(result: dict[str, Any]) -> str:
         "tokens": f"{result['tokens']:,}",
         "rows": f"{result['rows']:,}",
         "shards": result["shards"],
-        "made now": result["shards_made"],
-        "layer": result["layer"],
+        "made now": result.get("shards_made", "-"),
+        "layer": result.get("layer", "-"),
         "d_model": result["d_model"],
         "MB": f"{result['bytes'] / 1e6:,.1f}",
         "s": f"{result['seconds']:.1f}",

@@ -132,6 +132,29 @@ def default_rows_per_shard(seq: int, d_model: int, dtype: str) -> int:
 # ----------------------------------------------------------------------------------------- files
 
 
+def open_files(
+    paths: Sequence[str | Path], id_paths: Sequence[str | Path] | None
+) -> tuple[list[Array], list[Array] | None]:
+    """The arrays of --activations and of --token-ids; what their headers say is checked.
+
+    Raises `UserError` naming the first file that is not right, or where one set has more rows.
+    """
+    acts = list(checked(open_arrays(paths), check_acts))
+    if not id_paths:
+        return acts, None
+    check = functools.partial(check_ids, acts[0])
+    ids = list(checked(open_arrays(id_paths, "--token-ids"), check))
+    n_acts, n_ids = (sum(array.shape[0] for array in arrays) for arrays in (acts, ids))
+    if n_acts != n_ids:
+        raise UserError(f"--token-ids have {n_ids} rows, and --activations {n_acts}")
+    return acts, ids
+
+
+def count_activations(arrays: Iterable[Array]) -> int:
+    """How many activations these have."""
+    return sum(math.prod(array.shape[:-1]) for array in arrays)
+
+
 def open_arrays(paths: Sequence[str | Path], flag: str = "--activations") -> list[Array]:
     """The arrays in files, or in a folder's files by name. Raises `UserError` naming the file."""
     found: list[Array] = []

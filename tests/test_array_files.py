@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+import cache_activations
 import train
 from matryoshka import arrays
 from matryoshka.array_files import cache_arrays, open_arrays
@@ -363,3 +364,24 @@ def test_what_is_behind_a_cache_works_on_arrays(tmp_path: Path) -> None:
     results = train.run(train.Config(**small, out=str(tmp_path / "run"), refit=True))
     assert results["cache"]["make"]["source"] == "arrays"
     assert len(list((tmp_path / "run" / "refit").glob("*.safetensors"))) == 2
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def test_the_command_line_caches_files_and_says_what_it_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values, tok_ids = randn(40, 3, WIDTH), torch.arange(120).reshape(40, 3)
+    save(tmp_path / "0.npy", values[:30])
+    save(tmp_path / "1.npy", values[30:])
+    save(tmp_path / "ids.pt", tok_ids)
+    argv = ["--activations", *(str(tmp_path / name) for name in ("0.npy", "1.npy"))]
+    argv += [f"--token-ids={tmp_path / 'ids.pt'}", f"--out={tmp_path / 'c'}"]
+    cache_activations.main(argv)
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 3  # the table, and nothing to say
+    cache_arrays(tmp_path / "python", [values], [tok_ids], n_tokens=30_000_000)
+    assert contents(tmp_path / "c") == contents(tmp_path / "python")
+    cache_activations.main([*argv[:-1], f"--out={tmp_path / 'few'}", "--tokens=50"])
+    assert "leaves out 70 activations of the files" in capsys.readouterr().out

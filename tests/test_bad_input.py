@@ -11,6 +11,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cache_factory import config_for, write_sources
@@ -48,6 +49,23 @@ CASES = [
         "train.jsonl",
     ),
     ("cache_activations", "{SRC} --layer 0 --tokens 1000000 --out {W}/cache", "layer"),
+    # cache_activations.py, of arrays
+    ("cache_activations", "--activations {W}/nothing.npy --out {W}/o", "nothing.npy"),
+    ("cache_activations", "--activations {W}/text.txt --out {W}/o", ".safetensors"),
+    ("cache_activations", "--activations {W}/empty --out {W}/o", "folder without"),
+    ("cache_activations", "--activations {W}/sae.safetensors --out {W}/o", "holds 5 tensors"),
+    ("cache_activations", "--activations {W}/acts.npy {W}/wide.npy --out {W}/o", "wide.npy"),
+    ("cache_activations", "--activations {W}/acts.npy {W}/double.npy --out {W}/o", "float64"),
+    ("cache_activations", "--activations {W}/acts.npy {W}/ids.npy --out {W}/o", "ids.npy"),
+    (
+        "cache_activations",
+        "--activations {W}/acts.npy --token-ids {W}/ids.npy --out {W}/o",
+        "--token-ids have 9 rows",
+    ),
+    ("cache_activations", "--activations {W}/acts.npy --token-ids {W}/acts.npy", "integers"),
+    ("cache_activations", "--token-ids {W}/ids.npy --out {W}/o", "--activations"),
+    ("cache_activations", "--activations {W}/acts.npy --layer 2 --out {W}/o", "--layer"),
+    ("cache_activations", "--activations {W}/acts.npy --out {W}/cache", "another cache"),
     # train.py
     ("train", "--cache {W}/nowhere --out {W}/o", "nowhere"),
     ("train", "--cache {W}/cache --n-latents 0 --out {W}/o", "--n-latents"),
@@ -121,6 +139,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name / "train.jsonl").write_text(row)
     cache_activations.run(config_for(folder, folder / "cache"))
     write_constant(folder / "cache", folder / "constant")
+    for name, shape, dtype in (
+        *(("acts", (10, 16), np.float32), ("wide", (10, 17), np.float32)),
+        *(("double", (10, 16), np.float64), ("ids", 9, np.int64)),
+    ):
+        np.save(folder / f"{name}.npy", np.ones(shape, dtype))
     d_model = 16
     (folder / "saes").mkdir()
     SAE(d_model, 32).save(folder / "sae.safetensors")
