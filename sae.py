@@ -33,7 +33,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -60,16 +60,73 @@ def seeded_generator(seed: int, *stream: int) -> torch.Generator:
 # ------------------------------------------------------------------------- activation functions
 
 
-def relu(preacts: Tensor) -> Tensor:
+class Gate(NamedTuple):
+    """What decides which latents fire, beside their pre-activations; shapes broadcast to theirs."""
+
+    norms: Tensor  # ||d_j||, [..., n_latents]
+    k: float | None = None  # active latents a sample, of topk and batchtopk
+    threshold: Tensor | None = None  # [..., n_latents]; of jumprelu, and of a trained batchtopk
+
+
+def relu(preacts: Tensor, gate: Gate) -> Tensor:
     """max(preacts, 0), in place."""
     return preacts.relu_()
 
 
+def topk(preacts: Tensor, gate: Gate) -> Tensor:
+    """Of each sample the k largest a_j ||d_j||, where a = relu(preacts); 0 elsewhere.
+
+    Gao et al. 2024 (arXiv 2406.04093), but that decoder rows need not be of norm 1.
+    """
+    acts = preacts.relu()
+    scores = acts * gate.norms
+    smallest = scores.topk(_whole(gate.k), dim=-1).values[..., -1:]
+    return torch.where(scores >= smallest, acts, 0)
+
+
+def batchtopk(preacts: Tensor, gate: Gate) -> Tensor:
+    """Of a batch [..., batch, n_latents] the batch * k largest a_j ||d_j||, a = relu(preacts).
+
+    Once trained, `jumprelu` with the threshold that stands in for the batch: a sample is then
+    encoded by itself. Bussmann, Leask, Nanda 2024 (arXiv 2412.06410).
+    """
+    if gate.threshold is not None:
+        return jumprelu(preacts, gate)
+    acts = preacts.relu()
+    scores = acts * gate.norms
+    n = max(1, round((gate.k or 0) * acts.shape[-2]))
+    smallest = scores.flatten(-2).topk(n, dim=-1).values[..., -1:, None]
+    return torch.where(scores >= smallest, acts, 0)
+
+
+def jumprelu(preacts: Tensor, gate: Gate) -> Tensor:
+    """preacts_j where it is over threshold_j, which is not negative; 0 elsewhere.
+
+    Rajamanoharan et al. 2024 (arXiv 2407.14435). matryoshka/kernels/jumprelu.py has the gradient
+    that their thresholds are trained with.
+    """
+    assert gate.threshold is not None
+    return torch.where(preacts > gate.threshold, preacts, 0)
+
+
 # By the name that an SAE's file gives. Each takes pre-activations [..., n_latents], which it may
-# overwrite, and returns activations of that shape that are not negative. The kernels that write
-# gradients by hand need it to have slope 1 where it is not 0 and slope 0 where it is;
+# overwrite, and a Gate, and returns activations of that shape that are not negative. The kernels
+# that write gradients by hand need it to have slope 1 where it is not 0 and slope 0 where it is;
 # `gradient="autograd"` needs nothing.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu}
+Activation = Callable[[Tensor, Gate], Tensor]
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": relu,
+    "topk": topk,
+    "batchtopk": batchtopk,
+    "jumprelu": jumprelu,
+}
+OF_K = ("topk", "batchtopk")  # those that are given their L0
+
+
+def _whole(k: float | None) -> int:
+    if k is None or k != int(k):
+        raise ValueError(f"topk needs a whole number of active latents a sample, got {k}")
+    return int(k)
 
 
 # ------------------------------------------------------------------------------------------- SAE
@@ -81,42 +138,55 @@ class SAE(nn.Module):
     Parameters: W_enc [d_model, n_latents], b_enc [n_latents], W_dec [n_latents, d_model],
     b_dec [d_model]. The buffer mean_norm [] is the mean norm of the inputs trained on: inside, an
     input is multiplied by sqrt(d_model) / mean_norm. x and x_hat are in the units of the data.
-    `activation` is a key of ACTIVATIONS; `about` says what the SAE was trained on, and how, in
-    values that JSON has.
+    `activation` is a key of ACTIVATIONS; `k` and the buffer `threshold` [n_latents], in the units
+    of activations, are what it needs beside the parameters, or None. `about` says what the SAE was
+    trained on, and how, in values that JSON has.
 
     Initialised as the original: W_enc ~ N(0, 1 / d_model), each row of W_dec 0.1 times the unit
     vector along its latent's column of W_enc, biases 0.
     """
 
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
     mean_norm: Tensor
+    threshold: Tensor | None
 
-    def __init__(self, d_model: int, n_latents: int, seed: int = 0, activation: str = "relu"):
+    def __init__(
+        self,
+        d_model: int,
+        n_latents: int,
+        seed: int = 0,
+        activation: str = "relu",
+        k: float | None = None,
+    ):
+        """`k`: active latents a sample, of topk and batchtopk. Raises ValueError where there is no
+        such activation function, or k is not what it takes."""
         super().__init__()
         generator = seeded_generator(seed, STREAM_INIT)
         W_enc = torch.randn(d_model, n_latents, generator=generator) / math.sqrt(d_model)
         W_dec = 0.1 * (W_enc / W_enc.norm(dim=0)).T
-        zeros = torch.zeros(n_latents), torch.zeros(d_model)
-        self._set(activation, {}, W_enc, zeros[0], W_dec, zeros[1], torch.tensor(1.0))
+        zeros, tensors = torch.zeros(n_latents), {"W_enc": W_enc, "W_dec": W_dec}
+        tensors |= {"b_enc": zeros, "b_dec": torch.zeros(d_model), "mean_norm": torch.tensor(1.0)}
+        if activation == "jumprelu":
+            tensors["threshold"] = zeros + FIRST_THRESHOLD
+        self._set(tensors, activation, {}, k)
 
     def _set(
         self,
+        tensors: Mapping[str, Tensor],
         activation: str,
         about: Mapping[str, Any],
-        W_enc: Tensor,
-        b_enc: Tensor,
-        W_dec: Tensor,
-        b_dec: Tensor,
-        mean_norm: Tensor,
+        k: float | None,
     ) -> None:
-        if activation not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise ValueError(f"activation must be one of {known}, got {activation!r}")
-        self.activation, self.about = activation, dict(about)
-        self.W_enc = nn.Parameter(W_enc.contiguous())
-        self.b_enc = nn.Parameter(b_enc.contiguous())
-        self.W_dec = nn.Parameter(W_dec.contiguous())
-        self.b_dec = nn.Parameter(b_dec.contiguous())
-        self.register_buffer("mean_norm", mean_norm.contiguous())
+        _check_gate(activation, k, tensors.get("threshold"), tensors["W_enc"].shape[1])
+        self.activation, self.about, self.k = activation, dict(about), k
+        for name in TENSORS[:4]:
+            self.register_parameter(name, nn.Parameter(tensors[name].contiguous()))
+        self.register_buffer("mean_norm", tensors["mean_norm"].contiguous())
+        threshold = tensors.get("threshold")
+        self.register_buffer("threshold", None if threshold is None else threshold.contiguous())
 
     @classmethod
     def from_tensors(
@@ -124,21 +194,23 @@ class SAE(nn.Module):
         tensors: Mapping[str, Tensor],
         activation: str = "relu",
         about: Mapping[str, Any] | None = None,
+        k: float | None = None,
     ) -> "SAE":
-        """An SAE of copies of `tensors`: W_enc, b_enc, W_dec, b_dec, mean_norm.
+        """An SAE of copies of `tensors`: W_enc, b_enc, W_dec, b_dec, mean_norm, maybe threshold.
 
         Raises ValueError where one is missing, or of a shape or dtype that no SAE has.
         """
         _check_shapes(tensors)
         sae = cls.__new__(cls)
         nn.Module.__init__(sae)
-        copies = {name: tensors[name].detach().clone() for name in TENSORS}
-        sae._set(activation, about or {}, **copies)
+        copies = {name: tensor.detach().clone() for name, tensor in _tensors_of(tensors)}
+        sae._set(copies, activation, about or {}, k)
         return sae
 
     def with_tensors(self, **tensors: Tensor) -> "SAE":
         """A copy in which the tensors named are others."""
-        return SAE.from_tensors({**self.state_dict(), **tensors}, self.activation, self.about)
+        tensors = {**self.state_dict(), **tensors}
+        return SAE.from_tensors(tensors, self.activation, self.about, self.k)
 
     @property
     def d_model(self) -> int:
@@ -156,10 +228,13 @@ class SAE(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """x [..., d_model] -> acts [..., n_latents], not negative, mostly zero.
 
-        x may be of any floating dtype; the result has the SAE's.
+        x may be of any floating dtype; the result has the SAE's. Until it is trained, a batchtopk
+        SAE chooses among all samples of x.
         """
-        scaled = x.to(self.W_enc.dtype) * self.scale
-        return ACTIVATIONS[self.activation](scaled @ self.W_enc + self.b_enc)
+        scaled = x.to(self.W_enc.dtype).reshape(-1, self.d_model) * self.scale
+        gate = Gate(self.W_dec.norm(dim=1), self.k, self.threshold)
+        acts = ACTIVATIONS[self.activation](scaled @ self.W_enc + self.b_enc, gate)
+        return acts.reshape(*x.shape[:-1], self.n_latents)
 
     def decode(self, acts: Tensor, prefix: int | None = None) -> Tensor:
         """acts [..., n_latents] -> x_hat [..., d_model], from the first `prefix` latents.
@@ -179,11 +254,12 @@ class SAE(nn.Module):
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all, that says what it is.
 
-        Its metadata has one key, "sae": JSON of format, activation, d_model, n_latents and about.
+        Its metadata has one key, "sae": JSON of format, activation, k, d_model, n_latents, about.
         """
         config = {
             "format": FORMAT,
             "activation": self.activation,
+            "k": self.k,
             "d_model": self.d_model,
             "n_latents": self.n_latents,
             "about": self.about,
@@ -219,7 +295,8 @@ class SAE(nn.Module):
                 raise ValueError("its metadata is of another program")
             if config.get("format", 1) not in range(1, FORMAT + 1):
                 raise ValueError(f"format must be at most {FORMAT}, got {config['format']!r}")
-            sae = cls.from_tensors(tensors, config.get("activation", "relu"), config.get("about"))
+            name, about, k = (config.get(key) for key in ("activation", "about", "k"))
+            sae = cls.from_tensors(tensors, name or "relu", about, k)
             _check_values(tensors)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is not an SAE's file: {error}") from None
@@ -227,6 +304,12 @@ class SAE(nn.Module):
 
 
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "mean_norm")
+FIRST_THRESHOLD = 0.1  # of a jumprelu SAE, in activations of scaled inputs, whose RMS is 1
+
+
+def _tensors_of(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """Those that belong to an SAE; a file may hold others."""
+    return [(name, tensors[name]) for name in (*TENSORS, "threshold") if name in tensors]
 
 
 def _check_shapes(tensors: Mapping[str, Tensor]) -> None:
@@ -237,26 +320,36 @@ def _check_shapes(tensors: Mapping[str, Tensor]) -> None:
     if tensors["W_enc"].dim() != 2:
         raise ValueError(f"W_enc must be [d_model, n_latents], got {list(tensors['W_enc'].shape)}")
     d_model, n_latents = tensors["W_enc"].shape
-    shapes: tuple[list[int], ...] = (
-        [d_model, n_latents],
-        [n_latents],
-        [n_latents, d_model],
-        [d_model],
-        [],
-    )
-    for name, shape in zip(TENSORS, shapes, strict=True):
-        found = list(tensors[name].shape)
+    rows: list[list[int]] = [[d_model, n_latents], [n_latents], [n_latents, d_model], [d_model], []]
+    shapes = dict(zip(TENSORS, rows, strict=True)) | {"threshold": [n_latents]}
+    for name in (name for name in shapes if name in tensors):
+        shape, found = shapes[name], list(tensors[name].shape)
         if found != shape:
             raise ValueError(f"{name} must be {shape}, got {found}")
         if not tensors[name].is_floating_point():
             raise ValueError(f"{name} must hold floats, got {tensors[name].dtype}")
 
 
+def _check_gate(activation: str, k: float | None, threshold: Tensor | None, n_latents: int) -> None:
+    """Raises ValueError unless an activation function is given what it needs."""
+    if activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ValueError(f"activation must be one of {known}, got {activation!r}")
+    if activation in OF_K and not (k is not None and 0 < k <= n_latents):
+        raise ValueError(f"k of {activation} must be above 0 and at most {n_latents}, got {k}")
+    if activation == "topk":
+        _whole(k)
+    if activation == "jumprelu" and threshold is None:
+        raise ValueError("threshold missing, which jumprelu needs")
+
+
 def _check_values(tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError where a value is not finite, or the inputs' mean norm is not above 0."""
-    for name in TENSORS:
-        if not tensors[name].isfinite().all():
+    for name, tensor in _tensors_of(tensors):
+        if not tensor.isfinite().all():
             raise ValueError(f"{name} holds values that are not finite")
+    if "threshold" in tensors and (tensors["threshold"] < 0).any():
+        raise ValueError("threshold must not be negative")
     if not tensors["mean_norm"] > 0:
         raise ValueError(f"mean_norm must be above 0, got {float(tensors['mean_norm'])}")
 
@@ -300,19 +393,21 @@ def matryoshka_loss(
     lengths: Sequence[int] | Tensor,
     weights: Sequence[float] | Tensor | None = None,
     sparsity_weight: float | Tensor = 0.0,
-    sparsity: Sparsity = "l1",
+    sparsity: Sparsity | Tensor = "l1",
 ) -> Tensor:
     """The loss that an SAE is trained on (the equation above), a mean over the batch: [].
 
     x [batch, d_model] is scaled already, acts [batch, n_latents]; lengths rise, and weights belong
     to them (None: all equal, of sum 1). Latents are in order. `sparsity`: a_j ||d_j|| is summed
-    ("l1"), or log((a_j ||d_j|| + 0.1) / 0.1) ("log").
+    ("l1"), log((a_j ||d_j|| + 0.1) / 0.1) ("log"), or what is given for each, [batch, n_latents].
     """
     lengths = [int(m) for m in lengths]
     weights = [1 / len(lengths)] * len(lengths) if weights is None else list(weights)
-    price = acts * W_dec.norm(dim=1)  # [batch, n_latents]
-    if sparsity == "log":
-        price = ((price + 0.1) / 0.1).log()
+    if isinstance(sparsity, Tensor):
+        price = sparsity
+    else:
+        price = acts * W_dec.norm(dim=1)  # [batch, n_latents]
+        price = ((price + 0.1) / 0.1).log() if sparsity == "log" else price
     loss, x_hat, begin = x.new_zeros(()), b_dec.expand_as(x), 0
     for m, weight in zip(lengths, weights, strict=True):
         x_hat = x_hat + acts[:, begin:m] @ W_dec[begin:m]  # what the first m latents decode to

@@ -72,10 +72,11 @@ class SparsityController:
     moves the weight by up to e^10 however many there are.
     """
 
-    def __init__(self, config: TrainerConfig, like: Tensor):
-        """`like` [n_saes, ...]: of the dtype, and on the device, of what is trained."""
-        self.config = config
-        start = like.new_full((len(like),), config.weight_in_warmup(0))
+    def __init__(self, config: TrainerConfig, like: Tensor, is_priced: bool = True):
+        """`like` [n_saes, ...]: of the dtype, and on the device, of what is trained. is_priced:
+        False where L0 is given, and the weight is 0."""
+        self.config, self.is_priced = config, is_priced
+        start = like.new_full((len(like),), config.weight_in_warmup(0) if is_priced else 0.0)
         self.state = {
             "sparsity_weight": start,
             "settled_weight": start.clone(),
@@ -90,6 +91,8 @@ class SparsityController:
     def update(self, l0: Tensor, in_warmup: bool, next_weight: float | Tensor) -> None:
         """l0 [n_saes]; in_warmup: whether the next step is in the warm-up, at `next_weight`."""
         config, weight = self.config, self.weight
+        if not self.is_priced:
+            return
         if config.l0_control == "original":
             if in_warmup:
                 weight.fill_(next_weight)

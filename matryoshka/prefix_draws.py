@@ -1,4 +1,4 @@
-"""The prefixes of every step: drawn in blocks of steps, or the exact mean over what may be drawn.
+"""The prefixes of every step: drawn in blocks of steps, fixed, or the exact mean over the draws.
 
 Lengths with weights enter a kernel as the reach of each place, and as where reaches end.
 """
@@ -34,6 +34,34 @@ def reach(lengths: Tensor, n_latents: int) -> Tensor:
     return 1 - shorter
 
 
+class PrefixRule(NamedTuple):
+    """How the prefixes of one SAE are chosen."""
+
+    n_prefixes: int
+    seed: int = 0
+    is_expected: bool = False  # the exact mean over what may be drawn
+    widths: Sequence[int] = ()  # fixed lengths in place of drawn ones; 0 is the bias alone
+    weights: Sequence[float] = ()  # of the widths; empty: all equal
+
+    def fixed_reach(self, n_latents: int) -> Tensor | None:
+        """The reach of each place, float64 [n_latents], where it is the same in every step."""
+        if self.widths:
+            return width_reach(n_latents, self.widths, self.weights)
+        return expected_reach(n_latents, self.n_prefixes) if self.is_expected else None
+
+
+def width_reach(n_latents: int, widths: Sequence[int], weights: Sequence[float] = ()) -> Tensor:
+    """The weight of the `widths` that contain the latent in each place: float64 [n_latents].
+
+    Weights are divided by their sum. A width of 0 contains none: the bias alone reconstructs.
+    """
+    weights = weights or [1.0] * len(widths)
+    reached = torch.zeros(n_latents + 1, dtype=torch.float64)
+    for width, weight in zip(widths, weights, strict=True):
+        reached[:width] += weight / sum(weights)
+    return reached[:-1]
+
+
 class PrefixDraws:
     """Each step's prefixes for a stack of SAEs, on the device that they train on.
 
@@ -41,54 +69,48 @@ class PrefixDraws:
     """
 
     def __init__(
-        self,
-        n_latents: int,
-        n_prefixes: Sequence[int],
-        seeds: Sequence[int],
-        expected: bool,
-        like: Tensor,
-        ends_on: torch.device,
+        self, n_latents: int, rules: Sequence[PrefixRule], like: Tensor, ends_on: torch.device
     ):
-        """n_prefixes and seeds: an SAE each. expected: the exact mean over what may be drawn.
-        like: of the dtype, and on the device, of what is trained. ends_on: where kernels read the
-        ends, the host but for a step that a GPU replays."""
-        self.n_latents, self.n_prefixes, self.seeds = n_latents, list(n_prefixes), list(seeds)
+        """rules: an SAE each. like: of the dtype, and on the device, of what is trained. ends_on:
+        where kernels read the ends, the host but for a step that a GPU replays."""
+        self.n_latents, self.rules = n_latents, list(rules)
         self._like, self._ends_on = like, ends_on
         self._block, self._steps = -1, list[StepPrefixes]()
-        self._expected = self._expected_prefixes() if expected else None
+        # of each SAE whose prefixes are the same in every step
+        self._fixed = [rule.fixed_reach(n_latents) for rule in rules]
+        self._all_fixed = self._draw(0, 1)[0] if None not in self._fixed else None
 
     def of(self, step: int) -> StepPrefixes:
         """Those of step `step`, which counts from 0."""
-        if self._expected is not None:
-            return self._expected
+        if self._all_fixed is not None:
+            return self._all_fixed
         block, row = divmod(step, STEPS_A_BLOCK)
         if block != self._block:
             self._block, self._steps = block, self._draw(block)
         return self._steps[row]
 
-    def lengths(self, block: int) -> list[Tensor]:
-        """Each SAE's lengths for a block of steps: [STEPS_A_BLOCK, n_prefixes] on the CPU."""
-        return [
-            sample_prefixes(
-                self.n_latents,
-                n_prefixes,
-                seeded_generator(seed, STREAM_PREFIXES, block),
-                STEPS_A_BLOCK,
-            )
-            for seed, n_prefixes in zip(self.seeds, self.n_prefixes, strict=True)
-        ]
+    def lengths(self, rule: PrefixRule, block: int) -> Tensor:
+        """An SAE's lengths for a block of steps: [STEPS_A_BLOCK, n_prefixes] on the CPU."""
+        generator = seeded_generator(rule.seed, STREAM_PREFIXES, block)
+        return sample_prefixes(self.n_latents, rule.n_prefixes, generator, STEPS_A_BLOCK)
 
-    def _draw(self, block: int) -> list[StepPrefixes]:
-        lengths = self.lengths(block)
-        reaches = torch.stack([reach(one, self.n_latents) for one in lengths], dim=1)
-        reaches = reaches.to(self._like)  # [STEPS_A_BLOCK, n_saes, n_latents]
-        ends = zip(*(one.to(self._ends_on).unbind() for one in lengths), strict=True)
+    def _draw(self, block: int, n_steps: int = STEPS_A_BLOCK) -> list[StepPrefixes]:
+        drawn = [
+            self._drawn(rule, block) if fixed is None else self._repeated(fixed, n_steps)
+            for rule, fixed in zip(self.rules, self._fixed, strict=True)
+        ]
+        reaches = torch.stack([reaches for reaches, _ in drawn], dim=1)
+        reaches = reaches.to(self._like)  # [n_steps, n_saes, n_latents]
+        ends = zip(*(ends for _, ends in drawn), strict=True)
         return [StepPrefixes(*step) for step in zip(reaches, ends, strict=True)]
 
-    def _expected_prefixes(self) -> StepPrefixes:
-        reaches = [expected_reach(self.n_latents, k) for k in self.n_prefixes]
-        ends = [count_ends(one).to(self._ends_on) for one in reaches]
-        return StepPrefixes(torch.stack(reaches).to(self._like), ends)
+    def _drawn(self, rule: PrefixRule, block: int) -> tuple[Tensor, Sequence[Tensor]]:
+        lengths = self.lengths(rule, block)
+        return reach(lengths, self.n_latents), lengths.to(self._ends_on).unbind()
+
+    def _repeated(self, fixed: Tensor, n_steps: int) -> tuple[Tensor, Sequence[Tensor]]:
+        ends = count_ends(fixed).to(self._ends_on)
+        return fixed.expand(n_steps, -1), [ends] * n_steps
 
 
 # --------------------------------------------------------------- the exact mean over the prefixes

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from matryoshka.kernels import Params
+from matryoshka.kernels import Objective, Params
 from sae import ACTIVATIONS
 
 
 def restart_last(
-    state: Mapping[str, Tensor], params: Params, last: Tensor, x: Tensor, activation: str
+    state: Mapping[str, Tensor], params: Params, last: Tensor, objective: Objective
 ) -> None:
     """Moves each SAE's last latent to where the residual is worth more than the latent is.
 
@@ -22,10 +22,12 @@ def restart_last(
     with encoder and decoder u, bias 0, and nothing in Adam's moments.
 
     state: a trainer's, changed in place; params: views of its parameters; last [n_saes, 1]: the
-    latents that come last; x [n_saes, batch, d_model], scaled.
+    latents that come last; objective: the step's.
     """
+    x, activation = objective.x, objective.activation
     d_model, n_latents = x.shape[2], state["mean_square"].shape[1]
-    acts = ACTIVATIONS[activation](torch.baddbmm(params.b_enc, x, params.W_enc.mT))
+    preacts = torch.baddbmm(params.b_enc, x, params.W_enc.mT)
+    acts = ACTIVATIONS[activation](preacts, params.gate(activation, objective.k))
     residual = x - params.b_dec - torch.bmm(acts, params.W_dec)  # [n_saes, batch, d_model]
     size, worst = residual.norm(dim=2).max(dim=1)  # [n_saes]
     u = residual.take_along_dim(worst[:, None, None], dim=1) / size[:, None, None]

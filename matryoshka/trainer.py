@@ -9,13 +9,19 @@ from torch.optim.adam import adam
 
 from matryoshka.controls import InputScale, Schedule, SparsityController
 from matryoshka.cuda_graph import CudaGraph
+from matryoshka.dead_latents import add_auxiliary_gradient, resample
+from matryoshka.errors import UserError
 from matryoshka.kernels import Objective, Params, Workspace, all_pairs, write_gradient
 from matryoshka.kernels.autograd import loss_of
 from matryoshka.kernels.dispatch import MAX_REACHES_OF_BY_PREFIX
-from matryoshka.prefix_draws import STEPS_A_BLOCK, PrefixDraws, StepPrefixes
+from matryoshka.kernels.layout import Stats
+from matryoshka.prefix_draws import STEPS_A_BLOCK, PrefixDraws, PrefixRule, StepPrefixes
 from matryoshka.restart import restart_last
 from matryoshka.trainer_config import TrainerConfig, shared_settings
-from sae import ACTIVATIONS, SAE
+from sae import ACTIVATIONS, OF_K, SAE, Gate, seeded_generator
+
+MIN_THRESHOLD = 1e-6  # of jumprelu, for its logarithm is what is trained
+STREAM_RESAMPLE = 20  # random numbers of a seed: which samples dead latents start from
 
 
 class Trainer:
@@ -49,7 +55,7 @@ class Trainer:
         self.d_model, self.n_latents = saes[0].d_model, saes[0].n_latents
         flat = torch.stack([_flattened(sae) for sae in saes])  # [n_saes, n_params]
         self._input_scale = InputScale(self.d_model, flat)
-        self._controller = SparsityController(self.config, flat)
+        self._controller = SparsityController(self.config, flat, self.activation not in OF_K)
         self._state = {
             "params": flat,
             "adam_mean": torch.zeros_like(flat),
@@ -59,6 +65,10 @@ class Trainer:
             **self._input_scale.state,
             **self._controller.state,
         }
+        if self.activation == "batchtopk":  # the running mean of the least a_j ||d_j|| let through
+            self._state["least"] = flat.new_zeros(len(saes))
+        if self.config.watches_silence:  # activations since each latent last fired
+            self._state["silent"] = flat.new_zeros(len(saes), self.n_latents)
         self._flat_grads = torch.zeros_like(flat)
         self._params = Params.of(flat, self.d_model, self.n_latents)
         self._grads = Params.of(self._flat_grads, self.d_model, self.n_latents)
@@ -68,9 +78,7 @@ class Trainer:
         self.kernels: tuple[str, ...] = ()  # an SAE each: which computed the last gradient
         self._prefixes = PrefixDraws(
             self.n_latents,
-            [config.n_prefixes for config in configs],
-            seeds,
-            self.config.prefixes == "expected",
+            [self._rule(*of_sae) for of_sae in zip(configs, seeds, strict=True)],
             flat,
             flat.device if self._is_replayed else torch.device("cpu"),
         )
@@ -87,7 +95,7 @@ class Trainer:
         """
         x, step = self._checked(x), self.n_steps_done
         in_warmup = step + 1 < self.config.n_warmup_steps
-        restarts = self.config.restarts_at(step)
+        restarts = self.config.restarts_at(step), self.config.resamples_at(step)
         prefixes = self._prefixes.of(step)
         if self._is_replayed:
             metrics = self._replay(x, prefixes, in_warmup, restarts)
@@ -102,27 +110,29 @@ class Trainer:
         prefixes: StepPrefixes,
         schedule: Schedule,
         in_warmup: bool,
-        restarts: bool,
+        restarts: tuple[bool, bool],
     ) -> dict[str, Tensor]:
-        """A step but for its count, of tensors alone. in_warmup is of the next step."""
-        config, state = self.config, self._state
+        """A step but for its count, of tensors alone. in_warmup is of the next step; restarts:
+        whether the last latent, and whether dead ones may start anew."""
+        config = self.config
         x = self._input_scale.scale(x, schedule.norm_share)  # [n_saes, batch, d_model]
+        objective = self._objective(x, prefixes)
         stats = write_gradient(
             self._grads,
             self._params,
-            self._objective(x, prefixes),
+            objective,
             config.gradient,
             config.matmul_dtype,
             self._workspace,
         )
         self.kernels = stats.kernels
+        self._watch(objective, stats, schedule)
         grad_norm = torch.linalg.vector_norm(self._flat_grads, dim=1, keepdim=True)
         self._flat_grads.mul_((config.max_grad_norm / (grad_norm + 1e-6)).clamp_(max=1))
         self._adam(schedule.lr)
 
-        state["mean_square"].lerp_(stats.mean_square, 1 - config.order_decay)
-        if restarts:
-            restart_last(state, self._params, self.order()[:, -1:], x, self.activation)
+        self._state["mean_square"].lerp_(stats.mean_square, 1 - config.order_decay)
+        self._restart(objective, *restarts)
         weight = self._controller.weight.clone()
         self._controller.update(stats.l0, in_warmup, schedule.next_weight)
         return {
@@ -136,8 +146,41 @@ class Trainer:
         """What the step asks for on the scaled x: the reach of a place goes to its latent."""
         reach = torch.empty_like(prefixes.reach).scatter_(1, self.order(), prefixes.reach)
         price = self._controller.weight[:, None] * reach
-        sparsity, activation = self.config.sparsity, self.activation
-        return Objective(x, reach, price, prefixes.ends, sparsity, activation)
+        config, activation = self.config, self.activation
+        sparsity = "l0" if activation == "jumprelu" else config.sparsity
+        # the paper's inputs have a mean square norm of 1, and these of d_model
+        bandwidth = config.bandwidth * math.sqrt(self.d_model)
+        k = config.target_l0
+        return Objective(x, reach, price, prefixes.ends, sparsity, activation, k, bandwidth)
+
+    def _rule(self, config: TrainerConfig, seed: int) -> PrefixRule:
+        widths = config.widths_of(self.n_latents)
+        expected = config.prefixes == "expected"
+        return PrefixRule(config.n_prefixes, seed, expected, widths, config.width_weights)
+
+    def _watch(self, objective: Objective, stats: Stats, schedule: Schedule) -> None:
+        """Follows batchtopk's threshold and dead latents, whose loss is added to the gradient."""
+        if stats.smallest is not None:
+            least = self._state["least"]
+            least.lerp_(stats.smallest.nan_to_num(posinf=0.0), schedule.norm_share)
+        if not self.config.watches_silence:
+            return
+        silent, config = self._state["silent"], self.config
+        silent.add_(objective.x.shape[1]).mul_(stats.mean_square == 0)
+        if config.auxiliary != "none":
+            dead, by_level = silent >= config.dead_after, config.auxiliary == "level"
+            weight = config.auxiliary_weight
+            add_auxiliary_gradient(self._grads, self._params, objective, dead, weight, by_level)
+
+    def _restart(self, objective: Objective, last: bool, dead: bool) -> None:
+        """Starts latents anew: the last one, where it is worth little, and dead ones."""
+        state = self._state
+        if last:
+            restart_last(state, self._params, self.order()[:, -1:], objective)
+        if dead:
+            generator = seeded_generator(self.seeds[0], STREAM_RESAMPLE, self.n_steps_done)
+            which = state["silent"] >= self.config.dead_after
+            resample(state, self._params, objective, which, generator)
 
     def _adam(self, lr: float | Tensor) -> None:
         state, (beta1, beta2) = self._state, self.config.betas
@@ -175,8 +218,13 @@ class Trainer:
         return torch.stack(losses)
 
     def order(self) -> Tensor:
-        """Which latent is in each place: [n_saes, n_latents], largest running mean square first."""
-        return self._state["mean_square"].sort(dim=1, descending=True, stable=True).indices
+        """Which latent is in each place: [n_saes, n_latents], largest running mean square first;
+        where widths are fixed, latents keep their places."""
+        order = self._state["mean_square"].sort(dim=1, descending=True, stable=True).indices
+        for i, rule in enumerate(self._prefixes.rules):
+            if rule.widths:
+                torch.arange(self.n_latents, out=order[i])
+        return order
 
     @property
     def saes(self) -> list[SAE]:
@@ -193,7 +241,13 @@ class Trainer:
                 "b_dec": one.b_dec[0],
                 "mean_norm": mean_norm[i],
             }
-            saes.append(SAE.from_tensors(tensors, self.activation, self._about[i]))
+            if self.activation == "jumprelu":
+                tensors["threshold"] = one.log_threshold[0, order].exp()
+            elif self.activation == "batchtopk" and self.n_steps_done:
+                norms = tensors["W_dec"].norm(dim=1).clamp_min(1e-30)
+                tensors["threshold"] = self._state["least"][i] / norms
+            k = self.config.target_l0 if self.activation in OF_K else None
+            saes.append(SAE.from_tensors(tensors, self.activation, self._about[i], k))
         return saes
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -258,6 +312,8 @@ class Trainer:
         of_bfloat16 = self.config.matmul_dtype == "bfloat16" and self.config.gradient != "autograd"
         if not self._flat_grads.is_cuda or not of_bfloat16 or torch.version.hip:
             return False
+        if self.config.watches_silence:  # which latents are dead is read back to the host
+            return False
         return torch.cuda.get_device_capability(self._flat_grads.device)[0] in (9, 10)
 
     def _replay(
@@ -265,7 +321,7 @@ class Trainer:
         x: Tensor,
         prefixes: StepPrefixes,
         in_warmup: bool,
-        restarts: bool,
+        restarts: tuple[bool, bool],
     ) -> dict[str, Tensor]:
         """`_step`, of which there is one graph for each shape of x and phase of training."""
 
@@ -297,6 +353,8 @@ def _check_stack(
             raise ValueError("SAEs that are stepped together must be on the same device")
     if any(config.gradient != "autograd" for config in configs):
         _require_slopes(first.activation)
+    if first.activation == "topk" and any(config.target_l0 % 1 for config in configs):
+        raise UserError(f"topk takes a whole number as --target-l0, got {configs[0].target_l0:g}")
     for config in configs:
         config.check(first.n_latents)
         config.require_eights("d_model", first.d_model)
@@ -309,8 +367,9 @@ def _require_slopes(activation: str) -> None:
     They take its slope to be 1 where it is not 0, and 0 where it is.
     """
     preacts = torch.linspace(-4, 4, 257, dtype=torch.float64, requires_grad=True)
+    gate = Gate(torch.ones(1), 100, 0.5 * torch.ones(1) if activation == "jumprelu" else None)
     with torch.enable_grad():
-        acts = ACTIVATIONS[activation](preacts[None] * 1.0)[0]
+        acts = ACTIVATIONS[activation](preacts[None] * 1.0, gate)[0]
         (slopes,) = torch.autograd.grad(acts.sum(), preacts)
     if not torch.equal(slopes, (acts != 0).to(slopes.dtype)):
         raise ValueError(f'the slope of {activation} is not 0 or 1: train with gradient="autograd"')
@@ -318,7 +377,9 @@ def _require_slopes(activation: str) -> None:
 
 def _flattened(sae: SAE) -> Tensor:
     """An SAE's parameters in one row, W_enc a row a latent; half precisions become float32."""
-    parts = (sae.W_enc.T, sae.b_enc, sae.W_dec, sae.b_dec)
+    parts: list[Tensor] = [sae.W_enc.T, sae.b_enc, sae.W_dec, sae.b_dec]
+    if sae.activation == "jumprelu" and sae.threshold is not None:
+        parts.append(sae.threshold.clamp_min(MIN_THRESHOLD).log())
     flat = torch.cat([part.detach().flatten() for part in parts])
     return flat if flat.dtype == torch.float64 else flat.float()
 

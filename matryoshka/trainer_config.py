@@ -1,6 +1,8 @@
 """How an SAE is trained: every setting, what follows from the settings, and their check."""
 
 import dataclasses
+import itertools
+import math
 from typing import Literal
 
 import torch
@@ -12,6 +14,7 @@ from matryoshka.kernels.dispatch import MAX_LATENTS_OF_ALL_PAIRS
 from sae import Sparsity
 
 L0Control = Literal["original", "steady"]
+OF_PREFIXES = ("n_prefixes", "widths", "width_weights")  # members of a stack may differ in these
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,8 +29,16 @@ class TrainerConfig:
     prefixes: Literal["sampled", "expected"] = setting(
         "sampled", "prefixes drawn each step, or the loss's exact mean over what may be drawn"
     )
+    widths: tuple[float, ...] = setting(
+        (),
+        "prefixes of these lengths in every step, in place of drawn ones: numbers of latents, or "
+        "shares of them; the last is all, and 0 is the bias alone",
+    )
+    width_weights: tuple[float, ...] = setting(
+        (), "weights of the --widths in the loss, divided by their sum; default: all equal"
+    )
     sparsity: Sparsity = setting(
-        "l1", "sparsity loss of c = a_j ||d_j||: c itself, or log((c + 0.1) / 0.1)"
+        "l1", "of relu: sparsity loss of c = a_j ||d_j||: c itself, or log((c + 0.1) / 0.1)"
     )
     sparsity_weight: float = setting(0.2, "where the adaptive sparsity weight starts")
     sparsity_warmup: float = setting(0.2, "share of the steps over which it rises from 0 to there")
@@ -47,6 +58,25 @@ class TrainerConfig:
     )
     restart_window: tuple[float, float] = setting(
         (0.2, 0.8), "shares of the steps between which there are such chances"
+    )
+    auxiliary: Literal["none", "all", "level"] = setting(
+        "none",
+        "loss that lets dead latents explain what is left: of the whole SAE, or of each prefix by "
+        "the dead latents that it adds",
+    )
+    auxiliary_weight: float = setting(1 / 32, "weight of that loss")
+    dead_after: int = setting(
+        250_000,
+        "activations without firing after which a latent is dead, for --auxiliary and "
+        "--resample-every",
+    )
+    resample_every: int = setting(
+        0,
+        "steps between restarts of all dead latents along what is reconstructed worst, within "
+        "--restart-window; 0: never",
+    )
+    bandwidth: float = setting(
+        1e-3, "of jumprelu's kernel, in activations of inputs whose mean square norm is 1"
     )
     gradient: Gradient = setting(
         "auto",
@@ -78,6 +108,9 @@ class TrainerConfig:
         begin, end = self.restart_window
         if not 0 <= begin <= end <= 1:
             raise UserError(f"--restart-window must be two rising shares, got {begin} {end}")
+        self.check_widths(n_latents)
+        require_positive(self, "bandwidth", "dead_after", "auxiliary_weight")
+        require_not_negative(self, "resample_every")
         for name in ("n_prefixes", "target_l0"):
             value = getattr(self, name)
             if value > n_latents:
@@ -91,10 +124,42 @@ class TrainerConfig:
         if batch_size is not None:
             self.require_eights("--batch-size", batch_size)
 
+    def check_widths(self, n_latents: int) -> None:
+        """Raises `UserError` where --widths or --width-weights are not possible."""
+        widths, weights = self.widths_of(n_latents), self.width_weights
+        shown = " ".join(f"{width:g}" for width in self.widths)
+        if weights and len(weights) != len(widths):
+            raise UserError(f"{len(weights)} --width-weights for {len(widths)} --widths")
+        if any(not 0 <= weight < math.inf for weight in weights) or (weights and not sum(weights)):
+            raise UserError("--width-weights must be 0 or more, and not all 0")
+        if not widths:
+            return
+        if self.prefixes == "expected":
+            raise UserError("--widths are fixed: they cannot be had with --prefixes expected")
+        if any(a >= b for a, b in itertools.pairwise(widths)) or widths[0] < 0:
+            raise UserError(f"--widths must rise, got {shown} for {n_latents} latents")
+        if widths[-1] != n_latents:
+            raise UserError(f"--widths must end at --n-latents {n_latents}, got {shown}")
+
+    def widths_of(self, n_latents: int) -> list[int]:
+        """`widths` as numbers of latents. Raises `UserError` where they are no whole numbers."""
+        if any(not math.isfinite(width) for width in self.widths):
+            raise UserError(f"--widths must be finite, got {self.widths}")
+        if self.widths and max(self.widths) <= 1:
+            return [round(width * n_latents) for width in self.widths]
+        if any(width != int(width) for width in self.widths):
+            raise UserError(f"--widths must be whole numbers, or shares up to 1: {self.widths}")
+        return [int(width) for width in self.widths]
+
     def require_eights(self, what: str, size: int) -> None:
         """Raises `UserError` where products in bfloat16 cannot have `size`."""
         if self.matmul_dtype == "bfloat16" and size % 8:
             raise UserError(f"--matmul-dtype bfloat16: {what} is {size}, not a multiple of 8")
+
+    @property
+    def watches_silence(self) -> bool:
+        """Whether training has a use for which latents are dead."""
+        return self.auxiliary != "none" or self.resample_every > 0
 
     @property
     def n_warmup_steps(self) -> int:
@@ -110,6 +175,12 @@ class TrainerConfig:
         begin, end = (share * self.n_steps for share in self.restart_window)
         return self.restart_every > 0 and begin <= step <= end and step % self.restart_every == 0
 
+    def resamples_at(self, step: int) -> bool:
+        """Whether dead latents may start anew after step `step`; see dead_latents.py."""
+        begin, end = (share * self.n_steps for share in self.restart_window)
+        every = self.resample_every
+        return every > 0 and begin <= step <= end and step % every == 0
+
     def learning_rate(self, step: int) -> float:
         """Warm-up, stable, decay: the learning rate of step `step`, which counts from 0.
 
@@ -124,14 +195,14 @@ class TrainerConfig:
 
 
 def shared_settings(configs: list[TrainerConfig]) -> TrainerConfig:
-    """The settings of a stack. Raises ValueError where members differ in more than n_prefixes."""
+    """The settings of a stack. Raises ValueError where members differ in more than prefixes."""
     first = configs[0]
     for config in configs:
         for field in dataclasses.fields(TrainerConfig):
             one, other = getattr(first, field.name), getattr(config, field.name)
-            if field.name != "n_prefixes" and one != other:
+            if field.name not in OF_PREFIXES and one != other:
                 raise ValueError(
-                    f"SAEs that are stepped together differ in n_prefixes only, not in "
-                    f"{field.name}: {one} and {other}"
+                    f"SAEs that are stepped together differ in {', '.join(OF_PREFIXES)} only, not "
+                    f"in {field.name}: {one} and {other}"
                 )
     return first

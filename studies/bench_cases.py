@@ -18,7 +18,7 @@ from tqdm import tqdm
 from matryoshka import metrics
 from matryoshka.errors import UserError
 from matryoshka.kernels import MatmulDtype, Workspace, write_gradient
-from matryoshka.kernels.layout import encode
+from matryoshka.kernels.encode import encode
 from matryoshka.trainer import Trainer
 from matryoshka.trainer_config import TrainerConfig
 from sae import SAE, seeded_generator
@@ -140,7 +140,7 @@ class Case(NamedTuple):
         objective = trainer._objective(x, prefixes)
         workspace, flat = Workspace(), trainer._flat_grads
         parts: dict[str, Callable[[], object]] = {
-            "encode": lambda: encode(one, x[0], "relu", "float32", workspace),
+            "encode": lambda: encode(one, x[0], objective, "float32", workspace),
             "encode, decode and backward": lambda: write_gradient(
                 grads, params, objective, workspace=workspace
             ),

@@ -212,7 +212,9 @@ def test_a_step_on_a_gpu_reads_nothing_back(
     ends[0][-1:].fill_(N_LATENTS)
     with torch.inference_mode():
         for in_warmup, restarts in ((True, False), (False, True)):
-            metrics = trainer._step(x, StepPrefixes(reach, ends), schedule, in_warmup, restarts)
+            metrics = trainer._step(
+                x, StepPrefixes(reach, ends), schedule, in_warmup, (restarts, False)
+            )
             assert {tensor.device.type for tensor in metrics.values()} == {"meta"}
     with pytest.raises(RuntimeError):
         float(metrics["l0"][0])

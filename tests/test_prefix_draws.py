@@ -9,7 +9,7 @@ from core_cases import batches, make_trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matryoshka.prefix_draws import PrefixDraws, expected_reach, reach
+from matryoshka.prefix_draws import PrefixDraws, PrefixRule, expected_reach, reach
 from sae import prefix_probabilities, sample_prefixes, seeded_generator
 
 
@@ -79,7 +79,12 @@ def test_impossible_prefixes_are_refused(n_prefixes):
 
 def draws(n_prefixes=(4, 4), seeds=(0, 1), n_latents=500, expected=False):
     cpu = torch.device("cpu")
-    return PrefixDraws(n_latents, n_prefixes, seeds, expected, torch.zeros(1), cpu)
+    rules = [PrefixRule(*of_sae, expected) for of_sae in zip(n_prefixes, seeds, strict=True)]
+    return PrefixDraws(n_latents, rules, torch.zeros(1), cpu)
+
+
+def lengths(drawn, block):
+    return [drawn.lengths(rule, block) for rule in drawn.rules]
 
 
 def test_vanilla_is_one_prefix():
@@ -91,7 +96,7 @@ def test_vanilla_is_one_prefix():
 
 
 def test_prefixes_differ_by_seed_step_and_block():
-    rows = torch.cat(draws().lengths(0) + draws().lengths(1))  # [4 * 256, 4]
+    rows = torch.cat(lengths(draws(), 0) + lengths(draws(), 1))  # [4 * 256, 4]
     assert len(torch.unique(rows, dim=0)) > 0.99 * len(rows)
 
 

@@ -349,7 +349,7 @@ def test_a_refit_is_a_copy_that_keeps_what_the_sae_is(monkeypatch):
         assert torch.equal(refitted.mean_norm, sae.mean_norm)
     assert all(torch.equal(before[name], tensor) for name, tensor in sae.state_dict().items())
 
-    monkeypatch.setitem(ACTIVATIONS, "double", lambda preacts: 2 * preacts.relu())
+    monkeypatch.setitem(ACTIVATIONS, "double", lambda preacts, gate: 2 * preacts.relu())
     other = SAE.from_tensors(sae.state_dict(), "double")
     for dtype in (torch.float32, torch.bfloat16):
         plain = SAE.from_tensors(sae.to(dtype).state_dict())

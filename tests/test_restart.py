@@ -4,7 +4,7 @@ import pytest
 import torch
 from core_cases import rand, states_equal
 
-from matryoshka.kernels import Params
+from matryoshka.kernels import Objective, Params
 from matryoshka.restart import restart_last
 from matryoshka.trainer import Trainer
 from matryoshka.trainer_config import TrainerConfig
@@ -63,14 +63,19 @@ def by_hand(state, x, i, d_model, n_latents, activation):
     return parts, worths, moves
 
 
-def hard_threshold(preacts):
+def objective_on(x, activation):
+    nothing = torch.zeros(len(x), 6)
+    return Objective(x, nothing, nothing, activation=activation)
+
+
+def hard_threshold(preacts, gate=None):
     return preacts * (preacts > 1)
 
 
 @pytest.mark.parametrize("activation", [torch.relu, hard_threshold])
 def test_a_restart_is_what_a_loop_does(activation, monkeypatch):
     """To weights, bias, both of Adam's moments and the running mean; and to nothing else."""
-    monkeypatch.setitem(ACTIVATIONS, "mine", activation)
+    monkeypatch.setitem(ACTIVATIONS, "mine", lambda z, _: activation(z))
     d_model, n_latents, n_saes, moved = 4, 6, 5, []
     for seed in range(6):
         state = state_of(d_model, n_latents, n_saes, 100 * seed)
@@ -80,7 +85,7 @@ def test_a_restart_is_what_a_loop_does(activation, monkeypatch):
         expected = [by_hand(state, x, i, d_model, n_latents, activation) for i in range(n_saes)]
         params = Params.of(state["params"], d_model, n_latents)
         order = state["mean_square"].sort(dim=1, descending=True, stable=True).indices
-        restart_last(state, params, order[:, -1:], x, "mine")
+        restart_last(state, params, order[:, -1:], objective_on(x, "mine"))
         for i, (parts, worths, moves) in enumerate(expected):
             moved.append(moves)
             torch.testing.assert_close(state["mean_square"][i], worths)
@@ -100,5 +105,6 @@ def test_what_is_reconstructed_to_the_last_bit_is_left_alone():
     state["mean_square"].zero_()
     before = {name: tensor.clone() for name, tensor in state.items()}
     params = Params.of(state["params"], 4, 6)
-    restart_last(state, params, torch.full((2, 1), 5), torch.zeros(2, 30, 4), "relu")
+    objective = objective_on(torch.zeros(2, 30, 4), "relu")
+    restart_last(state, params, torch.full((2, 1), 5), objective)
     assert states_equal(before, state)

@@ -172,7 +172,7 @@ def test_an_sae_of_tensors_has_its_own():
 
 
 def test_another_sae_with_other_tensors_keeps_the_rest(monkeypatch):
-    monkeypatch.setitem(ACTIVATIONS, "double", lambda preacts: 2 * preacts.relu_())
+    monkeypatch.setitem(ACTIVATIONS, "double", lambda preacts, gate: 2 * preacts.relu_())
     sae = SAE.from_tensors(SAE(D_MODEL, N_LATENTS).state_dict(), "double", {"seed": 3})
     other = sae.with_tensors(b_dec=torch.ones(D_MODEL))
     assert (other.activation, other.about) == ("double", {"seed": 3})
@@ -183,13 +183,16 @@ def test_another_sae_with_other_tensors_keeps_the_rest(monkeypatch):
 
 
 def test_an_activation_is_looked_up_by_name(monkeypatch):
-    monkeypatch.setitem(ACTIVATIONS, "softplus", torch.nn.functional.softplus)
+    monkeypatch.setitem(ACTIVATIONS, "softplus", lambda z, _: torch.nn.functional.softplus(z))
     relu, soft = (SAE(D_MODEL, N_LATENTS, activation=name) for name in ("relu", "softplus"))
     x = rand(BATCH, D_MODEL)
     preacts = x * relu.scale @ relu.W_enc
     assert_close(relu.encode(x), preacts.clamp(min=0))
     assert_close(soft.encode(x), (1 + preacts.exp()).log())
-    with pytest.raises(ValueError, match="activation must be one of relu, softplus, got 'tanh'"):
+    with pytest.raises(
+        ValueError,
+        match="one of relu, topk, batchtopk, jumprelu, softplus, got 'tanh'",
+    ):
         SAE(D_MODEL, N_LATENTS, activation="tanh")
 
 
@@ -198,7 +201,7 @@ def test_an_activation_is_looked_up_by_name(monkeypatch):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_save_and_load(tmp_path, monkeypatch, dtype):
-    monkeypatch.setitem(ACTIVATIONS, "double", lambda preacts: 2 * preacts.relu_())
+    monkeypatch.setitem(ACTIVATIONS, "double", lambda preacts, gate: 2 * preacts.relu_())
     sae = SAE(D_MODEL, N_LATENTS, seed=4, activation="double").to(dtype)
     sae.mean_norm.fill_(2.5)
     sae.about = {"data": "toy", "lr": 0.1}
@@ -221,6 +224,7 @@ def test_a_file_says_what_it_is(tmp_path):
     assert json.loads(metadata["sae"]) == {
         "format": 2,
         "activation": "relu",
+        "k": None,
         "d_model": D_MODEL,
         "n_latents": N_LATENTS,
         "about": {"seed": 1},
@@ -283,7 +287,7 @@ def test_a_file_that_is_no_sae_is_refused_in_one_line(tmp_path, what):
         ('{"format": 3}', "format must be at most 2, got 3"),
         ('{"format": "new"}', "format must be at most 2, got 'new'"),
         ('{"format": null}', "format must be at most 2, got None"),
-        ('{"activation": "tanh"}', "activation must be one of relu, got 'tanh'"),
+        ('{"activation": "tanh"}', "activation must be one of relu, .*, got 'tanh'"),
         ('{"activation": ["relu"]}', ""),
         ("[1]", "metadata is of another program"),
         ('{"about": [1]}', "metadata is of another program"),

@@ -18,7 +18,7 @@ from matryoshka.kernels.autograd import loss_of
 from matryoshka.prefix_draws import StepPrefixes
 from matryoshka.trainer import Trainer
 from matryoshka.trainer_config import TrainerConfig
-from sae import ACTIVATIONS, SAE, matryoshka_loss, relu, sample_prefixes, seeded_generator
+from sae import ACTIVATIONS, SAE, matryoshka_loss, sample_prefixes, seeded_generator
 
 
 def test_in_company_as_alone():
@@ -147,7 +147,8 @@ def test_a_step_reads_nothing_back_to_the_host():
     trainer.step(batches(1)[0])
     x = trainer._checked(batches(1)[0])
     with Recorder() as recorder, torch.inference_mode():
-        trainer._step(x, trainer._prefixes.of(1), Schedule.of(trainer.config, 1), True, False)
+        schedule = Schedule.of(trainer.config, 1)
+        trainer._step(x, trainer._prefixes.of(1), schedule, True, (False, False))
     assert any("bmm" in name for name in recorder.names)
     reads = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::equal"}
     assert not reads & set(recorder.names)
@@ -223,7 +224,7 @@ def test_the_recipe_is_adam_on_the_clipped_gradient_of_the_loss():
         scaled = x * math.sqrt(D_MODEL) / mean_norm
         order = mean_square.argsort(descending=True, stable=True)
         W_enc, b_enc, W_dec, b_dec = (p.requires_grad_() for p in leaves)
-        acts = relu(scaled @ W_enc + b_enc)
+        acts = torch.relu(scaled @ W_enc + b_enc)
         loss = matryoshka_loss(
             scaled, acts[:, order], W_dec[order], b_dec, lengths[t], None, weight
         )
@@ -408,7 +409,7 @@ def test_what_cannot_be_stepped_together_is_refused(monkeypatch):
     config = TrainerConfig(n_steps=1, target_l0=1.0, n_prefixes=1)
     with pytest.raises(ValueError, match="must be as many"):
         Trainer([SAE(2, 3)], config, [0, 1])
-    monkeypatch.setitem(ACTIVATIONS, "other", relu)
+    monkeypatch.setitem(ACTIVATIONS, "other", ACTIVATIONS["relu"])
     with pytest.raises(ValueError, match="same activation"):
         Trainer([SAE(2, 3), SAE(2, 3, activation="other")], config, [0, 1])
     with pytest.raises(ValueError, match="same n_latents"):
@@ -446,8 +447,8 @@ def test_saes_on_two_devices_are_refused():
 
 def test_an_activation_that_the_kernels_would_get_wrong_is_refused(monkeypatch):
     softplus = torch.nn.functional.softplus
-    monkeypatch.setitem(ACTIVATIONS, "softplus", softplus)
-    monkeypatch.setitem(ACTIVATIONS, "hard", lambda preacts: preacts * (preacts > 0.1))
+    monkeypatch.setitem(ACTIVATIONS, "softplus", lambda z, _: softplus(z))
+    monkeypatch.setitem(ACTIVATIONS, "hard", lambda preacts, gate: preacts * (preacts > 0.1))
     settings = {"n_steps": 9, "target_l0": 1.0, "n_prefixes": 1}
     for name, gradient in (("hard", "auto"), ("relu", "auto"), ("softplus", "autograd")):
         config = TrainerConfig(**settings, gradient=gradient)

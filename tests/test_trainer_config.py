@@ -15,6 +15,8 @@ def test_the_published_recipe():
     """The original's settings for the toy: nobody changes one without this being seen."""
     assert dataclasses.asdict(CONFIG) == {
         "n_steps": 40_000, "target_l0": 1.2338, "n_prefixes": 10, "prefixes": "sampled",
+        "widths": (), "width_weights": (), "auxiliary": "none", "auxiliary_weight": 1 / 32,
+        "dead_after": 250_000, "resample_every": 0, "bandwidth": 0.001,
         "sparsity": "l1", "sparsity_weight": 0.2, "sparsity_warmup": 0.2,
         "l0_control": "original", "lr": 0.03, "lr_warmup_steps": 100, "lr_decay": 0.2,
         "lr_end": 0.1, "betas": (0.5, 0.9375), "max_grad_norm": 1.0, "norm_decay": 0.99,

@@ -10,7 +10,7 @@ import sae as sae_module
 from matryoshka import metrics
 from matryoshka.trainer import Trainer
 from matryoshka.trainer_config import TrainerConfig
-from sae import SAE, matryoshka_loss, sample_prefixes, seeded_generator
+from sae import SAE, Gate, matryoshka_loss, sample_prefixes, seeded_generator
 
 N_FEATURES, D_MODEL, N_STEPS = 12, 8, 600
 
@@ -74,7 +74,7 @@ def test_the_loss_is_a_function_that_autograd_can_differentiate() -> None:
 def test_swap_the_activation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One function and one entry of the table; the file says which it was."""
 
-    def hard_threshold(preacts: Tensor) -> Tensor:
+    def hard_threshold(preacts: Tensor, gate: Gate) -> Tensor:
         return preacts * (preacts > 0.1)
 
     monkeypatch.setitem(sae_module.ACTIVATIONS, "hard_threshold", hard_threshold)

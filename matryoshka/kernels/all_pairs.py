@@ -7,6 +7,8 @@ quadratic term is 2 acts (shared * G) to acts, and 2 (shared * C) W_dec to W_dec
 import torch
 from torch import Tensor
 
+from matryoshka.kernels import jumprelu
+from matryoshka.kernels.encode import smallest_let_through
 from matryoshka.kernels.layout import (
     MIN_NORM,
     Objective,
@@ -20,14 +22,19 @@ from sae import ACTIVATIONS
 
 def write(grads: Params, params: Params, objective: Objective) -> Stats:
     """Writes the gradient; see `write_gradient`."""
-    W_enc, b_enc, W_dec, b_dec = params
+    W_enc, b_enc, W_dec, b_dec, log_threshold = params
+    activation, bandwidth = objective.activation, objective.bandwidth
     x, batch = objective.x, objective.x.shape[1]
     ones = x.new_ones(len(x), 1, batch)  # sums over the batch are products: no copies
     reach = objective.reach[..., None] * (2 / batch)  # [n_saes, n_latents, 1]
     price = objective.price[..., None] / batch
 
     preacts = torch.baddbmm(b_enc, x, W_enc.mT)
-    acts = ACTIVATIONS[objective.activation](preacts)  # [n_saes, batch, n_latents]
+    gate = params.gate(activation, objective.k)
+    near = None
+    if activation == "jumprelu":
+        near = jumprelu.near(preacts, log_threshold.exp(), bandwidth)
+    acts = ACTIVATIONS[activation](preacts, gate)  # [n_saes, batch, n_latents]
     x_centred = x - b_dec
     shared = torch.minimum(reach, reach.mT)  # [n_saes, n_latents, n_latents]
     gram = torch.bmm(W_dec, W_dec.mT)
@@ -40,6 +47,11 @@ def write(grads: Params, params: Params, objective: Objective) -> Stats:
 
     g_acts = torch.baddbmm(slope, acts, gram * shared)
     g_acts.baddbmm_(x_centred, W_dec_reached.mT, alpha=-1)
+    if near is not None:
+        threshold, near = log_threshold.exp(), near.to(x.dtype)
+        slopes = threshold * torch.bmm(ones, g_acts * near) + price.mT * torch.bmm(ones, near)
+        gradient = jumprelu.log_threshold_gradient(slopes, threshold, bandwidth)
+        grads.log_threshold.copy_(gradient)
     zero_where_silent(g_acts, acts)
     torch.bmm(g_acts.mT, x, out=grads.W_enc)
     torch.bmm(ones, g_acts, out=grads.b_enc)
@@ -53,20 +65,26 @@ def write(grads: Params, params: Params, objective: Objective) -> Stats:
     # ord 0 counts what is not zero, without a copy in another dtype
     l0 = torch.linalg.vector_norm(acts, ord=0, dim=(1, 2)) / batch
     mean_square = correlation.diagonal(dim1=1, dim2=2) * norms.square() / batch
-    return Stats(l0, mean_square, ("all_pairs",) * len(x))
+    least = None
+    if activation == "batchtopk":
+        least = smallest_let_through(acts.mT, norms[..., None])
+    return Stats(l0, mean_square, ("all_pairs",) * len(x), least)
 
 
 def loss_of(params: Params, x: Tensor, i: int, objective: Objective) -> Tensor:
     """SAE i's loss on x [batch, d_model], a mean over the batch: [], by the form in the head of
     kernels/__init__.py. Its cost does not grow with the number of prefixes, but [n_latents,
     n_latents] has to fit in memory."""
-    acts = ACTIVATIONS[objective.activation](x @ params.W_enc.T + params.b_enc)
+    gate = params.gate(objective.activation, objective.k)
+    acts = ACTIVATIONS[objective.activation](x @ params.W_enc.T + params.b_enc, gate)
     x_centred, reach = x - params.b_dec, objective.reach[i]
     shared = torch.minimum(reach[:, None], reach) * (params.W_dec @ params.W_dec.T)
     fit = torch.addmm((x_centred @ params.W_dec.T) * (-2 * reach), acts, shared).mul_(acts).sum()
     weighted = acts * params.W_dec.norm(dim=1)
     if objective.sparsity == "log":
         weighted = ((weighted + 0.1) / 0.1).log()
+    elif objective.sparsity == "l0":
+        weighted = (acts > 0).to(acts.dtype)
     price = (weighted @ objective.price[i]).sum()
     loss: Tensor = (x_centred.square().sum() + fit + price) / len(x)
     return loss

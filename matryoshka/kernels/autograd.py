@@ -5,41 +5,59 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from matryoshka.kernels.encode import smallest_let_through
+from matryoshka.kernels.jumprelu import count, jump
 from matryoshka.kernels.layout import Objective, Params, Stats
-from sae import ACTIVATIONS, matryoshka_loss
+from sae import ACTIVATIONS, Sparsity, matryoshka_loss
 
 
 def write(grads: Params, params: Params, objective: Objective) -> Stats:
     """Writes the gradient; see `write_gradient`."""
-    l0s, mean_squares = [], []
+    l0s, mean_squares, least = [], [], []
     for i in range(len(objective.x)):
-        parts, l0, mean_square = _gradient(i, params.one(i), objective)
+        parts, l0, mean_square, smallest = _gradient(i, params.one(i), objective)
         for grad, part in zip(grads.one(i), parts, strict=True):
             grad.copy_(part)
         l0s.append(l0)
         mean_squares.append(mean_square)
+        least.append(smallest)
     kernels = ("autograd",) * len(l0s)
-    return Stats(torch.stack(l0s), torch.stack(mean_squares), kernels)
+    of_batchtopk = torch.stack(least) if objective.activation == "batchtopk" else None
+    return Stats(torch.stack(l0s), torch.stack(mean_squares), kernels, of_batchtopk)
 
 
 def loss_of(params: Params, x: Tensor, i: int, objective: Objective) -> tuple[Tensor, Tensor]:
     """SAE i's loss on x [batch, d_model], and its activations [batch, n_latents]."""
-    acts = ACTIVATIONS[objective.activation](x @ params.W_enc.T + params.b_enc)
+    acts, price = activations(params, x, objective)
     order = objective.reach[i].argsort(descending=True, stable=True)
     ends = objective.ends_of(i).tolist()
-    # A latent's price is the sparsity weight times its reach, and the largest reach is 1.
+    ranked = objective.reach[i, order]
+    # A latent's price is the sparsity weight times its reach.
     weight = objective.price[i, order[0]] / objective.reach[i, order[0]]
     loss = matryoshka_loss(
         x,
         acts[:, order],
         params.W_dec[order],
         params.b_dec[0],
-        ends,
-        length_weights(objective.reach[i, order], ends),
+        [0, *ends],  # what the lengths lack of a weight of 1 is the bias alone's
+        [1 - float(ranked[0]), *length_weights(ranked, ends)],
         weight,
-        objective.sparsity,
+        price if isinstance(price, str) else price[:, order],
     )
     return loss, acts
+
+
+def activations(
+    params: Params, x: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor | Sparsity]:
+    """Activations [batch, n_latents], and what matryoshka_loss takes as their sparsity."""
+    preacts, activation = x @ params.W_enc.T + params.b_enc, objective.activation
+    if activation == "jumprelu":
+        threshold, bandwidth = params.log_threshold[0].exp(), objective.bandwidth
+        return jump(preacts, threshold, bandwidth), count(preacts, threshold, bandwidth)
+    assert objective.sparsity != "l0"
+    gate = params.gate(activation, objective.k)
+    return ACTIVATIONS[activation](preacts, gate), objective.sparsity
 
 
 def length_weights(ranked: Tensor, ends: list[int]) -> list[float]:
@@ -51,8 +69,9 @@ def length_weights(ranked: Tensor, ends: list[int]) -> list[float]:
 @torch.inference_mode(False)
 def _gradient(
     i: int, params: Params, objective: Objective
-) -> tuple[Sequence[Tensor], Tensor, Tensor]:
-    """SAE i's gradient, as `params` are; L0 []; mean square of a_j ||d_j|| [n_latents].
+) -> tuple[Sequence[Tensor], Tensor, Tensor, Tensor]:
+    """SAE i's gradient, as `params` are; L0 []; mean square of a_j ||d_j|| [n_latents], and the
+    least that is not 0 [].
 
     Tensors made in inference mode cannot be differentiated, so all are copied first.
     """
@@ -60,7 +79,7 @@ def _gradient(
     objective = objective.copied()
     with torch.enable_grad():
         loss, acts = loss_of(leaves, objective.x[i], i, objective)
-        parts = torch.autograd.grad(loss, leaves)
-    acts = acts.detach()
-    mean_square = (acts * leaves.W_dec.detach().norm(dim=1)).square().mean(0)
-    return parts, (acts > 0).sum().to(acts.dtype) / len(acts), mean_square
+        parts = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    acts, norms = acts.detach(), leaves.W_dec.detach().norm(dim=1)
+    mean_square, least = (acts * norms).square().mean(0), smallest_let_through(acts, norms)
+    return parts, (acts > 0).sum().to(acts.dtype) / len(acts), mean_square, least

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
+from matryoshka.kernels import jumprelu
 from matryoshka.kernels.layout import MIN_NORM, Task, sparsity_slopes, zero_where_silent
 
 
@@ -17,7 +18,8 @@ def write(task: Task, dtype: torch.dtype, grouped: bool) -> Tensor:
     dtype: what the operands of products are rounded to. grouped: all products of a kind are one
     grouped product, for which no number is read back from a GPU.
     """
-    grads, x, acts, price, batch = task.grads, task.x, task.acts, task.price, len(task.x)
+    grads, x, acts, price, batch = task.grads, task.x, task.dense_acts(), task.price, len(task.x)
+    near = task.acts.near
     ranked, order = task.reach.sort(descending=True, stable=True)
     W_dec = task.params.W_dec
     where: slice | Tensor = slice(None)
@@ -26,6 +28,7 @@ def write(task: Task, dtype: torch.dtype, grouped: bool) -> Tensor:
             acts, 0, order, out=task.workspace.empty("ranked", acts, *acts.shape)
         )
         W_dec, price, where = W_dec[order], price[order], order
+        near = None if near is None else near[order]
 
     norms = W_dec.norm(dim=1)
     slope, weighted = sparsity_slopes(acts, norms[:, None], task.sparsity)
@@ -36,6 +39,12 @@ def write(task: Task, dtype: torch.dtype, grouped: bool) -> Tensor:
     blocks = Blocks(acts.to(dtype), W_dec.to(dtype), ranked, task)
     add = blocks.add_grouped if grouped else blocks.add_sliced
     total = add(g_acts, g_W_dec)
+    if near is not None:
+        threshold = task.params.log_threshold[0, where].exp()
+        slopes = threshold * (g_acts * near).sum(1) + price * near.sum(1) / batch
+        grads.log_threshold[0, where] = jumprelu.log_threshold_gradient(
+            slopes, threshold, task.bandwidth
+        )
     zero_where_silent(g_acts, acts)
 
     grads.W_enc[where] = (g_acts.to(dtype) @ x.to(dtype)).to(x.dtype)
@@ -56,7 +65,10 @@ class Blocks:
     """
 
     def __init__(self, acts: Tensor, W_dec: Tensor, ranked: Tensor, task: Task):
-        """acts [n_latents, batch], W_dec and their reaches `ranked` [n_latents], which fall."""
+        """acts [n_latents, batch], W_dec and their reaches `ranked` [n_latents], which fall.
+
+        Where the first is below 1, the rest of the weight is that of the bias alone.
+        """
         self.acts, self.W_dec, self.ranked = acts, W_dec, ranked
         self.ends, self.workspace = task.ends, task.workspace
         self.minus_x = task.params.b_dec - task.x  # what no latents at all leave, less x
@@ -81,7 +93,7 @@ class Blocks:
         for (residual, a, d), g_a, g_d in g_blocks:
             g_a.addmm_(d, residual.T)
             g_d.addmm_(a, residual)
-        return residuals[0].sum(0)
+        return residuals[0].sum(0) + self.of_bias_alone()
 
     def add_grouped(self, g_acts: Tensor, g_W_dec: Tensor) -> Tensor:
         """All blocks at once: r_k = sum_q min(s_k, s_q) (what block q decodes to), x taken off
@@ -100,4 +112,9 @@ class Blocks:
         scale = 2 / (batch * n_blocks)
         g_acts.add_(grouped_mm(self.W_dec, residuals.mT, offs=ends), alpha=scale)
         g_W_dec.add_(grouped_mm(self.acts, residuals, offs=ends), alpha=scale)
-        return residuals[0].sum(0, dtype=g_acts.dtype) * scale
+        return residuals[0].sum(0, dtype=g_acts.dtype) * scale + self.of_bias_alone()
+
+    def of_bias_alone(self) -> Tensor:
+        """The gradient of b_dec from the length 0: [d_model]."""
+        batch = len(self.minus_x)
+        return self.minus_x.sum(0) * ((1 - self.ranked[0]) * (2 / batch))

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from matryoshka.kernels import all_pairs, autograd, by_prefix, sparse
-from matryoshka.kernels.layout import MatmulDtype, Objective, Params, Stats, Task, Workspace, encode
+from matryoshka.kernels.encode import encode
+from matryoshka.kernels.layout import Acts, MatmulDtype, Objective, Params, Stats, Task, Workspace
 
 Kernel = Literal["autograd", "all_pairs", "by_prefix", "grouped", "sparse"]
 # "auto" takes the fastest; "dense" what a GPU takes, whatever is active, on a CPU, too.
@@ -43,7 +44,7 @@ def write_gradient(
     is_small = gradient in ("auto", "dense") and n_latents <= MAX_LATENTS_OF_ALL_PAIRS
     if gradient == "all_pairs" or is_small:
         return all_pairs.write(grads, params, objective)
-    l0s, mean_squares, kernels = [], [], list[str]()
+    l0s, mean_squares, smallest, kernels = [], [], [], list[str]()
     for i in range(n_saes):
         task = task_of(i, grads, params, objective, matmul_dtype, workspace or Workspace())
         n_active = count_active(task.acts, task.workspace)
@@ -57,8 +58,10 @@ def write_gradient(
             mean_square = write_one(kernel, task, matmul_dtype)
         l0s.append(l0)
         mean_squares.append(mean_square)
+        smallest.append(l0 if task.acts.smallest is None else task.acts.smallest)
         kernels.append(kernel)
-    return Stats(torch.stack(l0s), torch.stack(mean_squares), tuple(kernels))
+    least = torch.stack(smallest) if objective.activation == "batchtopk" else None
+    return Stats(torch.stack(l0s), torch.stack(mean_squares), tuple(kernels), least)
 
 
 def write_one(kernel: Kernel, task: Task, matmul_dtype: MatmulDtype) -> Tensor:
@@ -81,14 +84,18 @@ def task_of(
     """SAE i's part of the objective, its activations computed."""
     p, x = params.one(i), objective.x[i]
     ends = objective.ends_of(i)
-    acts = encode(p, x, objective.activation, matmul_dtype, workspace)
-    reach, price = objective.reach[i], objective.price[i]
-    return Task(grads.one(i), p, acts, x, reach, price, ends, objective.sparsity, workspace)
+    acts = encode(p, x, objective, matmul_dtype, workspace)
+    reach, price, bandwidth = objective.reach[i], objective.price[i], objective.bandwidth
+    sparsity = objective.sparsity
+    return Task(grads.one(i), p, acts, x, reach, price, ends, sparsity, bandwidth, workspace)
 
 
-def count_active(acts: Tensor, workspace: Workspace) -> Tensor:
-    """How many of acts [n_latents, batch] are not 0: a float64 tensor []."""
-    signs = torch.sign(acts, out=workspace.empty("signs", acts, *acts.shape))
+def count_active(acts: Acts, workspace: Workspace) -> Tensor:
+    """How many activations are not 0: a float64 tensor []."""
+    if acts.dense is None:
+        assert acts.firing is not None
+        return acts.firing.a.new_tensor(len(acts.firing.a), dtype=torch.float64)
+    signs = torch.sign(acts.dense, out=workspace.empty("signs", acts.dense, *acts.shape))
     return signs.sum(dim=1).sum(dtype=torch.float64)
 
 
@@ -99,21 +106,21 @@ def choose(
     if gradient != "auto" and gradient != "dense":
         return gradient
     n_reaches = len(task.ends)
-    if gradient == "auto" and _is_sparse(n_active, task.acts, n_reaches, matmul_dtype):
+    if gradient == "auto" and _is_sparse(n_active, task, n_reaches, matmul_dtype):
         return "sparse"
     if n_reaches > MAX_REACHES_OF_BY_PREFIX:
         return "all_pairs"
     return "grouped" if matmul_dtype == "bfloat16" else "by_prefix"
 
 
-def _is_sparse(n_active: Tensor, acts: Tensor, n_reaches: int, matmul_dtype: MatmulDtype) -> bool:
-    """Whether few enough of acts [n_latents, batch] are active for `sparse`.
+def _is_sparse(n_active: Tensor, task: Task, n_reaches: int, matmul_dtype: MatmulDtype) -> bool:
+    """Whether few enough activations of the task are not 0 for `sparse`.
 
     Never so on a GPU: reading that number would cost it more.
     """
-    if acts.device.type != "cpu":
+    if task.x.device.type != "cpu":
         return False
-    n_latents, batch = acts.shape
+    n_latents, batch = task.acts.shape
     active = float(n_active) / batch  # a sample
     n_pairs = batch * min(active, n_reaches) ** 2
     few = n_reaches <= FEW_REACHES and matmul_dtype == "float32"

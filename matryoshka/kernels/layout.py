@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sae import ACTIVATIONS, Sparsity
+from sae import OF_K, Gate, Sparsity
 
 MatmulDtype = Literal["float32", "bfloat16"]
+Price = Sparsity | Literal["l0"]  # what an active latent costs; l0, of jumprelu: 1
 
 # The least length that a decoder row is divided by. A row of zeros has no direction: its part of
 # the sparsity loss then has gradient 0, as autograd has it, and not NaN.
@@ -24,11 +25,13 @@ class Params(NamedTuple):
     b_enc: Tensor  # [n_saes, 1, n_latents]
     W_dec: Tensor  # [n_saes, n_latents, d_model]
     b_dec: Tensor  # [n_saes, 1, d_model]
+    log_threshold: Tensor  # [n_saes, 1, n_latents] of jumprelu; [n_saes, 1, 0] of others
 
     @classmethod
     def of(cls, flat: Tensor, d_model: int, n_latents: int) -> "Params":
         """The views of `flat`; what is written into them is written into it."""
         shapes = [(n_latents, d_model), (1, n_latents), (n_latents, d_model), (1, d_model)]
+        shapes.append((1, flat.shape[1] - sum(map(math.prod, shapes))))
         parts = torch.split(flat, [math.prod(shape) for shape in shapes], dim=1)
         shaped = zip(parts, shapes, strict=True)
         return cls(*(torch.unflatten(part, 1, shape) for part, shape in shaped))
@@ -41,6 +44,13 @@ class Params(NamedTuple):
         """SAE i by itself: tensors without the leading dimension."""
         return Params(*(tensor[i] for tensor in self))
 
+    def gate(self, activation: str, k: float) -> Gate:
+        """What `activation` needs in training, of a stack, [n_saes, 1, n_latents] each, or of one
+        SAE, [1, n_latents] each."""
+        norms = self.W_dec.norm(dim=-1)[..., None, :] if activation in OF_K else self.b_enc
+        threshold = self.log_threshold.exp() if activation == "jumprelu" else None
+        return Gate(norms, k, threshold)
+
 
 class Stats(NamedTuple):
     """What a step learns of the activations on its way."""
@@ -48,6 +58,7 @@ class Stats(NamedTuple):
     l0: Tensor  # [n_saes], active latents a sample
     mean_square: Tensor  # [n_saes, n_latents], of a_j ||d_j||
     kernels: tuple[str, ...] = ()  # an SAE each: how its gradient was computed
+    smallest: Tensor | None = None  # [n_saes], of the a_j ||d_j|| that batchtopk let through
 
 
 class Workspace:
@@ -80,26 +91,47 @@ class Objective:
     # Of each SAE, how many latents have each reach or a higher one, from the highest down: int64
     # [n_reaches]. None counts them, for which a GPU has to be waited for.
     ends: Sequence[Tensor] | None = None
-    sparsity: Sparsity = "l1"
+    sparsity: Price = "l1"
     activation: str = "relu"
+    k: float = 0.0  # active latents a sample, of topk and batchtopk
+    bandwidth: float = 0.0  # of jumprelu's kernel, in scaled activations
 
     def slice(self, i: int) -> "Objective":
         """That of SAE i, still as a stack."""
         one = slice(i, i + 1)
         ends = None if self.ends is None else self.ends[one]
-        return Objective(
-            self.x[one], self.reach[one], self.price[one], ends, self.sparsity, self.activation
-        )
+        x, reach, price = self.x[one], self.reach[one], self.price[one]
+        return replace(self, x=x, reach=reach, price=price, ends=ends)
 
     def copied(self) -> "Objective":
         """The same, of copies of the tensors."""
         ends = None if self.ends is None else [end.clone() for end in self.ends]
         x, reach, price = self.x.clone(), self.reach.clone(), self.price.clone()
-        return Objective(x, reach, price, ends, self.sparsity, self.activation)
+        return replace(self, x=x, reach=reach, price=price, ends=ends)
 
     def ends_of(self, i: int) -> Tensor:
         """The ends of SAE i, counted where they are not given."""
         return count_ends(self.reach[i]) if self.ends is None else self.ends[i]
+
+
+class Firing(NamedTuple):
+    """Activations one by one, by latent: those that are not 0; of jumprelu, also those below its
+    threshold by less than half of the bandwidth, which are 0."""
+
+    latent: Tensor  # int64 [n]
+    sample: Tensor  # int64 [n]
+    a: Tensor  # [n]
+
+
+@dataclass(frozen=True)
+class Acts:
+    """The activations of one SAE on a batch, [n_latents, batch]: a row a latent."""
+
+    shape: torch.Size
+    dense: Tensor | None  # None: only `firing` is known
+    firing: Firing | None  # None: only `dense` is known
+    near: Tensor | None = None  # bool: of jumprelu, less than half a bandwidth from the threshold
+    smallest: Tensor | None = None  # []: the least a_j ||d_j|| that batchtopk let through
 
 
 @dataclass(frozen=True)
@@ -108,13 +140,32 @@ class Task:
 
     grads: Params  # written
     params: Params
-    acts: Tensor  # [n_latents, batch]: a row a latent
+    acts: Acts
     x: Tensor  # [batch, d_model]
     reach: Tensor  # [n_latents]
     price: Tensor  # [n_latents]
     ends: Tensor  # [n_reaches]
-    sparsity: Sparsity
+    sparsity: Price
+    bandwidth: float
     workspace: Workspace
+
+    def dense_acts(self) -> Tensor:
+        """The activations as a matrix [n_latents, batch]."""
+        if self.acts.dense is not None:
+            return self.acts.dense
+        assert self.acts.firing is not None
+        latent, sample, a = self.acts.firing
+        dense = self.workspace.empty("dense", a, *self.acts.shape).zero_()
+        return dense.view(-1).index_copy_(0, latent * dense.shape[1] + sample, a).view_as(dense)
+
+    def firing(self) -> Firing:
+        """The activations one by one."""
+        if self.acts.firing is not None:
+            return self.acts.firing
+        acts = self.dense_acts()
+        shown = acts if self.acts.near is None else self.acts.near | (acts != 0)
+        latent, sample = shown.nonzero(as_tuple=True)
+        return Firing(latent, sample, acts[latent, sample])
 
 
 def count_ends(reach: Tensor) -> Tensor:
@@ -124,27 +175,13 @@ def count_ends(reach: Tensor) -> Tensor:
     return counts.cumsum(0)
 
 
-def encode(
-    params: Params, x: Tensor, activation: str, matmul_dtype: MatmulDtype, workspace: Workspace
-) -> Tensor:
-    """acts [n_latents, batch] in x's dtype, from x [batch, d_model] of one SAE.
+def sparsity_slopes(acts: Tensor, norms: Tensor, sparsity: Price) -> tuple[Tensor, Tensor]:
+    """f'(a ||d||) and a f'(a ||d||), for f the identity or the logarithm; shapes broadcast.
 
-    A row a latent: what belongs to one lies together, and can be read out of order.
+    Both are 0 for "l0", whose price only the threshold's gradient has.
     """
-    W_enc, b_enc = params.W_enc, params.b_enc.T
-    preacts = workspace.empty("acts", x, len(W_enc), len(x))
-    if matmul_dtype == "float32":
-        torch.addmm(b_enc, W_enc, x.T, out=preacts)
-    else:
-        rounded = workspace.empty("W_enc", x.bfloat16(), *W_enc.shape).copy_(W_enc)
-        product = workspace.empty("product", rounded, *preacts.shape)
-        preacts.copy_(torch.mm(rounded, x.bfloat16().T, out=product)).add_(b_enc)
-    acts: Tensor = ACTIVATIONS[activation](preacts.T).T
-    return acts
-
-
-def sparsity_slopes(acts: Tensor, norms: Tensor, sparsity: Sparsity) -> tuple[Tensor, Tensor]:
-    """f'(a ||d||) and a f'(a ||d||), for f the identity or the logarithm; shapes broadcast."""
+    if sparsity == "l0":
+        return torch.zeros_like(norms), norms.new_zeros(()).expand_as(acts)
     if sparsity == "l1":
         return torch.ones_like(norms), acts
     slope = 1 / (acts * norms + 0.1)

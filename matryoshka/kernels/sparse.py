@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from matryoshka.kernels import jumprelu
 from matryoshka.kernels.layout import MIN_NORM, Task, sparsity_slopes
 
 
@@ -18,7 +19,7 @@ def write(task: Task) -> Tensor:
     active = Active.of(task)
     grads, W_dec, x, price = task.grads, task.params.W_dec, task.x, task.price
     batch, norms, x_centred = len(x), W_dec.norm(dim=1), x - task.params.b_dec
-    latent, a, s = active.latent, active.a, active.s
+    latent, sample, a, s = active.latent, active.sample, active.a, active.s
 
     residuals, by_run = active.residuals(task)
     slope, weighted = sparsity_slopes(a, norms[latent], task.sparsity)
@@ -29,6 +30,11 @@ def write(task: Task) -> Tensor:
     def total(values: Tensor) -> Tensor:
         return torch.zeros_like(task.reach).index_add_(0, latent, values)
 
+    if task.acts.near is not None:
+        threshold, is_near = task.params.log_threshold[0].exp(), task.acts.near[latent, sample]
+        slopes = threshold * total(g_a * is_near) + price * total(is_near.to(a.dtype)) / batch
+        grads.log_threshold[0] = jumprelu.log_threshold_gradient(slopes, threshold, task.bandwidth)
+        g_a *= a != 0
     shrink = total(weighted) * price / norms.clamp_min(MIN_NORM) / batch
     torch.mul(W_dec, shrink[:, None], out=grads.W_dec)
     by_latent = active.by_latent(active.run, a, len(residuals))
@@ -62,18 +68,17 @@ class Active:
 
     @classmethod
     def of(cls, task: Task) -> "Active":
-        """Those of task.acts [n_latents, batch]."""
-        acts, reach, device = task.acts, task.reach, task.acts.device
-        n_latents, batch = acts.shape
+        """Those of the task."""
+        latent, sample, a = task.firing()  # by latent, for now
+        reach, device, (n_latents, batch) = task.reach, task.reach.device, task.acts.shape
         rank = torch.empty_like(reach, dtype=torch.int64)
         rank[reach.argsort(descending=True, stable=True)] = torch.arange(n_latents, device=device)
-        latent, sample = acts.nonzero(as_tuple=True)  # by latent, for now
         by_rank = (sample * n_latents + rank[latent]).argsort()
         rank_by_latent = torch.empty_like(by_rank)
         rank_by_latent[by_rank] = torch.arange(len(by_rank), device=device)
         latent_starts = starts_of(latent, n_latents)
-        latent, sample = latent[by_rank], sample[by_rank]
-        a, s = acts[latent, sample], reach[latent]
+        latent, sample, a = latent[by_rank], sample[by_rank], a[by_rank]
+        s = reach[latent]
         first = torch.ones_like(sample, dtype=torch.bool)
         first[1:] = (sample[1:] != sample[:-1]) | (s[1:] != s[:-1])
         run = first.cumsum(0) - 1

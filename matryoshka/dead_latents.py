@@ -1,0 +1,101 @@
+"""Latents that have stopped firing: the loss that lets them learn, and starting them anew."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from matryoshka.kernels import Objective, Params
+from sae import ACTIVATIONS
+
+
+def add_auxiliary_gradient(
+    grads: Params, params: Params, objective: Objective, dead: Tensor, weight: float, by_level: bool
+) -> None:
+    """Adds the gradient of the auxiliary loss of each SAE that has dead latents.
+
+    With e = x - x_hat what an SAE leaves, held fixed, and e_hat what its dead latents make of it
+    (the d_model / 2 of them with the largest pre-activations over 0), the loss is
+
+        weight * mean ||e - e_hat||^2 / mean ||e - mean(e)||^2
+
+    Gao et al. 2024 (arXiv 2406.04093, appendix A.2), as Bussmann et al. 2025 use it. by_level: the
+    mean over the prefixes of the same, e being what a prefix leaves, and e_hat of the dead latents
+    which that prefix has and the one before it lacks. dead: bool [n_saes, n_latents].
+    """
+    for i in range(len(dead)):
+        if dead[i].any():
+            x, p = objective.x[i], params.one(i)
+            gate = p.gate(objective.activation, objective.k)
+            acts = ACTIVATIONS[objective.activation](x @ p.W_enc.T + p.b_enc, gate)
+            groups = _levels(objective, i) if by_level else [torch.ones_like(dead[i])]
+            left, share = x - p.b_dec, weight / len(groups)
+            for group in groups:
+                left = left - acts[:, group] @ p.W_dec[group]
+                _add(grads.one(i), p, x, left, group & dead[i], share)
+
+
+def _levels(objective: Objective, i: int) -> list[Tensor]:
+    """Which latents each prefix adds to the one before it: bool [n_latents] each."""
+    reach = objective.reach[i]
+    return [reach == value for value in sorted(set(reach.tolist()), reverse=True)]
+
+
+def _add(
+    grads: Params, params: Params, x: Tensor, left: Tensor, dead: Tensor, weight: float
+) -> None:
+    """One SAE's, of the latents `dead` [n_latents], for what is `left` [batch, d_model]."""
+    index = dead.nonzero()[:, 0]
+    variance = (left - left.mean(0)).square().sum(1).mean()
+    if not len(index) or not variance > 0:
+        return
+    W_dec = params.W_dec[index]
+    acts = (x @ params.W_enc[index].T + params.b_enc[0, index]).relu_()  # [batch, n_dead]
+    k = max(1, x.shape[1] // 2)
+    if len(index) > k:
+        smallest = acts.topk(k, dim=1).values[:, -1:]
+        acts = torch.where(acts >= smallest, acts, 0)
+    error = (acts @ W_dec - left) * (2 * weight / (len(x) * variance))
+    slopes = (error @ W_dec.T) * (acts > 0)
+    grads.W_dec.index_add_(0, index, acts.T @ error)
+    grads.W_enc.index_add_(0, index, slopes.T @ x)
+    grads.b_enc[0].index_add_(0, index, slopes.sum(0))
+
+
+def resample(
+    state: Mapping[str, Tensor],
+    params: Params,
+    objective: Objective,
+    dead: Tensor,
+    generator: torch.Generator,
+) -> None:
+    """Starts dead latents anew along samples that are reconstructed badly.
+
+    A sample is drawn with a probability proportional to its squared error, without replacement; its
+    error's direction becomes the latent's decoder row, at the mean norm of the other rows, and a
+    fifth of the other latents' mean norm its encoder column; its bias is 0, and so are Adam's
+    moments (Bricken et al. 2023, "Towards monosemanticity", appendix). Of more dead latents than
+    there are samples, the first are taken. state: a trainer's, changed in place; dead: bool
+    [n_saes, n_latents].
+    """
+    d_model, n_latents = params.W_dec.shape[2], params.W_dec.shape[1]
+    for i in range(len(dead)):
+        index = dead[i].nonzero()[: objective.x.shape[1], 0]
+        if not len(index) or dead[i].all():
+            continue
+        x, p = objective.x[i], params.one(i)
+        acts = ACTIVATIONS[objective.activation](
+            x @ p.W_enc.T + p.b_enc, p.gate(objective.activation, objective.k)
+        )
+        error = x - p.b_dec - acts @ p.W_dec
+        chances = error.square().sum(1).double().cpu() + 1e-30
+        drawn = torch.multinomial(chances, len(index), generator=generator).to(x.device)
+        u = torch.nn.functional.normalize(error[drawn], dim=1)
+        alive = ~dead[i]
+        of_rows = p.W_dec[alive].norm(dim=1).mean()
+        of_columns = 0.2 * p.W_enc[alive].norm(dim=1).mean()
+        starts = {"params": (u * of_columns, u * of_rows), "adam_mean": (0 * u, 0 * u)}
+        for name, (columns, rows) in (starts | {"adam_square": (0 * u, 0 * u)}).items():
+            one = Params.of(state[name], d_model, n_latents).one(i)
+            one.W_enc[index], one.W_dec[index], one.b_enc[0, index] = columns, rows, 0
+        state["silent"][i, index] = 0

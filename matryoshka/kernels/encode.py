@@ -1,0 +1,91 @@
+"""The activations of one SAE that is too large for `all_pairs`, a row a latent.
+
+What belongs to one latent lies together, and can be read out of order.
+"""
+
+import torch
+from torch import Tensor
+
+from matryoshka.kernels import jumprelu
+from matryoshka.kernels.layout import Acts, Firing, MatmulDtype, Objective, Params, Workspace
+from sae import ACTIVATIONS
+
+# Of `batchtopk`: what is sampled to guess the smallest activation that is let through, and how
+# many more than are wanted the guess is made for.
+SAMPLE_EVERY, MARGIN = 61, 1.25
+
+
+def encode(
+    params: Params, x: Tensor, objective: Objective, matmul_dtype: MatmulDtype, workspace: Workspace
+) -> Acts:
+    """Those of one SAE on x [batch, d_model], in x's dtype."""
+    preacts = pre_activations(params, x, matmul_dtype, workspace)
+    activation = objective.activation
+    if activation == "batchtopk" and preacts.device.type == "cpu":
+        return largest(preacts, params.W_dec.norm(dim=1), round(objective.k * len(x)), workspace)
+    near = None
+    if activation == "jumprelu":
+        near = jumprelu.near(preacts, params.log_threshold.T.exp(), objective.bandwidth)
+    gate = params.gate(activation, objective.k)
+    acts = ACTIVATIONS[activation](preacts.T, gate).T
+    smallest = smallest_let_through(acts, gate.norms.T) if activation == "batchtopk" else None
+    return Acts(acts.shape, acts, None, near, smallest)
+
+
+def pre_activations(
+    params: Params, x: Tensor, matmul_dtype: MatmulDtype, workspace: Workspace
+) -> Tensor:
+    """x W_enc + b_enc, transposed: [n_latents, batch]."""
+    W_enc, b_enc = params.W_enc, params.b_enc.T
+    preacts = workspace.empty("acts", x, len(W_enc), len(x))
+    if matmul_dtype == "float32":
+        torch.addmm(b_enc, W_enc, x.T, out=preacts)
+    else:
+        rounded = workspace.empty("W_enc", x.bfloat16(), *W_enc.shape).copy_(W_enc)
+        product = workspace.empty("product", rounded, *preacts.shape)
+        preacts.copy_(torch.mm(rounded, x.bfloat16().T, out=product)).add_(b_enc)
+    return preacts
+
+
+def largest(preacts: Tensor, norms: Tensor, n: int, workspace: Workspace) -> Acts:
+    """The activations that `sae.batchtopk` lets through, without a sort of all of them.
+
+    A sample of the scores a_j ||d_j|| gives a bound that a few more than n exceed; among those the
+    n largest are found. preacts [n_latents, batch], norms [n_latents].
+    """
+    bound = guess(preacts, norms, n)
+    latent, sample, a = over(preacts, bound * (1 - 1e-5) / norms, workspace)
+    if len(a) < n and bound > 0:
+        latent, sample, a = over(preacts, torch.zeros_like(norms), workspace)
+    scores = a * norms[latent]
+    smallest = scores.topk(n, sorted=False).values.amin() if len(a) > n else scores.new_zeros(())
+    kept = (scores >= smallest) & (scores > 0)
+    if not kept.all():
+        latent, sample, a, scores = latent[kept], sample[kept], a[kept], scores[kept]
+    smallest = scores.amin() if len(scores) else smallest
+    return Acts(preacts.shape, None, Firing(latent, sample, a), None, smallest)
+
+
+def guess(preacts: Tensor, norms: Tensor, n: int) -> Tensor:
+    """A bound that about MARGIN * n of the scores exceed, from a sample of them; 0 at least."""
+    index = torch.arange(0, preacts.numel(), SAMPLE_EVERY)
+    scores = preacts.view(-1)[index] * norms[index // preacts.shape[1]]
+    n_over = min(len(scores), int(MARGIN * n / SAMPLE_EVERY) + 8)
+    bound: Tensor = scores.topk(n_over, sorted=False).values.amin().clamp_min(0)
+    return bound
+
+
+def over(preacts: Tensor, bounds: Tensor, workspace: Workspace) -> Firing:
+    """What exceeds its latent's bound [n_latents]."""
+    mask = workspace.empty("over", preacts.new_empty(0, dtype=torch.bool), *preacts.shape)
+    torch.gt(preacts, bounds[:, None], out=mask)
+    index = mask.view(-1).nonzero()[:, 0]
+    latent = index // preacts.shape[1]
+    return Firing(latent, index - latent * preacts.shape[1], preacts.view(-1)[index])
+
+
+def smallest_let_through(acts: Tensor, norms: Tensor) -> Tensor:
+    """The least a_j ||d_j|| that is not 0, of acts [..., n_latents, batch], or the other way about,
+    with norms that broadcast to them: [...]."""
+    scores = torch.where(acts > 0, acts * norms, torch.inf)
+    return scores.amin(dim=(-2, -1))

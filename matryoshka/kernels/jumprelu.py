@@ -1,0 +1,74 @@
+"""How the thresholds of JumpReLU learn.
+
+Neither a_j = z_j H(z_j - t_j) nor the number of active latents, sum_j H(z_j - t_j), has a useful
+slope in the threshold t_j. Rajamanoharan et al. 2024 (arXiv 2407.14435, eq. 11 and 12) put kernel
+estimates in their place: with K the rectangle of height 1 and width 1, and bandwidth b,
+
+    d a_j / d t_j = -(t_j / b) K((z_j - t_j) / b),    d H / d t_j = -(1 / b) K((z_j - t_j) / b)
+
+so with G_j = d loss / d a_j and p_j the price of an active latent, both as means over the batch,
+
+    d loss / d t_j = -(1 / b) sum over samples with |z_j - t_j| < b / 2 of (t_j G_j + p_j)
+
+What is trained is log t_j. `jump` and `count` are the same for autograd.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def near(preacts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """Whether K is 1: bool, of the shape of preacts; threshold broadcasts."""
+    return (preacts - threshold).abs_() < bandwidth / 2
+
+
+def log_threshold_gradient(slopes: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """The gradient of log t_j, from the sum over near samples of t_j G_j + p_j: shapes equal."""
+    return slopes * threshold / -bandwidth
+
+
+def jump(preacts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """z_j H(z_j - t_j), of preacts [batch, n_latents] and threshold [n_latents]."""
+    acts: Tensor = _Jump.apply(preacts, threshold, bandwidth)  # type: ignore[no-untyped-call]
+    return acts
+
+
+def count(preacts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """H(z_j - t_j), of preacts [batch, n_latents] and threshold [n_latents]."""
+    fires: Tensor = _Count.apply(preacts, threshold, bandwidth)  # type: ignore[no-untyped-call]
+    return fires
+
+
+class _Jump(torch.autograd.Function):
+    """See `jump`."""
+
+    @staticmethod
+    def forward(ctx: Any, preacts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(preacts, threshold)
+        ctx.bandwidth = bandwidth
+        return torch.where(preacts > threshold, preacts, 0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,), (preacts, threshold) = grads, ctx.saved_tensors
+        is_near = near(preacts, threshold, ctx.bandwidth)
+        slope = -(grad * is_near).sum(0) * threshold / ctx.bandwidth
+        return torch.where(preacts > threshold, grad, 0), slope, None
+
+
+class _Count(torch.autograd.Function):
+    """See `count`."""
+
+    @staticmethod
+    def forward(ctx: Any, preacts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(preacts, threshold)
+        ctx.bandwidth = bandwidth
+        return (preacts > threshold).to(preacts.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+        (grad,), (preacts, threshold) = grads, ctx.saved_tensors
+        is_near = near(preacts, threshold, ctx.bandwidth)
+        return None, -(grad * is_near).sum(0) / ctx.bandwidth, None
