@@ -96,7 +96,7 @@ def run(
                     f"its SAEs ({', '.join(missing)}): choose another --out"
                 )
         if not training.is_trained or config.refit:
-            cache.verify()
+            cache.verify(hold_on=None if training.is_trained else device)
         if not has_checkpoint:
             require_variance(cache)
             checkpoint(training, on_checkpoint)  # whatever is here from now on has one beside it

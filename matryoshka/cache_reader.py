@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +29,8 @@ from matryoshka.errors import UserError
 # and 0.4 MB at d_model 768 in float16; a buffer is over 1,000 stories and 200 MB.
 CHUNK = 256  # consecutive activations
 CHUNKS_PER_BUFFER = 512
+VERIFIERS = 4  # threads that read and hash shards
+VERIFIED_AT_ONCE = 8192  # activations: 13 MB at d_model 768 in float16
 RESIDENT_SHARE = 0.7  # of a GPU's free memory, that a cache may take to be held there
 
 
@@ -69,6 +72,7 @@ class ActivationCache:
                 raise UserError(f"{folder} holds {self.n_tokens} activations, not {n_tokens}")
             self.n_tokens = whole_number("n_tokens", n_tokens, 1)
         self._bytes_each = bytes_each(self.recipe)
+        self._resident: Tensor | None = None  # [n_tokens, d_model], what `verify` has kept
         self._ends = np.cumsum([shard.n_tokens for shard in self.shards])
         for shard in self.shards:
             wrong = wrong_size(self.folder, shard, self._bytes_each)
@@ -90,20 +94,44 @@ class ActivationCache:
             "and cache again: only that shard is computed again"
         )
 
-    def verify(self) -> None:
-        """Reads everything. Raises `UserError` naming the first shard whose bytes are not right."""
-        for shard in self.shards:
-            for kind in self._bytes_each:
-                path = self.folder / f"{shard.name}.{kind}"
-                try:
-                    with path.open("rb") as file:
-                        digest = hashlib.file_digest(file, "sha256").hexdigest()
-                except OSError as error:
-                    raise self._damaged(shard, f"{path.name}: {error.strerror}") from None
-                if digest != getattr(shard, f"{kind}_sha256"):
-                    raise self._damaged(
-                        shard, f"the checksum of {path.name} is not the recorded one"
-                    )
+    def verify(self, hold_on: torch.device | None = None) -> None:
+        """Reads everything. Raises `UserError` naming the first shard whose bytes are not right.
+
+        hold_on: what is read is kept on that device, where `batches` would hold it there by
+        default: so a cache is read once, not once to check it and once to load it.
+        """
+        resident = None
+        if hold_on is not None and self._fits(_default_max_resident(hold_on)):
+            resident = self._empty_resident(hold_on)
+        first_of_shard = 0
+        with ThreadPoolExecutor(VERIFIERS) as pool:  # hashing is slower than reading
+            checks = []
+            for shard in self.shards:
+                checks.append(pool.submit(self._verify_shard, shard, first_of_shard, resident))
+                first_of_shard += shard.n_tokens
+            try:
+                for check in checks:
+                    check.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+        self._resident = resident
+
+    def _verify_shard(self, shard: Shard, first: int, resident: Tensor | None) -> None:
+        """`verify` of one shard, whose first activation is the cache's activation `first`."""
+        for kind in self._bytes_each:
+            digest = hashlib.sha256()
+            for start in range(0, shard.n_tokens, VERIFIED_AT_ONCE):
+                n_here = min(VERIFIED_AT_ONCE, shard.n_tokens - start)
+                raw = np.empty((n_here, self._bytes_each[kind]), dtype=np.uint8)
+                self._read_shard(shard, kind, start, raw)
+                digest.update(raw.data)
+                if resident is not None and kind == "acts":
+                    part = resident[first + start : first + start + n_here]  # n_tokens may end here
+                    part.copy_(torch.from_numpy(raw).view(self.dtype)[: len(part)])
+            if digest.hexdigest() != getattr(shard, f"{kind}_sha256"):
+                raise self._damaged(
+                    shard, f"the checksum of {shard.name}.{kind} is not the recorded one"
+                )
 
     def require(self, **expected: Any) -> None:
         """Raises `UserError` unless the recipe says so: `require(layer=3, d_model=768)`.
@@ -215,11 +243,19 @@ class ActivationCache:
                 f"{batch_size}"
             )
         if max_resident is None:
-            max_resident = _default_max_resident(device)
+            held = self._resident is not None  # which is why there is less free memory now
+            max_resident = sys.maxsize if held else _default_max_resident(device)
         if not max_resident >= 0:
             raise ValueError(f"max_resident must be bytes, 0 or more, got {max_resident}")
-        fits = self.n_tokens * self._bytes_each["acts"] <= max_resident
-        return self._batches(batch_size, seed, start_step, device, fits)
+        return self._batches(batch_size, seed, start_step, device, self._fits(max_resident))
+
+    def _fits(self, max_resident: int) -> bool:
+        """Whether all activations that are used are of at most so many bytes."""
+        return self.n_tokens * self._bytes_each["acts"] <= max_resident
+
+    def _empty_resident(self, device: torch.device) -> Tensor:
+        """Room for all activations that are used, [n_tokens, d_model]."""
+        return torch.empty(self.n_tokens, self.d_model, dtype=self.dtype, device=device)
 
     def _batches(
         self, batch_size: int, seed: int, start_step: int, device: torch.device, resident: bool
@@ -288,10 +324,12 @@ class ActivationCache:
 
     def _resident_loader(self, device: torch.device) -> Loader:
         """Reads the whole cache once; the loader returns it, and a buffer's positions in it."""
-        resident = torch.empty(self.n_tokens, self.d_model, dtype=self.dtype, device=device)
-        at_once = CHUNK * CHUNKS_PER_BUFFER
-        for start in range(0, self.n_tokens, at_once):
-            resident[start : start + at_once] = self.acts(start, start + at_once)
+        resident, self._resident = self._resident, None  # held by whom it is handed to
+        if resident is None or resident.device.type != device.type:
+            resident = self._empty_resident(device)
+            at_once = CHUNK * CHUNKS_PER_BUFFER
+            for start in range(0, self.n_tokens, at_once):
+                resident[start : start + at_once] = self.acts(start, start + at_once)
 
         def load(chunks: np.ndarray, order: np.ndarray) -> tuple[Tensor, Tensor]:
             index = (chunks[:, None] * CHUNK + np.arange(CHUNK)).reshape(-1)

@@ -13,7 +13,10 @@ from matryoshka.saved_runs import CHECKPOINT, METRICS, RESULTS, file_sha256
 from matryoshka.training_report import closing, problems, summary
 
 # Settings that may differ between a run and the command that resumes it.
-RESUMABLE = ("out", "resume", "device", "checkpoint_every", "cache", "refit")
+RESUMABLE = (
+    *("out", "resume", "device", "cache", "refit"),
+    *("checkpoint_every", "checkpoint_seconds"),
+)
 
 
 def files_of_runs(folder: Path) -> list[str]:

@@ -54,6 +54,7 @@ class TrainingConfig(TrainerConfig):
     out: str = setting("runs/saes", "folder for the SAEs, metrics and checkpoint")
     resume: bool = setting(False, "go on from the checkpoint in --out, if there is one")
     checkpoint_every: int = setting(1000, "steps between checkpoints")
+    checkpoint_seconds: float = setting(0.0, "and seconds between them, at least")
     device: str = setting("auto", "torch device; auto: the GPU where there is one")
 
     @property
@@ -68,7 +69,7 @@ class TrainingConfig(TrainerConfig):
 def check_training(config: TrainingConfig) -> None:
     """Raises `UserError` where a setting is impossible, whatever the cache."""
     require_positive(config, "n_latents", "batch_size", "checkpoint_every")
-    require_not_negative(config, "seed", "tokens")
+    require_not_negative(config, "seed", "tokens", "checkpoint_seconds")
     check_names(config.saes)
     if config.batch_size == 1:
         raise UserError("--batch-size is 1: one activation has no variance to explain")
@@ -102,11 +103,19 @@ class Training:
         self.final_l0_sum = torch.zeros_like(self.l0_sum)
         self.seconds = self.waited = 0.0  # training, and waiting for data meanwhile
         self.metrics_bytes = 0  # length of metrics.jsonl at the checkpoint
+        self.saved_at = time.perf_counter()  # when the last checkpoint was written
         self.last_good: list[str] = []  # the last records that were written
 
     @property
     def is_trained(self) -> bool:
         return self.trainer.n_steps_done == self.config.n_steps
+
+    @property
+    def is_checkpoint_due(self) -> bool:
+        """Whether steps and seconds since the last one ask for a checkpoint."""
+        seconds = time.perf_counter() - self.saved_at
+        is_in_turn = self.trainer.n_steps_done % self.config.checkpoint_every == 0
+        return is_in_turn and seconds >= self.config.checkpoint_seconds
 
     @property
     def n_final(self) -> int:
@@ -181,6 +190,7 @@ class Training:
         }
         try:
             write_checkpoint(self.out / CHECKPOINT, tensors, about)
+            self.saved_at = time.perf_counter()
         except CannotWrite as error:
             raise UserError(f"{error}; {GO_ON}") from error
 
@@ -244,7 +254,7 @@ def train(training: Training, on_checkpoint: Callable[[], object] | None = None)
             step = trainer.n_steps_done
             if step % training.record_every == 0 or training.is_trained:
                 bar.set_postfix_str(bar_text(write_records(training, x, metrics)), refresh=False)
-            if step % config.checkpoint_every == 0 or training.is_trained or stop:
+            if training.is_checkpoint_due or training.is_trained or stop:
                 save()
             if stop:
                 raise KeyboardInterrupt(f"step {step} is saved in {config.out}; {GO_ON}")

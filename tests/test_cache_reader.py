@@ -16,6 +16,7 @@ from cache_factory import D_MODEL, config_for, cut, flip, numbers, write_cache, 
 from tiny_factory import die_with_parent, fresh_processes
 
 from cache_activations import run
+from matryoshka import cache_reader
 from matryoshka.cache_reader import CHUNK, ActivationCache, _default_max_resident
 from matryoshka.errors import UserError
 
@@ -75,6 +76,31 @@ def test_damage_that_verify_or_opening_finds(
     if damage is not flip:
         with pytest.raises(UserError, match=rf"shard 00001 is damaged \(00001.{kind}"):
             ActivationCache(tmp_path / "c")
+
+
+@pytest.mark.parametrize("n_tokens", [None, 700])
+def test_what_was_verified_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_tokens: int | None
+) -> None:
+    monkeypatch.setattr(cache_reader, "VERIFIED_AT_ONCE", 128)
+    cache = ActivationCache(write_cache(tmp_path / "c", 1000), n_tokens)
+    expected = list(itertools.islice(cache.batches(64, seed=1), 25))
+    cache.verify(hold_on=torch.device("cpu"))
+    shutil.rmtree(tmp_path / "c")
+    held = cache.batches(64, seed=1)
+    for batch in expected:
+        assert torch.equal(next(held), batch)
+    with pytest.raises(UserError, match="shard 00000 is damaged"):
+        next(cache.batches(64, seed=1))  # it is held once
+
+
+def test_what_does_not_fit_is_verified_and_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_reader, "_default_max_resident", lambda _: 999 * 16)
+    cache = ActivationCache(write_cache(tmp_path / "c", 1000))
+    cache.verify(hold_on=torch.device("cpu"))
+    assert cache._resident is None
 
 
 @pytest.mark.parametrize("max_resident", [0, 2**40])

@@ -254,7 +254,8 @@ def test_where_the_cache_lies_and_how_often_to_save_may_change(
 ) -> None:
     shutil.copytree(cache, tmp_path / "moved")
     run(config_for(cache, tmp_path / "whole"))
-    run(resumed(config_for(tmp_path / "moved", stopped_run, checkpoint_every=4)))
+    saving = {"checkpoint_every": 4, "checkpoint_seconds": 0.1}
+    run(resumed(config_for(tmp_path / "moved", stopped_run, **saving)))
     assert learnt(stopped_run) == learnt(tmp_path / "whole")
 
 

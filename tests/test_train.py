@@ -373,6 +373,7 @@ LARGE = {"matmul_dtype": "bfloat16", "n_latents": 300}
         ({"lr": float("nan")}, "--lr is nan"),
         ({"sparsity_weight": 0.0}, "--sparsity-weight is 0.0"),
         ({"checkpoint_every": 0}, "--checkpoint-every is 0"),
+        ({"checkpoint_seconds": -1.0}, "--checkpoint-seconds is -1.0"),
         ({"lr": float("inf")}, "--lr is inf: it must be a finite number"),
         ({"sparsity_weight": float("inf")}, "--sparsity-weight is inf: it must be a finite number"),
         ({"target_l0": float("inf")}, "--target-l0 is inf: it must be a finite number"),

@@ -310,7 +310,31 @@ def test_a_setting_arrives_at_the_trainer(name: str) -> None:
         assert n_prefixes(trainer) == [config.n_prefixes, 1], "Matryoshka has them, vanilla one"
 
 
+def test_a_checkpoint_waits_for_its_seconds(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock of which every step takes 2 s: of the checkpoints each 3 steps, every other."""
+    clock, saved_at = [0.0], []
+    step, save = Training.step, Training.save
+
+    def slow_step(self: Training, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        clock[0] += 2.0
+        return step(self, x)
+
+    def noted_save(self: Training) -> None:
+        saved_at.append(self.trainer.n_steps_done)
+        save(self)
+
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Training, "step", slow_step)
+    monkeypatch.setattr(Training, "save", noted_save)
+    settings = {"n_steps": 19, "checkpoint_every": 3, "checkpoint_seconds": 7.0}
+    run(config_for(cache, tmp_path / "o", **settings))
+    assert saved_at == [0, 6, 12, 18, 19]
+
+
 OF_RUN = {"cache", "tokens", "batch_size", "seed", "out", "resume", "checkpoint_every", "device"}
+OF_RUN |= {"checkpoint_seconds"}  # has its test above
 OF_RUN |= {"refit"}  # resume and refit have tests of their own
 
 
