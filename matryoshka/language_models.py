@@ -6,16 +6,19 @@ an evaluation and a page of latents work the same for all of them.
 """
 
 import os
+import re
 from collections.abc import Set
 from pathlib import Path
 from typing import Literal, Protocol
 
+import huggingface_hub
 import torch
 from torch import Tensor
 
 from matryoshka.errors import UserError
 from matryoshka.sites import Replace, Site
 from matryoshka.tiny_model import WEIGHTS_FILE, TinyModel
+from matryoshka.transformers_loading import load_transformers_model
 
 ModelDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -125,16 +128,31 @@ def load_language_model(
     `tokenizer`: a hub name or a folder, where it is not the model's own. Raises `UserError` where
     there is no such model, or none that can be used.
     """
-    if is_tiny_model(name_or_path):
+    if is_tiny_model(name_or_path, revision):
         if dtype != "float32":
             raise UserError(f"--model-dtype {dtype}: TinyModel runs in float32 only")
         return TinyModel.from_pretrained(name_or_path, revision, device)
-    raise UserError(f"{name_or_path} is no TinyModel")
+    return load_transformers_model(
+        name_or_path, revision, dtype, device, trust_remote_code, tokenizer
+    )
 
 
-def is_tiny_model(name_or_path: str | Path) -> bool:
+def is_tiny_model(name_or_path: str | Path, revision: str | None) -> bool:
     """Whether that is a TinyModel: a file of weights, or a folder or a hub repo that holds its."""
-    path = Path(name_or_path)
+    path, name = Path(name_or_path), str(name_or_path)
     if os.path.isdir(path):
-        return os.path.isfile(path / WEIGHTS_FILE)
+        return not os.path.isfile(path / "config.json")
+    if os.path.exists(path) or path.suffix in (".pt", ".safetensors") or not is_repo_name(name):
+        return True
+    if name.count("/") == 0:
+        return False
+    try:
+        huggingface_hub.hf_hub_download(name, WEIGHTS_FILE, revision=revision)
+    except Exception:  # no such file, no such repo, no network: the other loader says which
+        return False
     return True
+
+
+def is_repo_name(name: str) -> bool:
+    """Whether a repo on the hub can have this name: `gpt2`, `someone/model`."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import huggingface_hub
@@ -30,6 +31,7 @@ from matryoshka.sites import Replace, Site, check_site
 
 WEIGHTS_FILE = "tiny_model.pt"
 BEGIN, PAD = 9996, 9998  # of its 10,000 token ids: what rows begin with, and are filled up with
+HASHED_AT_ONCE = 2**24  # values: a copy of all of a large model's weights in float32 may not fit
 SPECIAL_TEXTS = {BEGIN: "[BEGIN]", 9997: "[END]", PAD: "[PAD]", 9999: "[UNK]"}
 
 
@@ -263,11 +265,17 @@ class TinyModel(nn.Module):
         The same weights have the same hash in whichever format or precision they were stored.
         Computed once: weights changed afterwards keep the old one.
         """
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().data)
-        return digest.hexdigest()
+        return hash_of(self.state_dict())
+
+
+def hash_of(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes and float32 values, sorted by name: 64 hex digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        for part in torch.split(tensor.detach().reshape(-1), HASHED_AT_ONCE):
+            digest.update(part.to("cpu", torch.float32).contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def require_padded_at_end(is_real: Tensor | None) -> None:

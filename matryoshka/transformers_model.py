@@ -1,0 +1,345 @@
+"""Any language model that the library `transformers` loads, by the names of a `LanguageModel`.
+
+Activations are read and replaced by hooks; a forward pass ends, by an exception, as soon as it has
+what was asked for. A pass from a layer on is the model's own, with the blocks before it left out:
+so what the model does around its blocks (positions, masks, the last norm, the head) is its own
+code throughout.
+
+This module does not import `transformers`; `transformers_loading` does, when a model is loaded.
+"""
+
+import contextlib
+import functools
+import inspect
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from matryoshka.errors import UserError
+from matryoshka.model_structure import (
+    Parts,
+    find_blocks,
+    find_parts,
+    input_of,
+    stream_of,
+    with_input,
+    with_stream,
+)
+from matryoshka.sites import Replace, Site, check_site
+from matryoshka.tiny_model import hash_of
+
+PROBE = 3  # token ids that a model is tried on
+NO_LIMIT = 10**9  # a longer row than any; tokenizers that know no limit say 10^30
+
+
+class _Found(Exception):
+    """Ends a forward pass: the activations are there."""
+
+    def __init__(self, acts: Tensor) -> None:
+        super().__init__()
+        self.acts = acts
+
+
+class TransformersModel:
+    """A causal language model, or an encoder without a head, of `transformers`.
+
+    `model`: on its device, in its dtype, in evaluation mode. `tokenizer`: None where there is none.
+    `not_loaded`: names of weights that no file held, which play no part in activations. Raises
+    `UserError` where no blocks are found.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        has_head: bool = True,
+        not_loaded: tuple[str, ...] = (),
+    ) -> None:
+        self.model, self.tokenizer, self.has_head = model, tokenizer, has_head
+        self._not_loaded = not_loaded
+        self._takes = inspect.signature(model.forward).parameters
+        self._parts_of: dict[int, Parts] = {}
+        config = model.config.get_text_config()
+        self.d_vocab: int = model.get_input_embeddings().num_embeddings
+        self.max_seq_len = longest_row(model, config, tokenizer)
+        n_layers = getattr(config, "num_hidden_layers", None)
+        with torch.no_grad():
+            self._calls = find_blocks(model, n_layers, self._try)
+        self.n_layers = len(self._calls)
+        self.d_model: int = input_of(self._calls[0].args, self._calls[0].kwargs).shape[-1]
+
+    # ------------------------------------------------------------------------ what it is
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.model.device
+        return device
+
+    @functools.cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 of names, shapes and float32 values, sorted by name: 64 hex digits."""
+        weights = self.model.state_dict()
+        return hash_of({name: weights[name] for name in weights if name not in self._not_loaded})
+
+    @property
+    def begin_id(self) -> int | None:
+        """The tokenizer's [BOS], or the [CLS] of one that has none."""
+        begin = self._special("bos_token_id")
+        return self._special("cls_token_id") if begin is None else begin
+
+    @property
+    def pad_id(self) -> int | None:
+        """What the tokenizer pads with."""
+        return self._special("pad_token_id")
+
+    @property
+    def end_id(self) -> int | None:
+        """What ends a text: the tokenizer's [EOS], or the [SEP] of one that has none."""
+        end = self._special("eos_token_id")
+        return self._special("sep_token_id") if end is None else end
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The tokenizer's special ids, without the one that stands for unknown text."""
+        if self.tokenizer is None:
+            named = [self.begin_id, self.end_id, self.pad_id]
+            return frozenset(token for token in named if token is not None)
+        unknown = self.tokenizer.unk_token_id
+        others = (self.begin_id, self.end_id, self.pad_id)
+        ids = set(self.tokenizer.all_special_ids)
+        return frozenset(token for token in ids if token != unknown or token in others)
+
+    def _special(self, name: str) -> int | None:
+        found = getattr(self.model.config if self.tokenizer is None else self.tokenizer, name, None)
+        return found if isinstance(found, int) else None
+
+    def text_of(self, tok_id: int) -> str:
+        """The tokenizer's text of a token, with the space before it; without one the id itself.
+
+        Part of a character that several tokens spell is U+FFFD.
+        """
+        token = self.tokenizer and self.tokenizer.convert_ids_to_tokens(tok_id)
+        if token is None:
+            return str(tok_id)
+        text: str = self.tokenizer.decode([tok_id], clean_up_tokenization_spaces=False)
+        # SentencePiece's mark of a space, which is lost at the beginning of a text.
+        return " " + text if token.startswith("\u2581") and not text.startswith(" ") else text
+
+    def check_site(self, layer: int, site: str) -> None:
+        """Raises `UserError` unless the model has this site at this layer."""
+        check_site(layer, site, self.n_layers)
+        if site in ("attn_out", "mlp_out"):
+            self._parts(layer)
+
+    # ------------------------------------------------------------------------ what it computes
+
+    def residual(self, tok_ids: Tensor, layer: int, is_real: Tensor | None = None) -> Tensor:
+        """The residual stream at `layer`, [batch, seq, d_model]: only the blocks before it run.
+
+        See `LanguageModel`.
+        """
+        return self.activations(tok_ids, layer, "resid_pre", is_real)
+
+    def activations(
+        self, tok_ids: Tensor, layer: int, site: Site, is_real: Tensor | None = None
+    ) -> Tensor:
+        """The activations at a site of `layer`, [batch, seq, d_model]. See `LanguageModel`."""
+        self.check_site(layer, site)
+        return self._read(self._inputs(tok_ids, is_real), layer, site)
+
+    def forward_from(self, residual: Tensor, layer: int, is_real: Tensor | None = None) -> Tensor:
+        """Log-probabilities, [batch, seq, d_vocab], from the residual stream at `layer`.
+
+        See `LanguageModel`. Raises `UserError` where the blocks read the token ids beside it.
+        """
+        self._require_head()
+        self.check_site(layer, "resid_pre")
+        if not self._stream_is_all:
+            raise UserError(
+                f"{self._name}: its blocks read more of the token ids than the residual stream, so "
+                "that there is no forward pass from a layer alone"
+            )
+        return self._from(residual, layer, is_real)
+
+    def log_probs_with(
+        self,
+        tok_ids: Tensor,
+        layer: int,
+        site: Site,
+        replace: Replace,
+        is_real: Tensor | None = None,
+    ) -> Tensor:
+        """Log-probabilities, [batch, seq, d_vocab], with `replace(acts)` where a site's activations
+        [batch, seq, d_model] were. See `LanguageModel`."""
+        self._require_head()
+        self.check_site(layer, site)
+        with self._replacing(layer, site, lambda acts: replace(acts).to(acts.dtype)):
+            return log_probabilities(self._run(self._inputs(tok_ids, is_real)))
+
+    @property
+    def _name(self) -> str:
+        return type(self.model).__name__
+
+    def _require_head(self) -> None:
+        if not self.has_head:
+            raise UserError(f"{self._name} has no head that predicts next tokens")
+
+    def _from(self, residual: Tensor, layer: int, is_real: Tensor | None) -> Tensor:
+        """The model's own forward pass with the blocks before `layer` left out."""
+        tok_ids = torch.zeros(residual.shape[:2], dtype=torch.int64, device=self.device)
+        stream = residual.to(self.device, self.model.dtype)
+        with self._skipping(layer), self._replacing(layer, "resid_pre", lambda _: stream):
+            return log_probabilities(self._run(self._inputs(tok_ids, is_real)))
+
+    def _read(self, inputs: dict[str, Tensor], layer: int, site: Site) -> Tensor:
+        """The activations at a site in the forward pass of `inputs`, which ends there."""
+
+        def stop(acts: Tensor) -> Tensor:
+            raise _Found(acts)
+
+        try:
+            with self._replacing(layer, site, stop):
+                self._run(inputs)
+        except _Found as found:
+            return found.acts
+        raise RuntimeError(f"the forward pass did not come to {site} of block {layer}")
+
+    def _run(self, inputs: dict[str, Tensor]) -> Any:
+        """The model's forward pass, as far as hooks let it."""
+        self._shape = inputs["input_ids"].shape  # [batch, seq]
+        no_cache = {"use_cache": False} if "use_cache" in self._takes else {}
+        return self.model(**inputs, **no_cache)
+
+    @contextlib.contextmanager
+    def _replacing(self, layer: int, site: Site, replace: Replace) -> Iterator[None]:
+        """Has a forward pass go on with `replace(acts)` where a site's activations were."""
+        if site == "resid_pre" and layer == self.n_layers:
+            layer, site = layer - 1, "resid_post"
+
+        def read(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            return with_input(args, kwargs, replace(input_of(args, kwargs)))
+
+        def left(module: nn.Module, args: Any, output: Any) -> Any:
+            stream = stream_of(output)  # in a block it may be flat: [batch * seq, d_model]
+            acts = replace(stream.reshape(*self._shape, -1))
+            return with_stream(output, acts.reshape(stream.shape))
+
+        block = self._calls[layer].module
+        if site == "resid_pre":
+            hook = block.register_forward_pre_hook(read, with_kwargs=True)
+        elif site == "resid_post":
+            hook = block.register_forward_hook(left)
+        else:
+            name = getattr(self._parts(layer), site)
+            hook = block.get_submodule(name).register_forward_hook(left)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @contextlib.contextmanager
+    def _skipping(self, layer: int) -> Iterator[None]:
+        """Has the blocks before `layer` return what they read."""
+        skipped = self._calls[:layer]
+        for call in skipped:
+            call.module.forward = functools.partial(_read_through, call.output)
+        try:
+            yield
+        finally:
+            for call in skipped:
+                del call.module.forward  # the class's own is there again
+
+    def _parts(self, layer: int) -> Parts:
+        """Which modules of a block are its attention and its MLP. Raises `UserError`."""
+        if layer not in self._parts_of:
+            self._parts_of[layer] = find_parts(self._calls[layer])
+        return self._parts_of[layer]
+
+    # ------------------------------------------------------------------------ what it is given
+
+    def _inputs(self, tok_ids: Tensor, is_real: Tensor | None = None) -> dict[str, Tensor]:
+        """What the forward pass gets: ids [batch, seq], and what keeps tokens from padding."""
+        seq = tok_ids.shape[1]
+        if seq > self.max_seq_len:
+            raise UserError(f"rows of {seq} tokens: the model has {self.max_seq_len} positions")
+        if is_real is None or bool(is_real.all()):
+            return {"input_ids": tok_ids}
+        inputs = {"input_ids": tok_ids, "attention_mask": is_real.to(self.device).long()}
+        is_after_padding = is_real[:, 1:] & ~is_real[:, :-1]
+        if bool(is_after_padding.any()) and self._needs_positions:
+            inputs["position_ids"] = positions_of(inputs["attention_mask"])
+        return inputs
+
+    @functools.cached_property
+    def _needs_positions(self) -> bool:
+        """Whether padding before a token asks for `position_ids`; else the model makes its own.
+
+        Found by trying both. Raises `UserError` where neither gives what the row has alone.
+        """
+        filled = self.pad_id if self.pad_id is not None and self.pad_id < self.d_vocab else 0
+        ids = torch.cat([torch.full_like(self._probe, filled), self._probe], dim=1)
+        mask = torch.cat([torch.zeros_like(self._probe), torch.ones_like(self._probe)], dim=1)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        alone = self._read({"input_ids": self._probe}, self.n_layers, "resid_pre")
+        errors = {}
+        for needs_positions in [False, True] if "position_ids" in self._takes else [False]:
+            given = {"position_ids": positions_of(mask)} if needs_positions else {}
+            padded = self._read(inputs | given, self.n_layers, "resid_pre")[:, PROBE:]
+            errors[needs_positions] = float((padded - alone).norm() / alone.norm())
+        best = min(errors, key=errors.__getitem__)
+        if errors[best] > min(0.1, 1000 * torch.finfo(self.model.dtype).eps):
+            raise UserError(f"{self._name} cannot read rows that are padded before their tokens")
+        return best
+
+    @functools.cached_property
+    def _probe(self) -> Tensor:
+        """Some ids that are not special, [1, PROBE]."""
+        ordinary = (i for i in range(self.d_vocab) if i not in self.special_ids)
+        return torch.tensor([list(itertools.islice(ordinary, PROBE))], device=self.device)
+
+    def _try(self) -> None:
+        """A forward pass of the probe. Raises `UserError` where token ids are not all it takes."""
+        try:
+            self._run(self._inputs(self._probe))
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self._name} does not run on token ids alone ({reason})") from error
+
+    @functools.cached_property
+    def _stream_is_all(self) -> bool:
+        """Whether the later blocks see of the token ids only what is in the residual stream."""
+        layer = self.n_layers // 2
+        inputs = self._inputs(self._probe)
+        whole = log_probabilities(self._run(inputs))
+        parts = self._from(self._read(inputs, layer, "resid_pre"), layer, None)
+        return bool((whole - parts).abs().max() <= 1e-3 * whole.abs().max())
+
+
+def _read_through(returned: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of a block's forward pass: what it reads, in the form in which it `returned`."""
+    return with_stream(returned, input_of(args, kwargs))
+
+
+def log_probabilities(output: Any) -> Tensor:
+    """float32 [batch, seq, d_vocab] of what a model with a head returned."""
+    logits: Tensor = output.logits
+    return logits.float().log_softmax(dim=-1)
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """A token's position among its row's tokens, 0 at padding before them: mask [batch, seq]."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def longest_row(model: nn.Module, config: Any, tokenizer: Any) -> int:
+    """The longest row that a model of this config takes, as far as it or its tokenizer says."""
+    said = getattr(config, "max_position_embeddings", None)
+    limits = [said, getattr(tokenizer, "model_max_length", None)]
+    for module in model.modules():  # RoBERTa's positions begin after that of padding
+        if isinstance(module, nn.Embedding) and module.num_embeddings == said:
+            limits += [] if module.padding_idx is None else [said - module.padding_idx - 1]
+    return min((n for n in limits if isinstance(n, int) and 0 < n < NO_LIMIT), default=NO_LIMIT)
