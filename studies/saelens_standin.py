@@ -1,0 +1,203 @@
+"""SAELens's own SAEs, trained by SAELens's own trainer, on the batches that ours are trained on.
+
+    pip install sae-lens==6.54.12
+    python -m studies.saelens_standin --cache cache/train --validation-cache cache/validation \\
+        --out results/standin/saelens.json
+
+BatchTopK and MatryoshkaBatchTopK at a few learning rates, for as many steps of the same batches as
+the project's SAEs. SAELens saves each as the JumpReLU SAE that its users load; that file is read
+back by SAELens, and scored held out with its `encode` and `decode`, summed in float64. What is done
+already is not done again: each training is written as it ends.
+
+Settings are SAELens's defaults but for three. The learning rate rises and falls as the project's
+does (100 steps up, the last fifth down to a tenth), the widths and k are the comparison's, and
+the input is scaled to a mean norm of sqrt(d_model), which `--normalize none` leaves out. The
+batches from which the scale is estimated are those that training begins with.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from matryoshka.cache_reader import ActivationCache
+from matryoshka.command_line import main_guard, parse, require_positive, setting, table
+from matryoshka.environment import environment
+from matryoshka.errors import UserError
+from matryoshka.files import make_folder, write_json
+from matryoshka.metrics import squared_norms
+from matryoshka.reconstruction import BATCH_SIZE, Moments
+from studies.keep import results_in, without_paths
+
+KINDS = ("matryoshka_batchtopk", "batchtopk")
+WARMUP_STEPS, DECAY_SHARE, LR_END = 100, 0.2, 0.1  # those of matryoshka.trainer_config
+NORM_BATCHES = 100  # from which the input's scale is estimated
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is trained, on what, and where it is written."""
+
+    cache: str = setting("cache/train", "activations to train on")
+    validation_cache: str = setting("cache/validation", "activations to score on")
+    lrs: tuple[float, ...] = setting((1e-3, 3e-4, 3e-3), "learning rates, in turn")
+    n_latents: int = setting(1024, "latents")
+    k: float = setting(20.0, "latents that fire on a sample, on average")
+    widths: tuple[int, ...] = setting((32, 96, 256, 512, 1024), "prefixes of the Matryoshka SAE")
+    n_steps: int = setting(6000, "steps of each training")
+    batch_size: int = setting(1024, "activations a step")
+    normalize: Literal["expected_average_only_in", "none"] = setting(
+        "expected_average_only_in", "SAELens's normalize_activations"
+    )
+    seed: int = setting(0, "of the batches, and of SAELens's random numbers")
+    saes: str = setting("runs/saelens", "folder for the SAEs, as SAELens saves them")
+    out: str = setting("runs/saelens/results.json", "file to write")
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains what `config.out` does not hold; returns what it then holds. Raises `UserError`."""
+    require_positive(config, "n_latents", "k", "n_steps", "batch_size")
+    cache, held_out = ActivationCache(config.cache), ActivationCache(config.validation_cache)
+    results = started(config, cache, held_out)
+    done = {(run["sae"], run["lr"]) for run in results["runs"]}
+    make_folder(Path(config.out).parent)
+    for lr, kind in itertools.product(config.lrs, KINDS):
+        if (kind, lr) not in done:
+            results["runs"].append(one_run(config, kind, lr, cache, held_out))
+            write_json(Path(config.out), results)
+    return results
+
+
+def started(config: Config, cache: ActivationCache, held_out: ActivationCache) -> dict[str, Any]:
+    """What `config.out` holds, or no runs yet. Raises `UserError` where its settings are others."""
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("lrs", "out")}
+    source = {
+        "source": "saelens",
+        "config": without_paths(json.loads(json.dumps(settings))),
+        "environment": environment(torch.device("cpu"))
+        | {"sae_lens": importlib.metadata.version("sae-lens")},
+        "cache": {"make": without_paths(cache.recipe), "n_tokens": cache.n_tokens},
+        "validation_cache": {"n_tokens": held_out.n_tokens},
+    }
+    if not Path(config.out).exists():
+        return {"sources": [source], "runs": []}
+    results = results_in(Path(config.out))
+    if results["sources"][0]["config"] != source["config"]:
+        raise UserError(f"{config.out} has runs of other settings: give another --out")
+    return results
+
+
+def one_run(
+    config: Config, kind: str, lr: float, cache: ActivationCache, held_out: ActivationCache
+) -> dict[str, Any]:
+    """Trains one SAE, saves it, and scores what was saved."""
+    import sae_lens
+
+    wall, cpu = time.perf_counter(), time.process_time()
+    with contextlib.redirect_stdout(sys.stderr):
+        trained = train(config, kind, lr, cache)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    folder = Path(config.saes) / f"{kind}_lr{lr:g}_seed{config.seed}"
+    trained.save_inference_model(folder)
+    return {
+        "source": "saelens",
+        "sae": kind,
+        "lr": lr,
+        "seed": config.seed,
+        **score(sae_lens.SAE.load_from_disk(folder), held_out),
+        "seconds": round(wall, 2),
+        "cpu_seconds": round(cpu, 2),
+    }
+
+
+def train(config: Config, kind: str, lr: float, cache: ActivationCache) -> Any:
+    """A training SAE of SAELens, trained by its SAETrainer, the input's scale folded in."""
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    torch.manual_seed(config.seed)  # SAELens draws its start from the global generator
+    sae = untrained(config, kind, cache.d_model)
+    steps = SAETrainerConfig(
+        total_training_samples=config.n_steps * config.batch_size,
+        train_batch_size_samples=config.batch_size,
+        lr=lr,
+        lr_warm_up_steps=min(WARMUP_STEPS, config.n_steps // 20),
+        lr_decay_steps=int(DECAY_SHARE * config.n_steps),
+        lr_end=LR_END * lr,
+        n_batches_for_norm_estimate=NORM_BATCHES,
+    )
+    return SAETrainer(steps, sae, batches(config, cache)).fit()
+
+
+def untrained(config: Config, kind: str, d_model: int) -> Any:
+    """A training SAE of SAELens, at its start."""
+    import sae_lens
+
+    common = {
+        "d_in": d_model,
+        "d_sae": config.n_latents,
+        "k": config.k,
+        "normalize_activations": config.normalize,
+    }
+    if kind == "batchtopk":
+        return sae_lens.BatchTopKTrainingSAE(sae_lens.BatchTopKTrainingSAEConfig(**common))
+    return sae_lens.MatryoshkaBatchTopKTrainingSAE(
+        sae_lens.MatryoshkaBatchTopKTrainingSAEConfig(
+            **common, matryoshka_widths=list(config.widths)
+        )
+    )
+
+
+def batches(config: Config, cache: ActivationCache) -> Iterator[Tensor]:
+    """The project's batches from the first step on, after those that the scale is estimated on."""
+    if config.normalize != "none":
+        yield from itertools.islice(cache.batches(config.batch_size, config.seed), NORM_BATCHES)
+    yield from cache.batches(config.batch_size, config.seed)
+
+
+@torch.inference_mode()
+def score(sae: Any, cache: ActivationCache) -> dict[str, float]:
+    """FVU, L0 and the share of latents that never fire, of any SAE with `encode` and `decode`."""
+    moments, error, fired = Moments(), 0.0, torch.zeros(sae.cfg.d_sae, dtype=torch.int64)
+    for batch in cache.sequential(BATCH_SIZE):
+        acts = sae.encode(batch.acts)  # [n, n_latents]
+        moments.add(batch.acts)
+        error += float(squared_norms(batch.acts - sae.decode(acts)).sum())
+        fired += (acts > 0).sum(0)
+    return {
+        "fvu": error / moments.variance,
+        "l0": int(fired.sum()) / moments.n,
+        "dead_share": float((fired == 0).double().mean()),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    with main_guard():
+        results = run(parse(Config, __doc__, argv))
+        headers = ["SAELens", "lr", "FVU", "L0", "dead", "seconds"]
+        rows = [
+            [
+                run["sae"],
+                f"{run['lr']:g}",
+                f"{run['fvu']:.4f}",
+                f"{run['l0']:.2f}",
+                f"{run['dead_share']:.1%}",
+                f"{run['seconds']:.0f}",
+            ]
+            for run in results["runs"]
+        ]
+        print(table(headers, rows))
+
+
+if __name__ == "__main__":
+    main()
