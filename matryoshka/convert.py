@@ -1,0 +1,135 @@
+"""SAEs to other tools' folders and back, each proven by reading it back; nothing is half written.
+
+from matryoshka import convert
+
+sae = convert.load("folder")                            # any of the formats, or a file of ours
+report = convert.export(sae, "saelens", "folder", x)    # x: activations to prove it on
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matryoshka import dictionary_learning_format, saelens_format, sparsify_format
+from matryoshka.conversion_check import Codec, Comparison, codec, compare, require_same
+from matryoshka.errors import UserError
+from sae import SAE, seeded_generator
+
+FORMATS: dict[str, Any] = {
+    "saelens": saelens_format,
+    "dictionary-learning": dictionary_learning_format,
+    "sparsify": sparsify_format,
+}
+TARGETS = ("saelens", "dictionary-learning")
+N_NOISE = 1024  # inputs that a conversion is proven on where there are no activations
+
+
+def format_of(path: Path) -> str | None:
+    """Which of FORMATS a folder is in; None where it is in none of them."""
+    found = [name for name, module in FORMATS.items() if path.is_dir() and module.is_one(path)]
+    return found[0] if found else None
+
+
+def load(path: str | Path) -> SAE:
+    """The SAE in a file of this project, or in a folder of another tool.
+
+    Raises `UserError` where there is none that can be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        name = format_of(path)
+        if name is None:
+            raise UserError(
+                f"{path} holds no SAE of a tool that is known here: {saelens_format.WEIGHTS}, "
+                f"{dictionary_learning_format.WEIGHTS} or {sparsify_format.WEIGHTS}"
+            )
+        sae: SAE = FORMATS[name].read(path)
+        return sae
+    try:
+        return SAE.load(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
+
+
+def noise(sae: SAE, n: int = N_NOISE) -> Tensor:
+    """Gaussian inputs [n, d_model] of the mean norm that the SAE was trained on."""
+    x = torch.randn(n, sae.d_model, generator=seeded_generator(0), dtype=torch.float64)
+    return x * float(sae.mean_norm / sae.d_model**0.5)
+
+
+def export(
+    sae: SAE, target: str, folder: str | Path, x: Tensor, widths: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Writes the SAE as a folder of `target`, one of TARGETS, once it is proven equal.
+
+    x: [n, d_model], what it is proven on. widths: see `dictionary_learning_format.write`. Returns
+    "notes", what the target cannot express, "read_by", who read it back, and "comparison". Raises
+    `UserError` where the folder is not empty, the SAE has no form there, or is another once read
+    back; then nothing is written.
+    """
+    if widths and target != "dictionary-learning":
+        raise UserError(f"widths are for dictionary-learning: {target} has no prefixes")
+
+    def write(part: Path) -> dict[str, Any]:
+        if target == "saelens":
+            notes = saelens_format.write(sae, part)
+        else:
+            notes = dictionary_learning_format.write(sae, part, widths)
+        read_by, comparison = prove(sae, target, part, x)
+        return {"notes": notes, "read_by": read_by, "comparison": comparison}
+
+    return into_folder(Path(folder), write)
+
+
+def prove(sae: SAE, target: str, folder: Path, x: Tensor) -> tuple[str, Comparison]:
+    """Who read the folder back, and how it compares with the SAE. Raises `UserError`."""
+    readers = [("this project's reader", codec(load(folder)))]
+    if target == "saelens" and has_saelens():
+        readers.append(("SAELens", saelens_codec(folder)))
+    for name, other in readers:
+        comparison = compare(sae, other, x)
+        require_same(comparison, f"what {name} reads back")
+    return name, comparison
+
+
+def has_saelens() -> bool:
+    """Whether SAELens can be imported here."""
+    try:
+        import sae_lens  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def saelens_codec(folder: Path) -> Codec:
+    """What SAELens makes of a folder, in float64."""
+    import sae_lens
+
+    theirs = sae_lens.SAE.load_from_disk(folder, dtype="float64")
+    return theirs.encode, theirs.decode
+
+
+def into_folder(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Calls `write` on a new folder beside `folder`, which then takes its place: whole or not at
+    all. Raises `UserError` where `folder` holds anything, or cannot be written."""
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"--out {folder} is not empty: choose another folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written: {error.strerror}") from None
+    try:
+        result = write(part)
+        part.chmod(0o755)
+        part.replace(folder)
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return result
