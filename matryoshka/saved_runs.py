@@ -1,7 +1,7 @@
 """What is read back of a training run's folder: its SAEs, its results, its curves.
 
-An SAE is a file NAME.safetensors, and NAME is what it is called. results.json, where there is one,
-says which SAEs are of the run, and what they were trained on.
+An SAE is a file NAME.safetensors, or a folder NAME of another tool, and NAME is what it is called.
+results.json, where there is one, says which SAEs are of the run, and what they were trained on.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from matryoshka import convert
 from matryoshka.cache_format import MANIFEST, read_record
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.errors import UserError
@@ -77,8 +78,7 @@ def load_saes(folder: Path, device: torch.device, trained: Mapping[str, Any]) ->
     is left out, with a line on stderr. Raises `UserError` where a file is not the one that was
     recorded, or none is left.
     """
-    paths = {path.stem: path for path in sorted(folder.glob("[!.]*.safetensors"))}
-    paths.pop(Path(CHECKPOINT).stem, None)
+    paths = sae_paths(folder)
     if not paths:
         raise UserError(f"{folder} holds no SAEs: finish a training with --out {folder}")
     if not trained:
@@ -102,18 +102,26 @@ def load_saes(folder: Path, device: torch.device, trained: Mapping[str, Any]) ->
     return saes
 
 
+def sae_paths(folder: Path) -> dict[str, Path]:
+    """The SAEs in a folder, by name: files of this project, and folders of other tools; or the
+    folder itself, where it is one of these."""
+    if convert.format_of(folder):
+        return {folder.resolve().name: folder}
+    paths = {path.stem: path for path in sorted(folder.glob("[!.]*.safetensors"))}
+    paths.pop(Path(CHECKPOINT).stem, None)
+    folders = (path for path in sorted(folder.glob("[!.]*")) if convert.format_of(path))
+    return paths | {path.name: path for path in folders}
+
+
 def load_sae(
     path: Path, device: torch.device, recorded_sha256: str | None = None
 ) -> tuple[SAE, str]:
-    """One SAE, in float32, and its file's SHA-256.
+    """One SAE, in float32, and its file's SHA-256; "" of another tool's folder.
 
     Raises `UserError` where the file is no SAE, or its checksum is not the one that was recorded.
     """
-    try:
-        sha256 = file_sha256(path)
-        sae = SAE.load(path, device).float().requires_grad_(False)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
+    sae = convert.load(path).to(device).float().requires_grad_(False)
+    sha256 = "" if path.is_dir() else file_sha256(path)
     if recorded_sha256 not in (None, sha256):
         raise UserError(
             f"{path} is not the file that {RESULTS} beside it is of: its checksum is another; "

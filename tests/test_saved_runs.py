@@ -149,7 +149,7 @@ def test_files_that_are_no_sae_of_this_format_are_refused_with_their_name(tmp_pa
         (lambda: safetensors.torch.save_file(stack, path), "W_enc"),
         (lambda: safetensors.torch.save_file(sae.state_dict(), path, later), "format must be"),
         (lambda: SAE(D_MODEL, 1).save(path), "1 latents; at least 2"),
-        (lambda: [path.unlink(), path.mkdir()], "irectory"),
+        (lambda: [path.unlink(), path.mkdir()], "holds no SAE"),
     ):
         write()
         with pytest.raises(UserError, match=named) as error:
