@@ -1,0 +1,99 @@
+"""SAEs to other tools' files and back, each proven by reading it back.
+
+    python export.py --sae runs/x/matryoshka.safetensors --to saelens --out exported \\
+        --cache cache/validation
+    python export.py --sae exported --to matryoshka --out runs/y/sae.safetensors
+
+--sae is a file of this project, or a folder of SAELens, dictionary_learning or sparsify: which, is
+seen from its files. What is written is read back, by SAELens too where that is installed, and
+encodes and decodes a sample of the cache in float64; without a cache, Gaussian noise. If anything
+but rounding differs, nothing is written. What the other tool cannot express is printed, and kept in
+the metadata. Python has the same as `matryoshka.convert`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from matryoshka import convert
+from matryoshka.cache_reader import ActivationCache
+from matryoshka.command_line import main_guard, parse, require_positive, setting
+from matryoshka.conversion_check import codec, compare, require_same
+from matryoshka.errors import UserError
+from matryoshka.files import make_folder, write_atomically
+from sae import SAE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is converted, to what, and where it is written."""
+
+    sae: str = setting(help="the SAE: a file of this project, or a folder of another tool")
+    to: Literal["saelens", "dictionary-learning", "matryoshka"] = setting(
+        "saelens", "whose format; matryoshka: a file of this project"
+    )
+    out: str = setting(help="the folder to write, or the file where it is of this project")
+    cache: str | None = setting(None, "activations to prove it on; default: Gaussian noise")
+    n_tokens: int = setting(4096, "how many of them, from all over the cache")
+    widths: tuple[int, ...] | None = setting(
+        None, "prefixes to keep, for dictionary-learning; default: those trained at"
+    )
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Writes `config.out`; returns what is reported: "notes", "read_by", "inputs" (what it was
+    proven on) and "comparison". Raises `UserError`; then nothing is written."""
+    require_positive(config, "n_tokens")
+    sae = convert.load(config.sae).requires_grad_(False)
+    x, inputs = sample(config, sae)
+    if config.to == "matryoshka":
+        report = to_file(sae, Path(config.out), x)
+    else:
+        report = convert.export(sae, config.to, config.out, x, config.widths)
+    return {"inputs": inputs, **report}
+
+
+def sample(config: Config, sae: SAE) -> tuple[Tensor, str]:
+    """Inputs [n, d_model] to prove a conversion on, and what they are."""
+    if config.cache is None:
+        return convert.noise(sae), "Gaussian noise of the SAE's mean norm (no --cache was given)"
+    cache = ActivationCache(config.cache)
+    if cache.d_model != sae.d_model:
+        raise UserError(
+            f"d_model of {config.sae} is {sae.d_model}, that of {config.cache} {cache.d_model}"
+        )
+    n = min(config.n_tokens, cache.n_tokens)
+    return next(cache.batches(n, seed=0)), f"activations of {config.cache}"
+
+
+def to_file(sae: SAE, path: Path, x: Tensor) -> dict[str, Any]:
+    """Writes the SAE's file, once it reads back as the same SAE."""
+    if path.exists():
+        raise UserError(f"--out {path} is there already: choose another name")
+    make_folder(path.parent)
+
+    def write(part: Path) -> None:
+        sae.save(part)
+        require_same(compare(sae, codec(convert.load(part)), x), "what was written")
+
+    write_atomically(path, write)
+    comparison = compare(sae, codec(convert.load(path)), x)
+    return {"notes": [], "read_by": "this project's reader", "comparison": comparison}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    with main_guard():
+        config = parse(Config, __doc__, argv)
+        report = run(config)
+        for note in report["notes"]:
+            print(f"note: {note}")
+        print(f"{config.out}: read back by {report['read_by']}, {report['comparison']}")
+        print(f"inputs: {report['inputs']}")
+
+
+if __name__ == "__main__":
+    main()
