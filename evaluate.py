@@ -28,12 +28,20 @@ from matryoshka.command_line import (
     require_positive,
     setting,
 )
-from matryoshka.concepts import TINY_MODEL_CONCEPTS, load_concepts, membership
+from matryoshka.concepts import CONCEPTS, Resolved, load_concepts, membership
 from matryoshka.environment import environment
 from matryoshka.errors import UserError
-from matryoshka.evaluation_tables import concept_table, summary
+from matryoshka.evaluation_inputs import (
+    Asked,
+    concepts_of,
+    load_model_of,
+    rows_of,
+    vocabulary_of,
+)
+from matryoshka.evaluation_tables import report
 from matryoshka.files import make_folder, write_json
-from matryoshka.loss_recovered import ROWS_AT_ONCE, cached_rows, splice_losses
+from matryoshka.language_models import LanguageModel
+from matryoshka.loss_recovered import cached_rows, rows_at_once, splice_losses
 from matryoshka.metrics import highest_cosines
 from matryoshka.reconstruction import (
     BATCH_SIZE,
@@ -51,13 +59,12 @@ from matryoshka.saved_runs import (
     training_curves,
     training_results,
 )
-from matryoshka.tiny_model import TinyModel
+from matryoshka.sources import Rows
 from sae import SAE
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 EVALUATION = "evaluation.json"
 FIGURES = ("fvu_by_prefix.png", "density_histograms.png", "training_curves.png")
-OF_TEXT = ("model", "weights_hash", "layer", "dataset", "split", "keep_begin")  # of a recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +73,17 @@ class Config:
 
     run: str = setting("runs/tinystories", "folder of a training run, with its SAEs")
     cache: str = setting("cache/validation", "cache of a split that was not trained on")
-    model: str | None = setting(None, "the language model; default: the one the cache was made of")
-    dataset: str | None = setting(None, "its token ids; default: those the cache was made of")
+    model: str | None = setting(
+        None, "the language model; none: what needs it is left out; default: the cache's"
+    )
+    model_revision: str | None = setting(None, "its branch, tag or commit; default: the cache's")
+    trust_remote_code: bool = setting(False, "run the Python code that comes with the model")
+    dataset: str | None = setting(None, "its text or token ids; default: those of the cache")
+    tokenizer: str | None = setting(
+        None, "what concepts' words are looked up in; default: the model's own"
+    )
     n_tokens: int = setting(100_000, "tokens that the cross-entropy is measured on, at most")
-    concepts: str | None = setting(None, "sets of token ids; default: matryoshka/concepts.json")
+    concepts: str | None = setting(None, "sets of words; default: matryoshka/concepts.json")
     min_precision: float = setting(
         0.8, "of a latent that may fire in place of a concept's detector, see choose_detectors"
     )
@@ -86,6 +100,11 @@ class Config:
     def out_folder(self) -> Path:
         return Path(self.out or self.run)
 
+    @property
+    def asked(self) -> Asked:
+        """What is said of the language model and its text."""
+        return Asked(**{name: getattr(self, name) for name in Asked._fields})
+
 
 class Inputs(NamedTuple):
     """What is read, checked."""
@@ -94,9 +113,11 @@ class Inputs(NamedTuple):
     trained: dict[str, Any]  # results.json, or {}
     curves: tuple[Any, Any] | None  # of metrics.jsonl, where it is the run's
     cache: ActivationCache
-    model: TinyModel
-    concepts: dict[str, list[int]]
-    dataset: str
+    model: LanguageModel | None  # that predicts next tokens
+    rows: Rows | None  # of that model
+    concepts: Resolved
+    d_vocab: int
+    left_out: dict[str, str]  # of the results, and why
 
 
 def read_inputs(config: Config, device: torch.device) -> Inputs:
@@ -108,17 +129,21 @@ def read_inputs(config: Config, device: torch.device) -> Inputs:
     require_not_negative(config, "seed")
     if not 0 <= config.min_precision <= 1:
         raise UserError(f"--min-precision must be between 0 and 1, got {config.min_precision}")
-    concepts = load_concepts(Path(config.concepts or TINY_MODEL_CONCEPTS))
+    named = load_concepts(Path(config.concepts or CONCEPTS))
     trained = training_results(config.folder)
     saes = load_saes(config.folder, device, trained)
     cache = ActivationCache(config.cache)
-    require_text(cache)
     check_cache(cache, saes, trained)
-    model = TinyModel.from_pretrained(config.model or cache.recipe["model"], device=device)
-    cache.require(weights_hash=model.weights_hash)
-    membership(concepts, model.d_vocab)
-    dataset = config.dataset or cache.recipe["dataset"]
-    next(cached_rows(cache, dataset, 1, model.d_vocab))
+    model, no_loss = load_model_of(cache, config.asked, device)
+    concepts, no_absorption = concepts_of(named, cache, model, config.asked)
+    d_vocab = model.d_vocab if model else vocabulary_of(cache, concepts)
+    membership(concepts.ids, d_vocab)
+    rows = None
+    if model is not None and not model.has_head:
+        no_loss = f"{cache.recipe['model']} has no head that predicts next tokens"
+    elif model is not None:
+        rows = rows_of(cache, model, config.dataset)
+        next(cached_rows(cache, rows, 1))
     metrics = config.folder / METRICS
     curves = training_curves(metrics) if trained and metrics.exists() else None
     make_folder(config.out_folder)
@@ -126,17 +151,9 @@ def read_inputs(config: Config, device: torch.device) -> Inputs:
         if path.is_dir():
             raise UserError(f"{path} is a folder; the results need that name: give another --out")
     cache.verify()
-    return Inputs(saes, trained, curves, cache, model, concepts, dataset)
-
-
-def require_text(cache: ActivationCache) -> None:
-    """Raises `UserError` where the cache was not made of a language model and text."""
-    missing = [key for key in OF_TEXT if key not in cache.recipe]
-    if missing:
-        raise UserError(
-            f"{cache.folder} was not made of a language model and its tokens: its recipe has no "
-            f"{', '.join(missing)}"
-        )
+    reasons = {"cross_entropy": no_loss, "absorption": no_absorption}
+    left_out = {what: why for what, why in reasons.items() if why}
+    return Inputs(saes, trained, curves, cache, model, rows, concepts, d_vocab, left_out)
 
 
 @torch.inference_mode()
@@ -160,7 +177,7 @@ def run(
 def score(config: Config, inputs: Inputs, device: torch.device) -> dict[str, Any]:
     """What evaluation.json holds. Raises `UserError` where the activations leave it undefined."""
     started, cache, saes = time.perf_counter(), inputs.cache, inputs.saes
-    members = membership(inputs.concepts, inputs.model.d_vocab).to(device)
+    members = membership(inputs.concepts.ids, inputs.d_vocab).to(device)
     first_half = halves(cache.manifest.n_rows, config.seed).to(device)
     statistics = [
         Statistics(sae, ConceptCounts(sae.n_latents, members, first_half)) for sae in saes.values()
@@ -168,7 +185,8 @@ def score(config: Config, inputs: Inputs, device: torch.device) -> dict[str, Any
     norms = norms_of(cache, device)
     every, inliers = reconstruct(statistics, cache, outliers_among(norms), device)
     counted = [(one.sae, one.concepts) for one in statistics]
-    absorbed = absorption(counted, cache, list(inputs.concepts), config.min_precision, BATCH_SIZE)
+    names = list(inputs.concepts.ids)
+    absorbed = absorption(counted, cache, names, config.min_precision, BATCH_SIZE)
     losses = cross_entropy(config, inputs, every.mean)
     return {
         "config": dataclasses.asdict(config),
@@ -180,13 +198,16 @@ def score(config: Config, inputs: Inputs, device: torch.device) -> dict[str, Any
         },
         "norms": norm_spread(norms),
         "seconds": round(time.perf_counter() - started, 2),
-        "cross_entropy": {key: losses[key] for key in ("clean", "mean", "predictions", "replaced")},
+        "left_out": inputs.left_out,
+        "concepts": concept_counts(inputs.concepts),
+        "cross_entropy": losses
+        and {key: losses[key] for key in ("clean", "mean", "predictions", "replaced")},
         "runs": [
             {
                 "sae": name,
                 **statistics[i].summary(every, inliers),
-                "cross_entropy": losses["saes"][i],
-                "loss_recovered": losses["recovered"][i],
+                "cross_entropy": losses and losses["saes"][i],
+                "loss_recovered": losses and losses["recovered"][i],
                 **cosine_summary(sae),
                 "absorption": mean_absorption(absorbed[i]),
                 "concepts": absorbed[i],
@@ -196,18 +217,30 @@ def score(config: Config, inputs: Inputs, device: torch.device) -> dict[str, Any
     }
 
 
-def cross_entropy(config: Config, inputs: Inputs, mean: Tensor) -> dict[str, Any]:
-    """`splice_losses` on the first rows of the cache's dataset; `mean` is that of the cache."""
-    cache, model = inputs.cache, inputs.model
+def cross_entropy(config: Config, inputs: Inputs, mean: Tensor) -> dict[str, Any] | None:
+    """`splice_losses` on the first of the cache's rows; `mean` is that of the cache. None where
+    there is no model that predicts next tokens."""
+    cache, model, rows = inputs.cache, inputs.model, inputs.rows
+    if model is None or rows is None:
+        return None
+    first = next(cached_rows(cache, rows, 1))
+    at_once = rows_at_once(first.tok_ids.shape[1], model.d_vocab)
     share = min(1, config.n_tokens / cache.n_tokens)
-    rows = tqdm(
-        cached_rows(cache, inputs.dataset, config.n_tokens, model.d_vocab),
-        total=math.ceil(cache.manifest.n_rows * share / ROWS_AT_ONCE),
+    blocks = tqdm(
+        cached_rows(cache, rows, config.n_tokens, at_once),
+        total=math.ceil(cache.manifest.n_rows * share / at_once),
         unit=" batches",
         desc="cross-entropy",
     )
-    saes, recipe = list(inputs.saes.values()), cache.recipe
-    return splice_losses(model, saes, mean, rows, recipe["layer"], recipe["keep_begin"])
+    site = cache.recipe.get("site", "resid_pre")
+    return splice_losses(
+        model, list(inputs.saes.values()), mean, blocks, cache.recipe["layer"], site
+    )
+
+
+def concept_counts(concepts: Resolved) -> dict[str, int]:
+    """How many of the concepts' words were looked up, and how many are no single token."""
+    return {"words": concepts.n_words, "words_left_out": concepts.n_left_out}
 
 
 def cosine_summary(sae: SAE) -> dict[str, Any]:
@@ -238,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with main_guard():
         config = parse(Config, __doc__, argv)
-        run(config, lambda results: print(f"{concept_table(results)}\n\n{summary(results)}"))
+        run(config, lambda results: print(report(results)))
 
 
 if __name__ == "__main__":

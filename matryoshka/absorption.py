@@ -104,10 +104,9 @@ class ConceptCounts:
     def __init__(self, n_latents: int, members: Tensor, first_half: Tensor):
         """All three counts are on the device of `members`, where `first_half` must be as well."""
         self.members, self.first_half = members, first_half
-        zeros = members.new_zeros(len(members), n_latents, dtype=torch.float64)
-        self.hits = zeros  # [n_concepts, n_latents], on the concept's tokens
-        self.fired = torch.zeros_like(zeros[0], dtype=torch.int64)  # [n_latents]
-        self.n_members = torch.zeros_like(zeros[:, 0], dtype=torch.int64)  # [n_concepts]
+        self.hits = members.new_zeros(len(members), n_latents, dtype=torch.float64)  # on members
+        self.fired = members.new_zeros(n_latents, dtype=torch.int64)
+        self.n_members = members.new_zeros(len(members), dtype=torch.int64)
 
     def add(self, fires: Tensor, batch: Batch) -> None:
         """fires: bool [n, n_latents], on the activations of `batch`."""
@@ -132,6 +131,8 @@ def absorption(
     names. `batch_size` must be that of the first half, so that activations are the same bit for
     bit. A concept that has no tokens in one of the halves has None for what cannot be said.
     """
+    if not concepts:
+        return [[] for _ in counted]
     chosen = [choose_detectors(of.fired, of.hits, of.n_members, min_precision) for _, of in counted]
     counts = [torch.zeros(3, len(concepts), dtype=torch.int64) for _ in counted]
     for batch in cache.sequential(batch_size, counted[0][0].W_dec.device):

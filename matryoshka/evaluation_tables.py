@@ -10,9 +10,22 @@ NOTABLE_CHANGE = 0.1  # of FVU without outliers, as a share of FVU, above which 
 HELD_OUT = {True: "not trained on", False: "TRAINED ON", None: "whether trained on is not known"}
 
 
+def report(results: Mapping[str, Any]) -> str:
+    """All that evaluate.py prints: the concepts, where there are any, and the summary."""
+    concepts = concept_table(results)
+    if "absorption" in results["left_out"]:
+        concepts = f"No absorption: {results['left_out']['absorption']}."
+    elif n_left_out := results["concepts"]["words_left_out"]:
+        concepts += (
+            f"\n\nOf {results['concepts']['words']:,} words, {n_left_out:,} are no single token, "
+            "and were left out."
+        )
+    return f"{concepts}\n\n{summary(results)}"
+
+
 def summary(results: Mapping[str, Any]) -> str:
     """The write-up's table, an SAE a row, and what it was measured on."""
-    cache, losses = results["cache"], results["cross_entropy"]
+    cache = results["cache"]
     rows = [
         [
             run["sae"],
@@ -26,12 +39,23 @@ def summary(results: Mapping[str, Any]) -> str:
         for run in results["runs"]
     ]
     headers = ["SAE", "FVU", "L0", "dead", "loss recovered", "highest cosine", "absorption"]
-    by_sae = ", ".join(f"{run['cross_entropy']:.3f} {run['sae']}" for run in results["runs"])
+    of = f"tokens of {cache['make']['split']}" if "split" in cache["make"] else "activations"
     return (
         f"{table(headers, rows)}\n\n"
-        f"{cache['n_tokens']:,} tokens of {cache['make']['split']}, {HELD_OUT[cache['held_out']]}. "
+        f"{cache['n_tokens']:,} {of}, {HELD_OUT[cache['held_out']]}. {loss_line(results)}\n"
+        f"{norm_line(results)}"
+    )
+
+
+def loss_line(results: Mapping[str, Any]) -> str:
+    """The cross-entropies, or why there are none."""
+    losses = results["cross_entropy"]
+    if losses is None:
+        return f"No cross-entropy: {results['left_out']['cross_entropy']}."
+    by_sae = ", ".join(f"{run['cross_entropy']:.3f} {run['sae']}" for run in results["runs"])
+    return (
         f"Cross-entropy on {losses['predictions']:,} predictions: {losses['clean']:.3f} nats "
-        f"clean, {losses['mean']:.3f} with the mean, {by_sae}.\n{norm_line(results)}"
+        f"clean, {losses['mean']:.3f} with the mean, {by_sae}."
     )
 
 
@@ -79,7 +103,7 @@ def concept_table(results: Mapping[str, Any]) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"
+    return "-" if share is None else f"{share:.1%}"
 
 
 def _fvu(value: float | None) -> str:

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Set
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import huggingface_hub
 import torch
@@ -52,6 +52,15 @@ class LanguageModel(Protocol):
     @property
     def has_head(self) -> bool:
         """Whether it predicts next tokens. `forward_from` and `log_probs_with` need it."""
+
+    @property
+    def stream_is_all(self) -> bool:
+        """Whether later blocks see of the token ids only what is in the residual stream: else
+        `forward_from` raises `UserError`."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of `transformers`, None where there is none."""
 
     @property
     def begin_id(self) -> int | None:

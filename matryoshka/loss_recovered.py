@@ -1,6 +1,6 @@
-"""What a language model loses when an SAE's reconstructions take the residual stream's place."""
+"""What a language model loses when an SAE's reconstructions take its activations' place."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,62 +8,64 @@ from torch import Tensor
 
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.errors import UserError
-from matryoshka.tiny_model import PAD, TinyModel
-from matryoshka.token_rows import TokenRows, kept_positions
+from matryoshka.language_models import LanguageModel
+from matryoshka.sites import Site
+from matryoshka.sources import Rows, TokenBlock
 from sae import SAE
 
-ROWS_AT_ONCE = 16  # through the model: 16 x 128 x 10,000 log-probabilities are 82 MB
+ROWS_AT_ONCE = 16  # through the model, at most
+LOG_PROBS_AT_ONCE = 2**25  # 134 MB: 16 rows of 128 tokens, of a vocabulary of 10,000, are 82 MB
 
 
-def next_token_loss(log_probs: Tensor, tok_ids: Tensor) -> tuple[Tensor, int]:
+def next_token_loss(log_probs: Tensor, tok_ids: Tensor, is_target: Tensor) -> tuple[Tensor, int]:
     """The summed loss of predicting each next token, in nats, and how many were predicted.
 
-    log_probs: [n, seq, d_vocab]; tok_ids: [n, seq]. Position t predicts the token at t + 1. Targets
-    that are [PAD] do not count. A row's first token, which [BEGIN] predicts, counts, and so does
-    the token that ends a story.
+    log_probs: [n, seq, d_vocab]; tok_ids: [n, seq]; is_target: bool [n, seq], which of them count,
+    [PAD] not. Position t predicts the token at t + 1. A row's first token, which [BEGIN] predicts,
+    counts, and so does the token that ends a story.
     """
-    targets = tok_ids[:, 1:]
-    counted = targets != PAD
+    targets, counted = tok_ids[:, 1:], is_target[:, 1:]
     losses = -log_probs[:, :-1].gather(2, targets[..., None])[..., 0]
     return losses[counted].sum(dtype=torch.float64), int(counted.sum())
 
 
 @torch.inference_mode()
 def splice_losses(
-    model: TinyModel,
+    model: LanguageModel,
     saes: Sequence[SAE],
     mean: Tensor,
-    rows: Iterable[Tensor],
+    blocks: Iterable[TokenBlock],
     layer: int,
-    keep_begin: bool = False,
+    site: Site = "resid_pre",
 ) -> dict[str, Any]:
-    """The model's loss as it is, with each SAE's reconstruction in place of the residual stream
-    at `layer`, and with `mean`, [d_model], in its place.
+    """The model's loss as it is, with each SAE's reconstruction in place of the activations at a
+    site of `layer`, and with `mean`, [d_model], in their place.
 
-    Replaced are the positions that a cache of `keep_begin` holds: all but [PAD] and, by default,
-    [BEGIN], where every row has the same activation. The loss is the mean over all targets that
-    are not [PAD]. Those predicted from positions that are not replaced are among them: these cost
-    the same in each case, and do not change the share recovered
+    Replaced are the positions that the cache holds: all but [PAD] and, by default, special ones
+    such as [BEGIN], where every row has the same activation. The loss is the mean over all targets
+    that are not [PAD]. Those predicted from positions that are not replaced are among them: these
+    cost the same in each case, and do not change the share recovered
 
         (CE_mean - CE_sae) / (CE_mean - CE_clean)
 
-    which is 1 where nothing is lost, 0 where the SAE does no better than the mean. rows: batches
-    of token ids [n, seq]. Returns "clean", "mean" and "saes" in nats a token, "recovered" for each
-    SAE (None where the mean costs nothing), and two counts, "predictions" and "replaced".
+    which is 1 where nothing is lost, 0 where the SAE does no better than the mean. Returns "clean",
+    "mean" and "saes" in nats a token, "recovered" for each SAE (None where the mean costs nothing),
+    and two counts, "predictions" and "replaced".
     """
-    device = model.embed.weight.device
-    mean = mean.to(device, torch.float32)
-    sums = torch.zeros(2 + len(saes), dtype=torch.float64, device=device)
+    mean = mean.to(model.device, torch.float32)
+    sums = torch.zeros(2 + len(saes), dtype=torch.float64, device=model.device)
     n = replaced = 0
-    for tok_ids in rows:
-        is_kept = torch.from_numpy(kept_positions(tok_ids.cpu().numpy(), keep_begin)).to(device)
-        tok_ids = tok_ids.to(device)
-        residual = model.residual(tok_ids, layer)  # [n, seq, d_model]
-        x = residual[is_kept]  # [n_kept, d_model]
+    for block in blocks:
+        tok_ids, is_kept, is_target = (
+            torch.from_numpy(of).to(model.device)
+            for of in (block.tok_ids, block.is_kept, targets_in(block, model.pad_id))
+        )
+        acts, log_probs_with = read_site(model, tok_ids, layer, site, real_in(block, model.device))
+        x = acts[is_kept].float()  # [n_kept, d_model]
         for i, instead in enumerate([x, mean.expand_as(x), *(sae(x) for sae in saes)]):
-            spliced = residual.clone()
-            spliced[is_kept] = instead
-            loss, n_targets = next_token_loss(model.forward_from(spliced, layer), tok_ids)
+            spliced = acts.clone()
+            spliced[is_kept] = instead.to(acts.dtype)
+            loss, n_targets = next_token_loss(log_probs_with(spliced), tok_ids, is_target)
             sums[i] += loss
         n += n_targets
         replaced += len(x)
@@ -79,31 +81,57 @@ def splice_losses(
     }
 
 
-def cached_rows(
-    cache: ActivationCache, dataset: str, n_tokens: int, d_vocab: int
-) -> Iterator[Tensor]:
-    """The first rows of the dataset that the cache was made of, up to `n_tokens` activations.
+def read_site(
+    model: LanguageModel, tok_ids: Tensor, layer: int, site: Site, is_real: Tensor | None
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The activations at a site of `layer`, [n, seq, d_model], and what makes of others in their
+    place the log-probabilities [n, seq, d_vocab]."""
+    acts = model.activations(tok_ids, layer, site, is_real)
+    if site == "resid_pre" and model.stream_is_all:
+        return acts, lambda spliced: model.forward_from(spliced, layer, is_real)
+    return acts, lambda spliced: model.log_probs_with(
+        tok_ids, layer, site, lambda _: spliced, is_real
+    )
 
-    Yields token ids, int64 [at most ROWS_AT_ONCE, seq], in whole batches. `dataset`: where the rows
-    are now. Raises `UserError` where a row is not what the cache was made of.
+
+def real_in(block: TokenBlock, device: torch.device) -> Tensor | None:
+    """`is_real` of the block's rows, as a `LanguageModel` takes it."""
+    return None if block.is_real is None else torch.from_numpy(block.is_real).to(device)
+
+
+def targets_in(block: TokenBlock, pad_id: int | None) -> Any:
+    """Which of the block's tokens are no padding: bool [n, seq]."""
+    return block.tok_ids != pad_id if block.is_real is None else block.is_real
+
+
+def rows_at_once(seq: int, d_vocab: int) -> int:
+    """How many rows of `seq` tokens go through the model at once."""
+    return max(1, min(ROWS_AT_ONCE, LOG_PROBS_AT_ONCE // (seq * d_vocab)))
+
+
+def cached_rows(
+    cache: ActivationCache, rows: Rows, n_tokens: int, at_once: int = ROWS_AT_ONCE
+) -> Iterator[TokenBlock]:
+    """The first of the rows that the cache was made of, up to `n_tokens` activations.
+
+    Yields them `at_once`, in whole batches. Raises `UserError` where a row is not what the cache
+    was made of.
     """
-    recipe = cache.recipe
-    revision = recipe.get("dataset_revision") if dataset == recipe["dataset"] else None
-    source, n_done = TokenRows(dataset, recipe["split"], revision), 0
-    for rows in source.read(0, cache.manifest.n_rows, d_vocab, ROWS_AT_ONCE):
-        kept = torch.from_numpy(rows[kept_positions(rows, recipe["keep_begin"])])
-        cached = cache.tokens(n_done, n_done + len(kept))[0]  # the last row's may be fewer
+    n_done = 0
+    for block in rows.blocks(0, cache.manifest.n_rows, at_once):
+        kept = torch.from_numpy(block.tokens).long()  # [n, 3]
+        cached = torch.stack(cache.tokens(n_done, n_done + len(kept)), dim=1)  # the last may be few
         if not torch.equal(cached, kept[: len(cached)]):
             raise UserError(
-                f"{source.file} is not what {cache.folder} was made of: tokens differ after the "
+                f"{rows.name} is not what {cache.folder} was made of: tokens differ after the "
                 f"first {n_done}; give its --dataset"
             )
-        yield torch.from_numpy(rows)
+        yield block
         n_done += len(cached)
         if n_done >= n_tokens:
             return
     if n_done < cache.n_tokens:
         raise UserError(
-            f"{source.file} is not what {cache.folder} was made of: it ends after {n_done} tokens; "
+            f"{rows.name} is not what {cache.folder} was made of: it ends after {n_done} tokens; "
             "give its --dataset"
         )

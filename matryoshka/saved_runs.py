@@ -21,6 +21,8 @@ from matryoshka.errors import UserError
 from sae import SAE
 
 RESULTS, METRICS, CHECKPOINT = "results.json", "metrics.jsonl", "checkpoint.safetensors"
+# Of a cache's recipe, that must be those trained on; the value of one that says nothing of it.
+OF_MODEL = {"layer": None, "site": "resid_pre", "tokenizer": None, "weights_hash": None}
 CURVES = ("l0", "fvu", "sparsity_weight")  # of metrics.jsonl
 
 
@@ -153,8 +155,8 @@ def refit_of(sae: SAE) -> dict[str, Any]:
 def check_cache(
     cache: ActivationCache, saes: Mapping[str, SAE], trained: Mapping[str, Any]
 ) -> None:
-    """Raises `UserError` where the cache is too small, or of another width, layer or model than
-    the SAEs'."""
+    """Raises `UserError` where the cache is too small, or of another width, layer, site, tokenizer
+    or model than the SAEs'. Of arrays, only the width is known."""
     for name, sae in saes.items():
         if sae.d_model != cache.d_model:
             raise UserError(
@@ -165,7 +167,12 @@ def check_cache(
             f"{cache.folder} holds {cache.manifest.n_rows} rows: too few for two halves"
         )
     recipe = trained["cache"]["make"] if trained else {}
-    cache.require(**{key: recipe[key] for key in ("layer", "weights_hash") if key in recipe})
+    if "model" not in recipe or "model" not in cache.recipe:
+        return
+    for key, default in OF_MODEL.items():
+        expected, found = (of.get(key, default) for of in (recipe, cache.recipe))
+        if expected is not None and found != expected:
+            raise UserError(f"{cache.folder}: its {key} is {found}, expected {expected}")
 
 
 def is_held_out(
@@ -185,8 +192,8 @@ def is_held_out(
     if not trained:
         return None
     recipe, known = trained["cache"]["make"], trained_shards(trained)
-    is_same_dataset = _is_same_place(recipe.get("dataset"), cache.recipe["dataset"])
-    if known & here or (is_same_dataset and recipe.get("split") == cache.recipe["split"]):
+    is_same_dataset = _is_same_place(recipe.get("dataset"), cache.recipe.get("dataset"))
+    if known & here or (is_same_dataset and recipe.get("split") == cache.recipe.get("split")):
         return False
     return True if is_same_dataset or known else None
 
@@ -216,6 +223,6 @@ def checksums_used(cache: ActivationCache) -> list[str]:
     return checksums
 
 
-def _is_same_place(a: str | None, b: str) -> bool:
+def _is_same_place(a: str | None, b: str | None) -> bool:
     """Whether two names of a dataset are one folder or, if they are none, one name."""
-    return a is not None and os.path.realpath(a) == os.path.realpath(b)
+    return a is not None and b is not None and os.path.realpath(a) == os.path.realpath(b)

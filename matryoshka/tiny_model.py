@@ -107,7 +107,8 @@ class TinyModel(nn.Module):
     position sees the padding.
     """
 
-    has_head = True
+    has_head = stream_is_all = True
+    tokenizer = None  # the weights come without one
     begin_id, pad_id = BEGIN, PAD
     special_ids = frozenset({BEGIN, PAD})
 

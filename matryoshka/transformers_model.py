@@ -158,7 +158,7 @@ class TransformersModel:
         """
         self._require_head()
         self.check_site(layer, "resid_pre")
-        if not self._stream_is_all:
+        if not self.stream_is_all:
             raise UserError(
                 f"{self._name}: its blocks read more of the token ids than the residual stream, so "
                 "that there is no forward pass from a layer alone"
@@ -310,7 +310,7 @@ class TransformersModel:
             raise UserError(f"{self._name} does not run on token ids alone ({reason})") from error
 
     @functools.cached_property
-    def _stream_is_all(self) -> bool:
+    def stream_is_all(self) -> bool:
         """Whether the later blocks see of the token ids only what is in the residual stream."""
         layer = self.n_layers // 2
         inputs = self._inputs(self._probe)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from matryoshka.command_line import main_guard, parse, setting
-from matryoshka.concepts import TINY_MODEL_CONCEPTS
+from matryoshka.concepts import CONCEPTS
 from matryoshka.errors import UserError
 from matryoshka.files import write_atomically
 
@@ -25,7 +25,7 @@ from matryoshka.files import write_atomically
 class Config:
     """Which words, and of which vocabularies."""
 
-    concepts: str = setting(str(TINY_MODEL_CONCEPTS), "the file whose ids are filled in")
+    concepts: str = setting(str(CONCEPTS), "the file whose ids are filled in")
     vocabulary: str = setting(help="GPT-2's vocabulary, JSON")
     tiny_to_gpt2: str = setting(help="GPT-2's id of each of TinyModel's tokens, a .pt tensor")
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from matryoshka.concepts import TINY_MODEL_CONCEPTS, load_concepts
+from matryoshka.concepts import CONCEPTS, load_concepts
 from studies.concept_ids import as_text, main
 
 
@@ -28,7 +28,8 @@ def write_words(folder, **words):
 def test_ids_of_words_are_looked_up(tmp_path, argv):
     write_words(tmp_path, dog=["dog"], more=[".", "cat"])
     main(argv)
-    assert load_concepts(tmp_path / "concepts.json") == {"dog": [0, 4, 7], "more": [1, 5, 6]}
+    concepts = load_concepts(tmp_path / "concepts.json")
+    assert {name: of.ids for name, of in concepts.items()} == {"dog": [0, 4, 7], "more": [1, 5, 6]}
     written = json.loads((tmp_path / "concepts.json").read_text())
     assert written["note"] == "a note"
     assert written["concepts"]["dog"]["words"] == ["dog"]
@@ -56,5 +57,5 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, argv, capsys):
 
 
 def test_the_file_that_comes_with_the_package_is_written_so():
-    text = TINY_MODEL_CONCEPTS.read_text()
+    text = CONCEPTS.read_text()
     assert as_text(json.loads(text)) == text

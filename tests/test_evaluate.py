@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from run_factory import (
@@ -24,12 +25,15 @@ from tiny_factory import write_dataset, write_model
 import evaluate
 from matryoshka import reconstruction
 from matryoshka.absorption import choose_detectors, count_absorbed, halves
+from matryoshka.array_files import cache_arrays
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.errors import UserError
-from matryoshka.evaluation_tables import summary
+from matryoshka.evaluation_tables import report, summary
 from matryoshka.loss_recovered import ROWS_AT_ONCE, splice_losses
 from matryoshka.metrics import dead_share, decoder_cosines, density_histogram, fvu, l0
+from matryoshka.sources import TokenBlock
 from matryoshka.tiny_model import BEGIN, PAD, TinyModel
+from matryoshka.token_rows import kept_positions
 from sae import SAE
 
 AT_ONCE = 100  # activations: several batches, the last one short
@@ -137,7 +141,8 @@ def test_a_runs_absorption_is_of_the_other_half(made, scored):
 
 def test_a_runs_cross_entropy_is_that_of_splicing_into_all_rows_at_once(made, scored):
     """With the mean over the cache, at its layer; `splice_losses` has its own tests."""
-    rows = torch.tensor(rows_in(made / "validation.jsonl"))
+    tok_ids = np.array(rows_in(made / "validation.jsonl"))
+    rows = TokenBlock(0, tok_ids, kept_positions(tok_ids, keep_begin=False))
     cache = ActivationCache(made / "validation")
     mean = cache.acts(0, cache.n_tokens).double().mean(0)
     saes = [load(made, result) for result in scored["runs"]]
@@ -258,6 +263,65 @@ def test_fvu_without_the_tokens_that_decide_it_is_said(made, tmp_path):
         assert f"{alone:.4f} {result['sae']}" in printed
 
 
+# ------------------------------------------------------------- where there is no language model
+
+
+def arrays_of(made: Path, folder: Path, with_ids: bool) -> str:
+    """A cache of the validation cache's activations, as one's own arrays."""
+    cache = ActivationCache(made / "validation")
+    acts = cache.acts(0, cache.n_tokens)
+    ids = [cache.tokens(0, cache.n_tokens)[0]] if with_ids else None
+    return str(cache_arrays(folder, [acts], ids, rows_per_shard=500).folder)
+
+
+def test_arrays_are_scored_as_a_models_cache_is_but_for_what_needs_the_model(
+    made: Path, scored: dict[str, Any], tmp_path: Path
+) -> None:
+    config = config_for(made, tmp_path, cache=arrays_of(made, tmp_path / "c", with_ids=False))
+    results = evaluate.run(config)
+    for ours, full in zip(results["runs"], scored["runs"], strict=True):
+        for key in ("l0", "dead_share", "density_histogram", "mean_highest_cosine"):
+            assert ours[key] == full[key]
+        assert ours["fvu"] == pytest.approx(full["fvu"], rel=1e-6)  # in batches of another size
+        assert ours["cross_entropy"] is ours["loss_recovered"] is ours["absorption"] is None
+    assert results["cross_entropy"] is None
+    assert results["left_out"] == {
+        "cross_entropy": "the cache was not made of a language model",
+        "absorption": "the cache has no token ids",
+    }
+    assert json.loads((tmp_path / "evaluation.json").read_text())["left_out"]
+    assert "|              - |" in report(results)
+
+
+def test_arrays_with_token_ids_have_concepts_of_ids(made: Path, tmp_path: Path) -> None:
+    cache = arrays_of(made, tmp_path / "c", with_ids=True)
+    results = evaluate.run(config_for(made, tmp_path, cache=cache))
+    assert "absorption" not in results["left_out"]
+    frequent, _, absent = results["runs"][0]["concepts"]
+    assert frequent["tokens"] + frequent["tokens_chosen_on"] > 0
+    assert absent["tokens"] == 0
+    # Those of concepts.json are TinyModel's, and may be other words here.
+    words = evaluate.run(config_for(made, tmp_path, cache=cache, concepts=None))
+    assert "--tokenizer" in words["left_out"]["absorption"]
+    assert words["runs"][0]["concepts"] == []
+
+
+def test_without_the_model_the_rest_is_the_same(
+    made: Path, scored: dict[str, Any], tmp_path: Path
+) -> None:
+    results = evaluate.run(config_for(made, tmp_path, model="none"))
+    for ours, full in zip(results["runs"], scored["runs"], strict=True):
+        assert ours["cross_entropy"] is None
+        assert (ours["l0"], ours["concepts"]) == (full["l0"], full["concepts"])
+    assert results["left_out"] == {"cross_entropy": "--model none was asked for"}
+
+
+def test_a_model_beside_a_cache_of_arrays_is_refused(made: Path, tmp_path: Path) -> None:
+    cache = arrays_of(made, tmp_path / "c", with_ids=False)
+    config = config_for(made, tmp_path, cache=cache, model=str(made / "model.pt"))
+    assert "was not made of a language model" in refused(config)
+
+
 # ------------------------------------------------------------------------------------- bad input
 
 
@@ -313,18 +377,6 @@ def test_a_model_or_cache_that_does_not_fit_is_refused(made, tmp_path):
     cache = write_cache(made, "validation", layer=0, out=str(tmp_path / "layer"))
     named = refused(config_for(made, tmp_path / "out", cache=str(cache)))
     assert "its layer is 0, expected 1" in named
-
-
-def test_a_cache_that_was_not_made_of_text_is_refused(made, tmp_path):
-    shutil.copytree(made / "validation", tmp_path / "cache")
-    manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
-    for key in ("model", "layer"):
-        del manifest["make"][key]
-    (tmp_path / "cache" / "manifest.json").write_text(json.dumps(manifest))
-    named = refused(config_for(made, tmp_path / "out", cache=str(tmp_path / "cache")))
-    assert (
-        "was not made of a language model and its tokens: its recipe has no model, layer" in named
-    )
 
 
 def test_another_dataset_is_refused(made, tmp_path):

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from matryoshka.evaluation_tables import concept_table, norm_line, summary
+from matryoshka.evaluation_tables import concept_table, norm_line, report, summary
 
 
 def concept(name: str, **changed: Any) -> dict[str, Any]:
@@ -39,6 +39,8 @@ def run(name: str, **changed: Any) -> dict[str, Any]:
 def results(*runs: dict[str, Any], **changed: Any) -> dict[str, Any]:
     usual = {
         "cache": {"n_tokens": 54321, "make": {"split": "validation"}, "held_out": True},
+        "left_out": {},
+        "concepts": {"words": 0, "words_left_out": 0},
         "cross_entropy": {"predictions": 9876, "clean": 1.5, "mean": 8.75},
         "norms": {"p99_9_over_median": 1.5, "max_over_median": 2.25, "outliers": 0},
         "runs": list(runs),
@@ -57,7 +59,7 @@ def test_an_sae_is_a_row_whatever_it_is_called():
     ]
     assert cells(lines[2]) == ["k=30, wide", "0.2500", "19.88", "1.5%", "87.6%", "0.432", "12.5%"]
     assert cells(lines[3])[0] == "b"
-    assert cells(lines[3])[4] == ""
+    assert cells(lines[3])[4] == "-"
     assert lines[5].startswith(
         "54,321 tokens of validation, not trained on. Cross-entropy on 9,876"
     )
@@ -80,7 +82,7 @@ def test_a_concept_and_sae_are_a_row():
         *(["names", "a"], ["names", "b"], ["verbs", "a"], ["verbs", "b"])
     ]
     assert rows[0][2:] == ["12", "75.0%", "50.0%", "25.0%", "12.5%", "3"]
-    assert rows[2][2:] == ["12", "75.0%", "50.0%", "25.0%", "", "3"]
+    assert rows[2][2:] == ["12", "75.0%", "50.0%", "25.0%", "-", "3"]
 
 
 def test_where_no_token_decides_fvu_only_the_norms_are_said():
@@ -101,3 +103,22 @@ def test_fvu_without_outliers_is_said_where_it_is_another():
     assert norm_line(one).endswith(
         "of over 10 times the median norm. Without them: 0.2500 a, not defined b."
     )
+
+
+def test_what_was_left_out_is_said():
+    one = results(
+        run("a", loss_recovered=None, cross_entropy=None, absorption=None, concepts=[]),
+        cross_entropy=None,
+        left_out={"cross_entropy": "it is an encoder", "absorption": "there are no token ids"},
+    )
+    one["cache"]["make"] = {}  # of arrays
+    lines = report(one).splitlines()
+    assert lines[0] == "No absorption: there are no token ids."
+    assert cells(lines[4]) == ["a", "0.2500", "19.88", "1.5%", "-", "0.432", "-"]
+    assert lines[6] == "54,321 activations, not trained on. No cross-entropy: it is an encoder."
+
+
+def test_words_that_were_left_out_are_counted():
+    one = results(run("a"), concepts={"words": 1243, "words_left_out": 12})
+    assert "Of 1,243 words, 12 are no single token, and were left out." in report(one)
+    assert "left out" not in report(results(run("a")))

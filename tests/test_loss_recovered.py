@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from run_factory import D_MODEL, LAYER, SEQ, randn, random_sae, write_cache
@@ -11,13 +12,21 @@ from tiny_factory import make_rows, make_state, write_dataset, write_model
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.errors import UserError
 from matryoshka.loss_recovered import ROWS_AT_ONCE, cached_rows, next_token_loss, splice_losses
+from matryoshka.sources import IdRows, TokenBlock
 from matryoshka.tiny_model import BEGIN, PAD, TinyModel
+from matryoshka.token_rows import TokenRows, kept_positions
 from sae import SAE
 
 
 @pytest.fixture(scope="module")
 def model() -> TinyModel:
     return TinyModel.from_state_dict(make_state(d_model=D_MODEL, d_mlp=24))
+
+
+def block_of(rows, keep_begin=False):
+    """The rows as a cache of them has them."""
+    tok_ids = np.array(rows)
+    return TokenBlock(0, tok_ids, kept_positions(tok_ids, keep_begin))
 
 
 def loss_by_loop(model, rows, replace, left_alone=(PAD, BEGIN)):
@@ -57,7 +66,7 @@ def test_splicing_is_the_plain_loop(model):
     assert {BEGIN, PAD} <= {token for row in rows for token in row}
     mean, sae = randn(D_MODEL, seed=8), random_sae()
     saes = [identity_sae(), constant_sae(mean), sae]
-    batches = iter([torch.tensor(rows[:4]), torch.tensor(rows[4:])])
+    batches = iter([block_of(rows[:4]), block_of(rows[4:])])
     found = splice_losses(model, saes, mean, batches, LAYER)
 
     clean, n = loss_by_loop(model, rows, lambda x: x)
@@ -77,12 +86,11 @@ def test_splicing_is_the_plain_loop(model):
 def test_positions_of_begin_are_replaced_where_the_cache_has_them(model):
     rows = make_rows(5, seq=SEQ, seed=5)
     mean = randn(D_MODEL, seed=8)
-    batches = [torch.tensor(rows)]
-    found = splice_losses(model, [], mean, batches, LAYER, keep_begin=True)
+    found = splice_losses(model, [], mean, [block_of(rows, keep_begin=True)], LAYER)
     with_begin, _ = loss_by_loop(model, rows, lambda x: mean, left_alone=(PAD,))
     assert found["mean"] == pytest.approx(with_begin, rel=1e-6)
     assert found["replaced"] == sum(token != PAD for row in rows for token in row)
-    without = splice_losses(model, [], mean, batches, LAYER)
+    without = splice_losses(model, [], mean, [block_of(rows)], LAYER)
     assert found["replaced"] == without["replaced"] + 5
     assert found["mean"] != pytest.approx(without["mean"], rel=1e-4)
 
@@ -92,15 +100,16 @@ def test_nothing_is_recovered_where_the_mean_costs_nothing():
     last = model.n_layers  # of a head that is silent, whatever the residual stream is
     model.lm_head.weight.zero_()
     found = splice_losses(
-        model, [random_sae()], torch.zeros(D_MODEL), [torch.tensor(make_rows(2, seq=SEQ))], last
+        model, [random_sae()], torch.zeros(D_MODEL), [block_of(make_rows(2, seq=SEQ))], last
     )
     assert found["recovered"] == [None]
 
 
 def test_clean_loss_is_the_models_own(model):
-    rows = torch.tensor(make_rows(5, seq=SEQ, seed=6))
-    found = splice_losses(model, [], torch.zeros(D_MODEL), iter([rows]), LAYER)
-    loss, n = next_token_loss(model(rows), rows)
+    rows = make_rows(5, seq=SEQ, seed=6)
+    found = splice_losses(model, [], torch.zeros(D_MODEL), iter([block_of(rows)]), LAYER)
+    tok_ids = torch.tensor(rows)
+    loss, n = next_token_loss(model(tok_ids), tok_ids, tok_ids != PAD)
     assert found["clean"] == pytest.approx(loss.item() / n, rel=1e-6)
 
 
@@ -113,6 +122,10 @@ def cache(tmp_path_factory):
     return ActivationCache(write_cache(folder, "validation"))
 
 
+def rows_at(folder):
+    return IdRows(TokenRows(str(folder), "validation"), 10_000)
+
+
 def rows_in(folder):
     lines = (folder / "validation.jsonl").read_text().splitlines()
     return [json.loads(line)["tok_ids"] for line in lines]
@@ -120,12 +133,12 @@ def rows_in(folder):
 
 def test_cached_rows_are_whole_batches_up_to_the_number_of_tokens(cache):
     folder = cache.folder.parent
-    every = list(cached_rows(cache, str(folder), 10**9, 10_000))
-    assert torch.cat(every).tolist() == rows_in(folder)
+    every = [block.tok_ids for block in cached_rows(cache, rows_at(folder), 10**9)]
+    assert np.concatenate(every).tolist() == rows_in(folder)
     assert [len(rows) for rows in every] == [ROWS_AT_ONCE] * 3 + [61 - 3 * ROWS_AT_ONCE]
     first = sum(token not in (BEGIN, PAD) for row in every[0].tolist() for token in row)
     for n_tokens, n_batches in ((1, 1), (first, 1), (first + 1, 2)):
-        assert len(list(cached_rows(cache, str(folder), n_tokens, 10_000))) == n_batches
+        assert len(list(cached_rows(cache, rows_at(folder), n_tokens))) == n_batches
 
 
 def test_a_cache_that_ends_within_a_row_has_that_row(cache, tmp_path):
@@ -133,20 +146,20 @@ def test_a_cache_that_ends_within_a_row_has_that_row(cache, tmp_path):
     short = ActivationCache(
         write_cache(folder, "validation", tokens=30, out=str(tmp_path / "short"))
     )
-    [rows] = cached_rows(short, str(folder), 10**9, 10_000)
-    assert rows.tolist() == rows_in(folder)[: short.manifest.n_rows]
+    [block] = cached_rows(short, rows_at(folder), 10**9)
+    assert block.tok_ids.tolist() == rows_in(folder)[: short.manifest.n_rows]
 
 
 def test_rows_that_the_cache_was_not_made_of_are_refused(cache, tmp_path):
     other = write_dataset(tmp_path / "other", 61, split="validation", seq=SEQ, seed=2)
     with pytest.raises(UserError, match="tokens differ after the first 0; give its --dataset"):
-        list(cached_rows(cache, str(other), 10**9, 10_000))
+        list(cached_rows(cache, rows_at(other), 10**9))
     lines = (cache.folder.parent / "validation.jsonl").read_text().splitlines(keepends=True)
     for n, named in ((20, "it ends after"), (60, "it ends after")):
         (other / "validation.jsonl").write_text("".join(lines[:n]))
         with pytest.raises(UserError, match=named):
-            list(cached_rows(cache, str(other), 10**9, 10_000))
+            list(cached_rows(cache, rows_at(other), 10**9))
     changed = [*lines[:40], lines[0], *lines[41:]]
     (other / "validation.jsonl").write_text("".join(changed))
     with pytest.raises(UserError, match=r"tokens differ after the first \d{3}"):
-        list(cached_rows(cache, str(other), 10**9, 10_000))
+        list(cached_rows(cache, rows_at(other), 10**9))

@@ -1,0 +1,146 @@
+"""What an evaluation reads besides SAEs and activations: the language model, its rows, concepts.
+
+A cache of arrays has no language model, and an encoder predicts no next token: then what needs one
+is left out, and the reason is told.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from matryoshka.cache_format import Recipe
+from matryoshka.cache_reader import ActivationCache
+from matryoshka.concepts import Concept, Resolved, Tokenize, resolve
+from matryoshka.errors import UserError
+from matryoshka.language_models import LanguageModel, load_language_model
+from matryoshka.sources import IdRows, Rows
+from matryoshka.tiny_model import TinyModel
+from matryoshka.token_rows import TokenRows
+
+NO_MODEL = "none"  # in place of a model's name
+TOKENS_AT_ONCE = 2**20  # read
+NO_CONCEPTS = Resolved({}, 0, [])
+
+
+class Asked(NamedTuple):
+    """What the command line says of the language model and its text; None: as the cache has it."""
+
+    model: str | None = None
+    model_revision: str | None = None
+    dataset: str | None = None
+    tokenizer: str | None = None
+    concepts: str | None = None
+    trust_remote_code: bool = False
+
+
+def is_of_model(cache: ActivationCache) -> bool:
+    """Whether the cache was made of a language model's activations."""
+    return "model" in cache.recipe
+
+
+def load_model_of(
+    cache: ActivationCache, asked: Asked, device: torch.device
+) -> tuple[LanguageModel | None, str]:
+    """The language model that the cache was made of, or None and why there is none.
+
+    Raises `UserError` where it is not there, or its weights are others.
+    """
+    if not is_of_model(cache):
+        if asked.model not in (None, NO_MODEL):
+            raise UserError(
+                f"--model {asked.model}: {cache.folder} was not made of a language model, and says "
+                "of no layer where its activations would be: leave it out"
+            )
+        return None, "the cache was not made of a language model"
+    if asked.model == NO_MODEL:
+        return None, f"--model {NO_MODEL} was asked for"
+    recipe = cache.recipe
+    name = asked.model or recipe["model"]
+    revision = asked.model_revision
+    if revision is None and name == recipe["model"]:
+        revision = recipe.get("model_revision")
+    try:
+        model = load_language_model(
+            name,
+            revision,
+            recipe.get("model_dtype", "float32"),
+            device,
+            asked.trust_remote_code,
+            asked.tokenizer or recipe.get("tokenizer"),
+        )
+    except UserError as error:
+        raise UserError(f"{error}; --model {NO_MODEL} leaves out what needs the model") from None
+    if model.weights_hash != recipe["weights_hash"]:
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(
+            f"{cache.folder} was made with other weights than those of {name}{at}: its "
+            f"weights_hash is {recipe['weights_hash']}, theirs {model.weights_hash}; give the "
+            "--model or --model-revision that it was made with"
+        )
+    return model, ""
+
+
+def rows_of(cache: ActivationCache, model: LanguageModel, dataset: str | None) -> Rows:
+    """The rows that the cache was made of, from `dataset` or where they were."""
+    recipe = cache.recipe
+    name = dataset or recipe["dataset"]
+    revision = recipe.get("dataset_revision") if name == recipe["dataset"] else None
+    token_rows = TokenRows(name, recipe["split"], revision)
+    return IdRows(token_rows, model.d_vocab, recipe["keep_begin"])
+
+
+# ---------------------------------------------------------------------------------------- concepts
+
+
+def vocabulary_of(cache: ActivationCache, concepts: Resolved) -> int:
+    """A number of token ids that has room for those of the cache and of the concepts."""
+    largest = max((max(ids) for ids in concepts.ids.values()), default=0)
+    for start in range(0, cache.n_tokens, TOKENS_AT_ONCE):
+        tok_ids, _, _ = cache.tokens(start, start + TOKENS_AT_ONCE)
+        largest = max(largest, int(tok_ids.max()))
+    return largest + 1
+
+
+def concepts_of(
+    concepts: Mapping[str, Concept],
+    cache: ActivationCache,
+    model: LanguageModel | None,
+    asked: Asked,
+) -> tuple[Resolved, str]:
+    """The concepts' token ids in the vocabulary that the cache is of; or none, and why.
+
+    Raises `UserError` where they have words and no ids, and no tokenizer is there.
+    """
+    tokenize = tokenizer_of(model, asked)
+    has_tokens = is_of_model(cache) or cache.recipe.get("token_ids", False)
+    if not has_tokens:
+        return NO_CONCEPTS, "the cache has no token ids"
+    if tokenize is None and asked.concepts is None and not is_tiny(cache, model):
+        return NO_CONCEPTS, "no tokenizer is known, which --tokenizer would name"
+    return resolve(concepts, tokenize), ""
+
+
+def is_tiny(cache: ActivationCache, model: LanguageModel | None) -> bool:
+    """Whether token ids are TinyModel's, as far as is known."""
+    recipe: Recipe = cache.recipe
+    return isinstance(model, TinyModel) or (
+        model is None and is_of_model(cache) and "tokenizer" not in recipe
+    )
+
+
+def tokenizer_of(model: LanguageModel | None, asked: Asked) -> Tokenize | None:
+    """The tokenizer of the model, or the one that was asked for; None where there is none."""
+    tokenizer: Any = model.tokenizer if model else None
+    if tokenizer is None and asked.tokenizer is not None:
+        from matryoshka.transformers_loading import load_tokenizer
+
+        tokenizer = load_tokenizer(asked.tokenizer, "", {})
+    if tokenizer is None:
+        return None
+
+    def tokenize(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        return [] if tokenizer.unk_token_id in ids else ids
+
+    return tokenize
