@@ -8,13 +8,21 @@ import pytest
 import torch
 from run_factory import D_MODEL, LAYER, SEQ, randn, random_sae, write_cache
 from tiny_factory import make_rows, make_state, write_dataset, write_model
+from transformers_factory import make_model
 
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.errors import UserError
-from matryoshka.loss_recovered import ROWS_AT_ONCE, cached_rows, next_token_loss, splice_losses
+from matryoshka.loss_recovered import (
+    ROWS_AT_ONCE,
+    cached_rows,
+    next_token_loss,
+    rows_at_once,
+    splice_losses,
+)
 from matryoshka.sources import IdRows, TokenBlock
 from matryoshka.tiny_model import BEGIN, PAD, TinyModel
 from matryoshka.token_rows import TokenRows, kept_positions
+from matryoshka.transformers_model import TransformersModel
 from sae import SAE
 
 
@@ -163,3 +171,67 @@ def test_rows_that_the_cache_was_not_made_of_are_refused(cache, tmp_path):
     (other / "validation.jsonl").write_text("".join(changed))
     with pytest.raises(UserError, match=r"tokens differ after the first \d{3}"):
         list(cached_rows(cache, rows_at(other), 10**9))
+
+
+@pytest.mark.parametrize(
+    ("site", "name"),
+    [
+        ("resid_pre", "transformer.h.1"),
+        ("resid_post", "transformer.h.1"),
+        ("attn_out", "transformer.h.1.attn"),
+        ("mlp_out", "transformer.h.1.mlp"),
+    ],
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_any_site_of_any_model_is_spliced_as_by_a_hook_in_each_row_alone(site, name, padded):
+    """Of GPT-2, row by row, against its own forward pass and the loss by hand."""
+    gpt2 = make_model("gpt2")
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(2, 96, (3, 12), generator=generator)
+    n_real = [12, 9, 5] if padded else [12, 12, 12]
+    is_real = torch.arange(12) < torch.tensor(n_real)[:, None]
+    is_kept = is_real.clone()
+    is_kept[:, 0] = False
+    sae, mean = random_sae(d_model=16), randn(16, seed=8)
+
+    def by_hand(instead):
+        losses = []
+        for row, n in zip(rows, n_real, strict=True):
+
+            def spliced(acts):
+                return torch.cat([acts[:, :1], instead(acts[0, 1:])[None]], dim=1)
+
+            def before(module, args, kwargs):
+                return (spliced(args[0]), *args[1:]), kwargs
+
+            def after(module, args, output):
+                if isinstance(output, tuple):
+                    return (spliced(output[0]), *output[1:])
+                return spliced(output)
+
+            module = gpt2.get_submodule(name)
+            if site == "resid_pre":
+                hook = module.register_forward_pre_hook(before, with_kwargs=True)
+            else:
+                hook = module.register_forward_hook(after)
+            log_probs = gpt2(row[None, :n]).logits[0].double().log_softmax(-1)
+            hook.remove()
+            losses += [-log_probs[t, row[t + 1]].item() for t in range(n - 1)]
+        return math.fsum(losses) / len(losses)
+
+    block = TokenBlock(0, rows.numpy(), is_kept.numpy(), is_real.numpy() if padded else None)
+    model = TransformersModel(gpt2)
+    with torch.no_grad():
+        found = splice_losses(model, [identity_sae(), sae], mean, [block], 1, site)
+        assert found["clean"] == pytest.approx(by_hand(lambda x: x), rel=1e-5)
+        assert found["mean"] == pytest.approx(by_hand(lambda x: mean.expand_as(x)), rel=1e-5)
+        assert found["saes"][1] == pytest.approx(by_hand(sae), rel=1e-5)
+    assert found["saes"][0] == pytest.approx(found["clean"], rel=1e-5)
+    assert found["predictions"] == sum(n_real) - 3
+    assert found["replaced"] == sum(n_real) - 3
+
+
+def test_as_many_rows_go_through_the_model_as_log_probabilities_fit():
+    assert rows_at_once(128, 10_000) == ROWS_AT_ONCE  # the published figures'
+    assert rows_at_once(128, 50_257) == 5
+    assert rows_at_once(8192, 262_144) == 1
