@@ -5,7 +5,7 @@ from torch import Tensor
 
 from sae import SAE, seeded_generator
 
-D_MODEL, N_LATENTS = 12, 20
+D_MODEL, N_LATENTS = 16, 20
 
 
 def any_sae(activation: str, seed: int, k: int = 4) -> SAE:

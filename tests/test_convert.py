@@ -243,10 +243,10 @@ def test_settings_that_cannot_be_right_are_refused(changed, words, tmp_path):
 @pytest.mark.parametrize(
     ("name", "tensor", "words"),
     [
-        ("W_enc", torch.zeros(12, 19), "W_enc is"),
-        ("W_dec", torch.zeros(12, 20), "W_dec is"),
+        ("W_enc", torch.zeros(16, 19), "W_enc is"),
+        ("W_dec", torch.zeros(16, 20), "W_dec is"),
         ("b_enc", torch.full((20,), torch.nan), "not finite"),
-        ("b_dec", torch.zeros(12, dtype=torch.int32), "must hold floats"),
+        ("b_dec", torch.zeros(16, dtype=torch.int32), "must hold floats"),
         ("threshold", torch.zeros(3), "threshold is"),
         ("finetuning_scaling_factor", torch.full((20,), 2.0), "finetuning_scaling_factor"),
     ],
