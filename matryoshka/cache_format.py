@@ -44,6 +44,9 @@ FORMAT_2_KEYS = (
 # One that says more is of format 3.
 RECIPE_KEYS = (
     *(*FORMAT_2_KEYS, "site"),
+    # Of a language model that reads text: see `text_rows.TextRows`.
+    *("model_revision", "model_dtype", "dataset_config", "text_column"),
+    *("tokenizer", "tokenizer_hash", "context", "packing", "begin", "special_ids", "pad_id"),
     *("source", "seq", "token_ids"),  # of a cache of arrays: see `array_files.cache_arrays`
 )
 

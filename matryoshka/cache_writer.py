@@ -60,10 +60,10 @@ def recipe_of(config: CacheConfig, source: Source) -> Recipe:
 def require_same_recipe(found: Recipe, wanted: Recipe, folder: Path) -> None:
     """Raises `UserError` naming the first item in which the cache in `folder` differs.
 
-    The model's name may differ: its weights' hash says whether it is the same.
+    Names of the model and its tokenizer may differ: their hashes say whether they are the same.
     """
     for key in wanted:
-        if key != "model" and found.get(key) != wanted[key]:
+        if key not in ("model", "model_revision", "tokenizer") and found.get(key) != wanted[key]:
             raise UserError(
                 f"{folder} holds another cache: its {key} is {found.get(key)}, asked for is "
                 f"{wanted[key]}; give another --out, or delete that folder"

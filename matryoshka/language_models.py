@@ -147,10 +147,16 @@ def load_language_model(
 
 
 def is_tiny_model(name_or_path: str | Path, revision: str | None) -> bool:
-    """Whether that is a TinyModel: a file of weights, or a folder or a hub repo that holds its."""
+    """Whether that is a TinyModel: a file of weights, or a folder or a hub repo that holds its.
+
+    Raises `UserError` for a folder that holds no model.
+    """
     path, name = Path(name_or_path), str(name_or_path)
     if os.path.isdir(path):
-        return not os.path.isfile(path / "config.json")
+        is_tiny = os.path.isfile(path / WEIGHTS_FILE)
+        if not is_tiny and not os.path.isfile(path / "config.json"):
+            raise UserError(f"folder {name} holds neither config.json nor {WEIGHTS_FILE}")
+        return is_tiny
     if os.path.exists(path) or path.suffix in (".pt", ".safetensors") or not is_repo_name(name):
         return True
     if name.count("/") == 0:

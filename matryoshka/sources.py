@@ -146,10 +146,10 @@ class ModelBlock:
             if len(index) == 0:
                 continue
             tok_ids = torch.from_numpy(self.rows.tok_ids[part]).to(model.device)
-            is_real = None
-            if self.rows.is_real is not None:
-                is_real = torch.from_numpy(self.rows.is_real[part]).to(model.device)
-            acts = model.activations(tok_ids, self.source.layer, self.source.site, is_real)
+            mask = None  # of padding, where there is some
+            if self.rows.is_real is not None and not self.rows.is_real[part].all():
+                mask = torch.from_numpy(self.rows.is_real[part]).to(model.device)
+            acts = model.activations(tok_ids, self.source.layer, self.source.site, mask)
             yield acts.flatten(0, 1).index_select(0, index)  # [n, d_model]
 
 
@@ -157,7 +157,8 @@ class ModelBlock:
 class ModelSource:
     """The activations of a language model at a site of a layer, where it reads rows of token ids.
 
-    `model_name`: what the recipe calls it. `batch_size`: rows a forward pass.
+    `model_name`: what the recipe calls it; `about`: what else the recipe says of it. `batch_size`:
+    rows a forward pass.
     """
 
     model: LanguageModel
@@ -166,6 +167,7 @@ class ModelSource:
     layer: int
     site: Site = "resid_pre"
     batch_size: int = 64
+    about: Identity = dataclasses.field(default_factory=dict)
 
     @property
     def d_model(self) -> int:
@@ -176,10 +178,12 @@ class ModelSource:
         return self.rows.name
 
     def identity(self) -> Identity:
-        """The model, its weights, the rows, the layer; the site where it is not resid_pre."""
-        of_site = {} if self.site == "resid_pre" else {"site": self.site}
+        """The model, its weights, the rows, the layer and the site."""
         of_model = {"model": self.model_name, "weights_hash": self.model.weights_hash}
-        return {**of_model, **self.rows.identity(), "layer": self.layer, **of_site}
+        # Format 2, which knows one site, does not name it.
+        is_format_2 = self.site == "resid_pre" and not self.about
+        of_site = {"layer": self.layer} | ({} if is_format_2 else {"site": self.site})
+        return {**of_model, **self.about, **self.rows.identity(), **of_site}
 
     def count(self, n_tokens: int) -> int | None:
         return self.rows.count(n_tokens)

@@ -1,8 +1,10 @@
 """Tiny models of many architectures with random weights, made by `transformers`' config classes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 D_VOCAB, SEQ = 96, 32  # ids; positions
@@ -65,3 +67,51 @@ def save_model(name: str, folder: Path) -> Path:
     """Saves the model of that name in a folder of that name, and returns it."""
     make_model(name).save_pretrained(folder / name)
     return folder / name
+
+
+WORDS = ["once", "upon", "a", "time", "there", "was", "little", "girl", "named", "lily", "who"]
+
+
+def make_documents(n: int = 60, seed: int = 0) -> list[str]:
+    """Texts of 1 to 40 words."""
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, size=rng.integers(1, 41))) for _ in range(n)]
+
+
+def save_tokenizer(folder: Path, kind: str = "gpt2") -> Path:
+    """Saves a tokenizer trained on `make_documents`, of at most D_VOCAB ids; returns the folder.
+
+    kind: "gpt2" puts nothing around a text, "llama" [BOS] before it, "bert" [CLS] before it and
+    [SEP] after it, "bare" has no special tokens at all.
+    """
+    import tokenizers
+    import transformers
+
+    special = {
+        "gpt2": {"eos_token": "<|end|>", "bos_token": "<|end|>"},
+        "llama": {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
+        "bert": {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"},
+        "bare": {},
+    }[kind]
+    tokens = list(dict.fromkeys(special.values()))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=D_VOCAB, special_tokens=tokens)
+    tokenizer.train_from_iterator(make_documents(), trainer)
+    around = {"llama": "<s> $A", "bert": "[CLS] $A [SEP]"}.get(kind)
+    if around:
+        ids = [(token, tokenizer.token_to_id(token)) for token in around.split() if token != "$A"]
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=around, special_tokens=ids
+        )
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def write_documents(file: Path, texts: list[str], column: str = "text") -> Path:
+    """Writes the texts as .jsonl, and returns the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps({column: text, "n": 1}) + "\n" for text in texts))
+    return file
