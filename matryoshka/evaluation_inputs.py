@@ -132,7 +132,7 @@ def is_tiny(cache: ActivationCache, model: LanguageModel | None) -> bool:
 def tokenizer_of(model: LanguageModel | None, asked: Asked) -> Tokenize | None:
     """The tokenizer of the model, or the one that was asked for; None where there is none."""
     tokenizer: Any = model.tokenizer if model else None
-    if tokenizer is None and asked.tokenizer is not None:
+    if model is None and asked.tokenizer is not None:
         from matryoshka.transformers_loading import load_tokenizer
 
         tokenizer = load_tokenizer(asked.tokenizer, "", {})

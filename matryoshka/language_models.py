@@ -18,6 +18,7 @@ from torch import Tensor
 from matryoshka.errors import UserError
 from matryoshka.sites import Replace, Site
 from matryoshka.tiny_model import WEIGHTS_FILE, TinyModel
+from matryoshka.tiny_tokens import load_texts
 from matryoshka.transformers_loading import load_transformers_model
 
 ModelDtype = Literal["float32", "bfloat16", "float16"]
@@ -134,13 +135,16 @@ def load_language_model(
     `name_or_path`: a repo on the Hugging Face hub, a folder, or a TinyModel's `.pt` or
     `.safetensors` file; `revision`: the hub repo's branch, tag or commit. `dtype`: what the model
     runs in. `trust_remote_code`: whether Python code that comes with the model may run.
-    `tokenizer`: a hub name or a folder, where it is not the model's own. Raises `UserError` where
-    there is no such model, or none that can be used.
+    `tokenizer`: a hub name or a folder, where it is not the model's own; of TinyModel, the file
+    that `tiny_tokens.load_texts` reads. Raises `UserError` where there is no such model, or none
+    that can be used.
     """
     if is_tiny_model(name_or_path, revision):
         if dtype != "float32":
             raise UserError(f"--model-dtype {dtype}: TinyModel runs in float32 only")
-        return TinyModel.from_pretrained(name_or_path, revision, device)
+        model = TinyModel.from_pretrained(name_or_path, revision, device)
+        model.texts = load_texts(Path(tokenizer)) if tokenizer else ()
+        return model
     return load_transformers_model(
         name_or_path, revision, dtype, device, trust_remote_code, tokenizer
     )

@@ -15,7 +15,7 @@ import functools
 import hashlib
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -109,6 +109,7 @@ class TinyModel(nn.Module):
 
     has_head = stream_is_all = True
     tokenizer = None  # the weights come without one
+    texts: Sequence[str] = ()  # of token ids: see `tiny_tokens.load_texts`
     begin_id, pad_id = BEGIN, PAD
     special_ids = frozenset({BEGIN, PAD})
 
@@ -174,8 +175,9 @@ class TinyModel(nn.Module):
         return self.pos_embed.device
 
     def text_of(self, tok_id: int) -> str:
-        """The name of a special token, else the id itself: the weights come without a text."""
-        return SPECIAL_TEXTS.get(tok_id, str(tok_id))
+        """The name of a special token, else its text, or the id itself where `texts` has none."""
+        text = self.texts[tok_id] if 0 <= tok_id < len(self.texts) else ""
+        return SPECIAL_TEXTS.get(tok_id, text or str(tok_id))
 
     def residual(self, tok_ids: Tensor, layer: int, is_real: Tensor | None = None) -> Tensor:
         """The residual stream at `layer`, [batch, seq, d_model]: only blocks before it are run.
