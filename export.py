@@ -9,6 +9,12 @@ seen from its files. What is written is read back, by SAELens too where that is 
 encodes and decodes a sample of the cache in float64; without a cache, Gaussian noise. If anything
 but rounding differs, nothing is written. What the other tool cannot express is printed, and kept in
 the metadata. Python has the same as `matryoshka.convert`.
+
+    python export.py --sae runs/x/matryoshka.safetensors --push user/repo --out for_hub --dry-run
+
+writes a folder for the Hugging Face hub: the SAE, its SAELens form, the run's results, evaluation
+and figures, and a model card made of them. Without --dry-run it is uploaded, to a private
+repository.
 """
 
 import dataclasses
@@ -18,7 +24,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from matryoshka import convert
+from matryoshka import convert, hub
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.command_line import main_guard, parse, require_positive, setting
 from matryoshka.conversion_check import codec, compare, require_same
@@ -41,19 +47,49 @@ class Config:
     widths: tuple[int, ...] | None = setting(
         None, "prefixes to keep, for dictionary-learning; default: those trained at"
     )
+    push: str | None = setting(
+        None, "OWNER/NAME on the Hugging Face hub to upload to; --out is then the hub's folder"
+    )
+    dry_run: bool = setting(False, "with --push: write the folder, and upload nothing")
+    public: bool = setting(False, "with --push: let everyone read it")
+    licence: str = setting("mit", "with --push: under which licence, by the hub's name for it")
 
 
 def run(config: Config) -> dict[str, Any]:
     """Writes `config.out`; returns what is reported: "notes", "read_by", "inputs" (what it was
     proven on) and "comparison". Raises `UserError`; then nothing is written."""
     require_positive(config, "n_tokens")
+    check_push(config)
     sae = convert.load(config.sae).requires_grad_(False)
     x, inputs = sample(config, sae)
-    if config.to == "matryoshka":
+    if config.push is not None:
+        report = for_hub(config, sae, x)
+    elif config.to == "matryoshka":
         report = to_file(sae, Path(config.out), x)
     else:
         report = convert.export(sae, config.to, config.out, x, config.widths)
     return {"inputs": inputs, **report}
+
+
+def check_push(config: Config) -> None:
+    """Raises `UserError` before anything is written where nothing could be pushed."""
+    if config.push is not None:
+        hub.require_repo_name(config.push)
+        if not config.dry_run:
+            hub.require_token(config.push)
+    elif config.dry_run or config.public:
+        raise UserError(f"--{'dry-run' if config.dry_run else 'public'} is for --push OWNER/NAME")
+
+
+def for_hub(config: Config, sae: SAE, x: Tensor) -> dict[str, Any]:
+    """Writes the folder for the hub, and uploads it unless `dry_run` is set."""
+    assert config.push is not None
+    out = Path(config.out)
+    report = hub.write_folder(sae, Path(config.sae), config.push, config.licence, out, x)
+    print(f"for {config.push}:", *hub.files_in(out), sep="\n  ")
+    if config.dry_run:
+        return report
+    return {**report, "url": hub.push(out, config.push, private=not config.public)}
 
 
 def sample(config: Config, sae: SAE) -> tuple[Tensor, str]:
@@ -93,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"note: {note}")
         print(f"{config.out}: read back by {report['read_by']}, {report['comparison']}")
         print(f"inputs: {report['inputs']}")
+        if config.push:
+            print(report.get("url", f"nothing was uploaded; {config.out} is what would be"))
 
 
 if __name__ == "__main__":

@@ -117,3 +117,19 @@ def json_text(value: Any) -> str:
     if not isinstance(value, dict):
         return block(value) + "\n"
     return "{\n " + ",\n ".join(f"{line(k)}: {block(v)}" for k, v in value.items()) + "\n}\n"
+
+
+def without_paths(value: Any) -> Any:
+    """`value` with every string that is a path reduced to its last part."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    if isinstance(value, str) and is_path(value):
+        return Path(value).name
+    return value
+
+
+def is_path(text: str) -> bool:
+    """Whether `text` leads somewhere on this machine: a hub's name, owner/name, does not."""
+    return text.startswith(("/", "~", "./", "../")) or (text.count("/") > 1 and " " not in text)

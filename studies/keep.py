@@ -20,7 +20,7 @@ import torch
 
 from matryoshka.command_line import main_guard, parse, setting
 from matryoshka.errors import UserError
-from matryoshka.files import make_folder, write_json
+from matryoshka.files import make_folder, without_paths, write_json
 from matryoshka.metrics import density_histogram
 
 
@@ -31,22 +31,6 @@ class Config:
     runs: tuple[str, ...] = setting(help="folders of runs")
     file: str = setting("results.json", "which file of each")
     to: str = setting(help="the file to write, in results/")
-
-
-def without_paths(value: Any) -> Any:
-    """`value` with every string that is a path reduced to its last part."""
-    if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_paths(item) for item in value]
-    if isinstance(value, str) and is_path(value):
-        return Path(value).name
-    return value
-
-
-def is_path(text: str) -> bool:
-    """Whether `text` leads somewhere on this machine: a hub's name, owner/name, does not."""
-    return text.startswith(("/", "~", "./", "../")) or (text.count("/") > 1 and " " not in text)
 
 
 def kept_run(run: dict[str, Any], name: str, n_tokens: int | None) -> dict[str, Any]:

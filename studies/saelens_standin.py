@@ -33,10 +33,10 @@ from matryoshka.cache_reader import ActivationCache
 from matryoshka.command_line import main_guard, parse, require_positive, setting, table
 from matryoshka.environment import environment
 from matryoshka.errors import UserError
-from matryoshka.files import make_folder, write_json
+from matryoshka.files import make_folder, without_paths, write_json
 from matryoshka.metrics import squared_norms
 from matryoshka.reconstruction import BATCH_SIZE, Moments
-from studies.keep import results_in, without_paths
+from studies.keep import results_in
 
 KINDS = ("matryoshka_batchtopk", "batchtopk")
 WARMUP_STEPS, DECAY_SHARE, LR_END = 100, 0.2, 0.1  # those of matryoshka.trainer_config

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from matryoshka import files
 from matryoshka.errors import UserError
 from matryoshka.metrics import density_histogram
 from studies import keep
@@ -59,7 +60,7 @@ def test_no_path_of_the_machine_is_kept(tmp_path):
 
 @pytest.mark.parametrize("text", ["noanabeshima/tiny_model", "a sentence / with / slashes", "l1"])
 def test_what_is_no_path_stays(text):
-    assert keep.without_paths({"x": [text]}) == {"x": [text]}
+    assert files.without_paths({"x": [text]}) == {"x": [text]}
 
 
 def test_a_count_a_latent_becomes_a_histogram_and_nothing_else_changes(tmp_path):

@@ -1,0 +1,135 @@
+"""SAEs on the Hugging Face hub.
+
+A repository holds one SAE: sae.safetensors as this project has it, saelens/ as SAELens has it,
+README.md made of the run's results, these results, and the figures.
+"""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import huggingface_hub
+from torch import Tensor
+
+from matryoshka import convert
+from matryoshka.errors import UserError
+from matryoshka.files import without_paths, write_json
+from matryoshka.foreign_files import read_object
+from matryoshka.model_card import model_card
+from sae import SAE
+
+SAE_FILE, SAELENS = "sae.safetensors", "saelens"
+RESULTS, EVALUATION = "results.json", "evaluation.json"
+Result = TypeVar("Result")
+
+
+def from_pretrained(repo: str, name: str = SAE_FILE, revision: str | None = None) -> SAE:
+    """The SAE in a repository on the hub.
+
+    name: a file of this project, or a folder of SAELens, dictionary_learning or sparsify in it.
+    revision: a branch, a tag or a commit. Raises `UserError` where there is none, or the hub cannot
+    be reached. No code of the repository is run.
+    """
+    require_repo_name(repo)
+    patterns = [name, f"{name}/*"]
+    folder = reaching_hub(
+        repo,
+        lambda: huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns),
+    )
+    path = Path(folder) / name
+    if not path.exists():
+        raise UserError(f"{repo} on the hub holds no {name}")
+    return convert.load(path)
+
+
+# ------------------------------------------------------------------------------------------- push
+
+
+def write_folder(
+    sae: SAE, source: Path, repo: str, licence: str, out: Path, x: Tensor
+) -> dict[str, Any]:
+    """Writes what a repository will hold to the folder `out`, whole or not at all.
+
+    source: the SAE's file, or folder; results, evaluation and figures are those beside it. x:
+    [n, d_model], what its SAELens form is proven on. Returns what `convert.export` does. Raises
+    `UserError`.
+    """
+    require_repo_name(repo)
+
+    def write(part: Path) -> dict[str, Any]:
+        sae.save(part / SAE_FILE)
+        report = convert.export(sae, "saelens", part / SAELENS, x)
+        scores = copy_results(source, part)
+        card = model_card(sae, repo, licence, scores)
+        (part / "README.md").write_text(card, encoding="utf-8")
+        return report
+
+    return convert.into_folder(out, write)
+
+
+def copy_results(source: Path, out: Path) -> dict[str, Any] | None:
+    """Copies the run's results, without this machine's paths, and its figures; returns the SAE's
+    line of evaluation.json, if it has one."""
+    scores = None
+    for name in (RESULTS, EVALUATION):
+        if not (source.parent / name).exists():
+            continue
+        results = read_object(source.parent / name)
+        runs = results.get("runs", [])
+        results["runs"] = [run for run in runs if run.get("sae") == source.stem]
+        if not results["runs"]:
+            continue  # they are of other SAEs in that folder
+        write_json(out / name, without_paths(results))
+        scores = results["runs"][0] if name == EVALUATION else scores
+    if scores is not None:
+        for figure in sorted(source.parent.glob("*.png")):
+            shutil.copyfile(figure, out / figure.name)
+    return scores
+
+
+def files_in(folder: Path) -> list[str]:
+    """What will be uploaded: names and sizes, a line each."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [f"{path.relative_to(folder)}  {path.stat().st_size:,} bytes" for path in paths]
+
+
+def push(folder: Path, repo: str, private: bool = True) -> str:
+    """Uploads a folder of `write_folder`; returns the repository's address.
+
+    Raises `UserError` where no token is set, the hub cannot be reached, or the repository is public
+    although `private` was asked for.
+    """
+    require_repo_name(repo)
+    require_token(repo)
+    api = huggingface_hub.HfApi()
+    url = reaching_hub(repo, lambda: api.create_repo(repo, private=private, exist_ok=True))
+    if private and not reaching_hub(repo, lambda: api.repo_info(repo)).private:
+        raise UserError(f"{repo} is there already and is public: say --public, or name another")
+    reaching_hub(repo, lambda: api.upload_folder(repo_id=repo, folder_path=folder))
+    return str(url)
+
+
+def require_repo_name(repo: str) -> None:
+    """Raises `UserError` unless it reads OWNER/NAME."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise UserError(f"a repository on the hub is OWNER/NAME, got {repo}")
+
+
+def require_token(repo: str) -> None:
+    """Raises `UserError` where none is set."""
+    if huggingface_hub.get_token() is None:
+        raise UserError(
+            f"no token is set to push to {repo}: log in with `hf auth login`, or set HF_TOKEN"
+        )
+
+
+def reaching_hub(repo: str, call: Callable[[], Result]) -> Result:
+    """What `call` returns. Raises `UserError` for whatever goes wrong on the way to the hub: which
+    exceptions these are depends on the version of huggingface_hub and of what it connects with."""
+    try:
+        return call()
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{repo} on the hub: {type(error).__name__}: {reason}") from None
