@@ -59,9 +59,9 @@ def largest(preacts: Tensor, norms: Tensor, n: int, workspace: Workspace) -> Act
         latent, sample, a = over(preacts, torch.zeros_like(norms), workspace)
     scores = a * norms[latent]
     smallest = scores.topk(n, sorted=False).values.amin() if len(a) > n else scores.new_zeros(())
-    kept = (scores >= smallest) & (scores > 0)
-    if not kept.all():
-        latent, sample, a, scores = latent[kept], sample[kept], a[kept], scores[kept]
+    kept = ((scores >= smallest) & (scores > 0)).nonzero()[:, 0]
+    latent, sample, a = (part.index_select(0, kept) for part in (latent, sample, a))
+    scores = scores.index_select(0, kept)
     smallest = scores.amin() if len(scores) else smallest
     return Acts(preacts.shape, None, Firing(latent, sample, a), None, smallest)
 
