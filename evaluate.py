@@ -40,6 +40,7 @@ from matryoshka.evaluation_inputs import (
 )
 from matryoshka.evaluation_tables import report
 from matryoshka.files import make_folder, write_json
+from matryoshka.frontier import is_frontier, lines_of
 from matryoshka.language_models import LanguageModel
 from matryoshka.loss_recovered import cached_rows, rows_at_once, splice_losses
 from matryoshka.metrics import highest_cosines
@@ -64,7 +65,7 @@ from sae import SAE
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 EVALUATION = "evaluation.json"
-FIGURES = ("fvu_by_prefix.png", "density_histograms.png", "training_curves.png")
+FIGURES = ("fvu_by_prefix.png", "density_histograms.png", "training_curves.png", "frontier.png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +206,7 @@ def score(config: Config, inputs: Inputs, device: torch.device) -> dict[str, Any
         "runs": [
             {
                 "sae": name,
+                **told(sae),
                 **statistics[i].summary(every, inliers),
                 "cross_entropy": losses and losses["saes"][i],
                 "loss_recovered": losses and losses["recovered"][i],
@@ -243,6 +245,16 @@ def concept_counts(concepts: Resolved) -> dict[str, int]:
     return {"words": concepts.n_words, "words_left_out": concepts.n_left_out}
 
 
+def told(sae: SAE) -> dict[str, Any]:
+    """What an SAE's file says of it that its scores are compared by."""
+    names = ("kind", "target_l0", "seed", "widths")
+    return {
+        "activation": sae.activation,
+        "n_latents": sae.n_latents,
+        **{name: sae.about[name] for name in names if name in sae.about},
+    }
+
+
 def cosine_summary(sae: SAE) -> dict[str, Any]:
     """The mean and the quantiles over latents of `highest_cosines`."""
     cosines = highest_cosines(sae.W_dec)
@@ -254,17 +266,20 @@ def cosine_summary(sae: SAE) -> dict[str, Any]:
 
 
 def draw(results: Mapping[str, Any], inputs: Inputs, out: Path) -> None:
-    """FVU by prefix, how often latents fire, and how training went, where its curves are there."""
-    from matryoshka import plots  # only here: matplotlib takes a second
+    """FVU by prefix, how often latents fire; how training went, where its curves are there; and
+    the frontier, where there are several target L0s."""
+    from matryoshka import frontier_plot, plots  # only here: matplotlib takes a second
 
     runs = {run["sae"]: run for run in results["runs"]}
-    by_prefix, densities, training = (out / name for name in FIGURES)
+    by_prefix, densities, training, frontier = (out / name for name in FIGURES)
     plots.fvu_by_prefix(by_prefix, {name: run["fvu_by_prefix"] for name, run in runs.items()})
     plots.density_histograms(
         densities, {name: run["density_histogram"] for name, run in runs.items()}
     )
     if inputs.curves:
         plots.training_curves(training, *inputs.curves, inputs.trained["config"]["target_l0"])
+    if is_frontier(results["runs"]):
+        frontier_plot.draw(frontier, lines_of(results["runs"]))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

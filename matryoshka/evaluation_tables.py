@@ -43,8 +43,20 @@ def summary(results: Mapping[str, Any]) -> str:
     return (
         f"{table(headers, rows)}\n\n"
         f"{cache['n_tokens']:,} {of}, {HELD_OUT[cache['held_out']]}. {loss_line(results)}\n"
-        f"{norm_line(results)}"
+        f"{norm_line(results)}{threshold_line(results)}"
     )
+
+
+def threshold_line(results: Mapping[str, Any]) -> str:
+    """What k was asked of the SAEs whose L0 is that of a threshold; "" where there are none."""
+    asked = [
+        f"{run.get('target_l0', 0):g} {run['sae']}"
+        for run in results["runs"]
+        if run.get("activation") == "batchtopk"
+    ]
+    if not asked:
+        return ""
+    return f"\nBatchTopK's L0 is that at its saved threshold; k was {', '.join(asked)}."
 
 
 def loss_line(results: Mapping[str, Any]) -> str:

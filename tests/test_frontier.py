@@ -1,6 +1,6 @@
 """Frontiers: lines of SAEs by kind, their table, their figure."""
 
-from matryoshka import frontier
+from matryoshka import frontier_plot
 from matryoshka.frontier import frontier_table, is_frontier, lines_of
 
 
@@ -47,5 +47,5 @@ def test_a_row_is_the_mean_of_its_saes():
 
 def test_the_figure_is_drawn_with_whatever_scores_there_are(tmp_path):
     lines = lines_of([*RUNS, run_of("another tool", loss_recovered=None, absorption=None)])
-    frontier.draw(tmp_path / "frontier.png", lines)
+    frontier_plot.draw(tmp_path / "frontier.png", lines)
     assert (tmp_path / "frontier.png").read_bytes()[:4] == b"\x89PNG"
