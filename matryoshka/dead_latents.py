@@ -1,16 +1,31 @@
 """Latents that have stopped firing: the loss that lets them learn, and starting them anew."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from matryoshka.kernels import Objective, Params
+from matryoshka.kernels.layout import Acts
+from matryoshka.kernels.sparse import csr, starts_of
 from sae import ACTIVATIONS
 
 
+class Auxiliary(NamedTuple):
+    """The settings of the auxiliary loss."""
+
+    weight: float
+    by_level: bool  # of each prefix, or of the whole SAE
+
+
 def add_auxiliary_gradient(
-    grads: Params, params: Params, objective: Objective, dead: Tensor, weight: float, by_level: bool
+    grads: Params,
+    params: Params,
+    objective: Objective,
+    dead: Tensor,
+    how: Auxiliary,
+    known: Sequence[Acts] = (),
 ) -> None:
     """Adds the gradient of the auxiliary loss of each SAE that has dead latents.
 
@@ -21,18 +36,39 @@ def add_auxiliary_gradient(
 
     Gao et al. 2024 (arXiv 2406.04093, appendix A.2), as Bussmann et al. 2025 use it. by_level: the
     mean over the prefixes of the same, e being what a prefix leaves, and e_hat of the dead latents
-    which that prefix has and the one before it lacks. dead: bool [n_saes, n_latents].
+    which that prefix has and the one before it lacks. dead: bool [n_saes, n_latents]; known: the
+    activations, where they were computed already.
     """
     for i in range(len(dead)):
         if dead[i].any():
             x, p = objective.x[i], params.one(i)
-            gate = p.gate(objective.activation, objective.k)
-            acts = ACTIVATIONS[objective.activation](x @ p.W_enc.T + p.b_enc, gate)
-            groups = _levels(objective, i) if by_level else [torch.ones_like(dead[i])]
-            left, share = x - p.b_dec, weight / len(groups)
+            acts = known[i] if known else _acts(objective, p, i)
+            groups = _levels(objective, i) if how.by_level else [torch.ones_like(dead[i])]
+            left, share = x - p.b_dec, how.weight / len(groups)
             for group in groups:
-                left = left - acts[:, group] @ p.W_dec[group]
+                left = left - _decoded(acts, p.W_dec, group)
                 _add(grads.one(i), p, x, left, group & dead[i], share)
+
+
+def _acts(objective: Objective, params: Params, i: int) -> Acts:
+    """One SAE's activations on the batch."""
+    gate = params.gate(objective.activation, objective.k)
+    preacts = objective.x[i] @ params.W_enc.T + params.b_enc
+    acts = ACTIVATIONS[objective.activation](preacts, gate).T
+    return Acts(acts.shape, acts, None)
+
+
+def _decoded(acts: Acts, W_dec: Tensor, group: Tensor) -> Tensor:
+    """What the latents of a group, bool [n_latents], decode to: [batch, d_model]."""
+    if acts.dense is not None:
+        return acts.dense[group].T @ W_dec[group]
+    assert acts.firing is not None
+    latent, sample, a = acts.firing
+    by_sample = sample.argsort(stable=True)
+    latent, sample = latent[by_sample], sample[by_sample]
+    a = a[by_sample] * group[latent]
+    decoded: Tensor = csr(starts_of(sample, acts.shape[1]), latent, a, len(W_dec)) @ W_dec
+    return decoded
 
 
 def _levels(objective: Objective, i: int) -> list[Tensor]:
@@ -84,10 +120,8 @@ def resample(
         if not len(index) or dead[i].all():
             continue
         x, p = objective.x[i], params.one(i)
-        acts = ACTIVATIONS[objective.activation](
-            x @ p.W_enc.T + p.b_enc, p.gate(objective.activation, objective.k)
-        )
-        error = x - p.b_dec - acts @ p.W_dec
+        everything = torch.ones_like(dead[i])
+        error = x - p.b_dec - _decoded(_acts(objective, p, i), p.W_dec, everything)
         chances = error.square().sum(1).double().cpu() + 1e-30
         drawn = torch.multinomial(chances, len(index), generator=generator).to(x.device)
         u = torch.nn.functional.normalize(error[drawn], dim=1)

@@ -9,7 +9,7 @@ from torch.optim.adam import adam
 
 from matryoshka.controls import InputScale, Schedule, SparsityController
 from matryoshka.cuda_graph import CudaGraph
-from matryoshka.dead_latents import add_auxiliary_gradient, resample
+from matryoshka.dead_latents import Auxiliary, add_auxiliary_gradient, resample
 from matryoshka.errors import UserError
 from matryoshka.kernels import Objective, Params, Workspace, all_pairs, write_gradient
 from matryoshka.kernels.autograd import loss_of
@@ -168,9 +168,9 @@ class Trainer:
         silent, config = self._state["silent"], self.config
         silent.add_(objective.x.shape[1]).mul_(stats.mean_square == 0)
         if config.auxiliary != "none":
-            dead, by_level = silent >= config.dead_after, config.auxiliary == "level"
-            weight = config.auxiliary_weight
-            add_auxiliary_gradient(self._grads, self._params, objective, dead, weight, by_level)
+            how = Auxiliary(config.auxiliary_weight, config.auxiliary == "level")
+            dead = silent >= config.dead_after
+            add_auxiliary_gradient(self._grads, self._params, objective, dead, how, stats.acts)
 
     def _restart(self, objective: Objective, last: bool, dead: bool) -> None:
         """Starts latents anew: the last one, where it is worth little, and dead ones."""

@@ -44,7 +44,7 @@ def write_gradient(
     is_small = gradient in ("auto", "dense") and n_latents <= MAX_LATENTS_OF_ALL_PAIRS
     if gradient == "all_pairs" or is_small:
         return all_pairs.write(grads, params, objective)
-    l0s, mean_squares, smallest, kernels = [], [], [], list[str]()
+    l0s, mean_squares, smallest, kernels, acts = [], [], [], list[str](), []
     for i in range(n_saes):
         task = task_of(i, grads, params, objective, matmul_dtype, workspace or Workspace())
         n_active = count_active(task.acts, task.workspace)
@@ -60,8 +60,10 @@ def write_gradient(
         mean_squares.append(mean_square)
         smallest.append(l0 if task.acts.smallest is None else task.acts.smallest)
         kernels.append(kernel)
+        acts.append(task.acts)
     least = torch.stack(smallest) if objective.activation == "batchtopk" else None
-    return Stats(torch.stack(l0s), torch.stack(mean_squares), tuple(kernels), least)
+    means = torch.stack(l0s), torch.stack(mean_squares)
+    return Stats(*means, tuple(kernels), least, tuple(acts))
 
 
 def write_one(kernel: Kernel, task: Task, matmul_dtype: MatmulDtype) -> Tensor:

@@ -52,6 +52,26 @@ class Params(NamedTuple):
         return Gate(norms, k, threshold)
 
 
+class Firing(NamedTuple):
+    """Activations one by one, by latent: those that are not 0; of jumprelu, also those below its
+    threshold by less than half of the bandwidth, which are 0."""
+
+    latent: Tensor  # int64 [n]
+    sample: Tensor  # int64 [n]
+    a: Tensor  # [n]
+
+
+@dataclass(frozen=True)
+class Acts:
+    """The activations of one SAE on a batch, [n_latents, batch]: a row a latent."""
+
+    shape: torch.Size
+    dense: Tensor | None  # None: only `firing` is known
+    firing: Firing | None  # None: only `dense` is known
+    near: Tensor | None = None  # bool: of jumprelu, less than half a bandwidth from the threshold
+    smallest: Tensor | None = None  # []: the least a_j ||d_j|| that batchtopk let through
+
+
 class Stats(NamedTuple):
     """What a step learns of the activations on its way."""
 
@@ -59,6 +79,7 @@ class Stats(NamedTuple):
     mean_square: Tensor  # [n_saes, n_latents], of a_j ||d_j||
     kernels: tuple[str, ...] = ()  # an SAE each: how its gradient was computed
     smallest: Tensor | None = None  # [n_saes], of the a_j ||d_j|| that batchtopk let through
+    acts: tuple[Acts, ...] = ()  # an SAE each, where the kernel had them; valid until the next step
 
 
 class Workspace:
@@ -112,26 +133,6 @@ class Objective:
     def ends_of(self, i: int) -> Tensor:
         """The ends of SAE i, counted where they are not given."""
         return count_ends(self.reach[i]) if self.ends is None else self.ends[i]
-
-
-class Firing(NamedTuple):
-    """Activations one by one, by latent: those that are not 0; of jumprelu, also those below its
-    threshold by less than half of the bandwidth, which are 0."""
-
-    latent: Tensor  # int64 [n]
-    sample: Tensor  # int64 [n]
-    a: Tensor  # [n]
-
-
-@dataclass(frozen=True)
-class Acts:
-    """The activations of one SAE on a batch, [n_latents, batch]: a row a latent."""
-
-    shape: torch.Size
-    dense: Tensor | None  # None: only `firing` is known
-    firing: Firing | None  # None: only `dense` is known
-    near: Tensor | None = None  # bool: of jumprelu, less than half a bandwidth from the threshold
-    smallest: Tensor | None = None  # []: the least a_j ||d_j|| that batchtopk let through
 
 
 @dataclass(frozen=True)
