@@ -136,7 +136,8 @@ def shape_of(config: Config) -> dict[str, Any]:
 
 def cache_config(config: Config, split: str, tokens: int) -> CacheConfig:
     """How a cache of one split is made."""
-    shared = {field.name for field in dataclasses.fields(CacheConfig)} - {"batch_size", "split"}
+    ours, theirs = ({f.name for f in dataclasses.fields(c)} for c in (Config, CacheConfig))
+    shared = ours & theirs - {"batch_size", "split"}  # the rest is about other models
     return CacheConfig(
         **{n: getattr(config, n) for n in shared} | {"tokens": tokens, "split": split}
     )
