@@ -90,7 +90,7 @@ class Collector:
         self.histogram += counts.reshape(self.histogram.shape)
 
     def _count_tokens(self, tok_ids: Array) -> None:
-        counts = np.bincount(tok_ids, minlength=len(self.token_counts))
+        counts = np.bincount(tok_ids[tok_ids >= 0], minlength=len(self.token_counts))
         counts[: len(self.token_counts)] += self.token_counts
         self.token_counts = counts
 

@@ -1,0 +1,87 @@
+"""Latents as Neuronpedia's JSON: a file a latent, with the names of its features' properties."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from matryoshka.contexts import Text
+from matryoshka.files import write_json
+from matryoshka.latent_data import OneSAE, Outputs, Shown
+from matryoshka.page_data import Vocabulary, number, numbers
+
+
+def write_sae(
+    folder: Path,
+    one: OneSAE,
+    shown: Shown,
+    text: Text,
+    vocabulary: Vocabulary,
+    outputs: Outputs | None,
+) -> None:
+    """Writes INDEX.json for every latent of an SAE to `folder`."""
+    folder.mkdir(parents=True)
+    for latent in range(one.sae.n_latents):
+        feature = feature_of(one, shown, text, vocabulary, outputs, latent)
+        write_json(folder / f"{latent}.json", feature)
+
+
+def feature_of(
+    one: OneSAE,
+    shown: Shown,
+    text: Text,
+    vocabulary: Vocabulary,
+    outputs: Outputs | None,
+    latent: int,
+) -> dict[str, Any]:
+    """One latent: "modelId", "layer", "index" tell it; activations are lists of tokens and values,
+    the strongest examples first, then those of quantiles and at random."""
+    about, examples = one.sae.about, one.examples
+    filled = np.flatnonzero(examples.histogram[latent])
+    heights = examples.histogram[latent, : filled[-1] + 1] if len(filled) else np.zeros(0)
+    width = float(examples.bin_width[latent])
+    first, stop = shown.first[latent], shown.first[latent + 1]
+    return {
+        "modelId": str(about.get("model", "")),
+        "layer": f"{about.get('layer', '')}-{one.name}",
+        "index": str(latent),
+        "frac_nonzero": number(int(examples.fired[latent]) / examples.n_tokens),
+        "maxActApprox": number(float(examples.largest[latent])),
+        "freq_hist_data_bar_heights": heights.astype(int).tolist(),
+        "freq_hist_data_bar_values": [number((k + 0.5) * width) for k in range(len(heights))],
+        **_outputs(outputs, vocabulary, latent),
+        "activations": [_activation(shown, text, vocabulary, i) for i in range(first, stop)],
+    }
+
+
+def _outputs(outputs: Outputs | None, vocabulary: Vocabulary, latent: int) -> dict[str, Any]:
+    if outputs is None:
+        return {}
+    low, width = float(outputs.low[latent]), float(outputs.width[latent])
+    counts = outputs.counts[latent].tolist()
+    return {
+        "pos_str": [vocabulary.text(i) for i in outputs.promoted[latent].tolist()],
+        "pos_values": numbers(outputs.promoted_by[latent]),
+        "neg_str": [vocabulary.text(i) for i in outputs.suppressed[latent].tolist()],
+        "neg_values": numbers(outputs.suppressed_by[latent]),
+        "logits_hist_data_bar_heights": counts,
+        "logits_hist_data_bar_values": [
+            number(low + (k + 0.5) * width) for k in range(len(counts))
+        ],
+    }
+
+
+def _activation(shown: Shown, text: Text, vocabulary: Vocabulary, i: int) -> dict[str, Any]:
+    """Example i: a window of tokens and what the latent does on each."""
+    windows = shown.windows
+    start, stop = int(windows.starts[i]), int(windows.stops[i])
+    values = windows.values[windows.places[i] : windows.places[i + 1]]
+    return {
+        "tokens": [vocabulary.text(tok_id) for tok_id in text.tok_ids[start:stop].tolist()],
+        "values": numbers(values),
+        "maxValue": number(float(values.max())),
+        "maxValueTokenIndex": int(values.argmax()),
+        "minValue": number(float(values.min())),
+        "dataIndex": str(int(text.rows[start])),
+        "kind": shown.kinds[i],
+    }
