@@ -83,7 +83,8 @@ def _add(
     """One SAE's, of the latents `dead` [n_latents], for what is `left` [batch, d_model]."""
     index = dead.nonzero()[:, 0]
     variance = (left - left.mean(0)).square().sum(1).mean()
-    if not len(index) or not variance > 0:
+    rounding = (8 * torch.finfo(left.dtype).eps) ** 2 * left.square().sum(1).mean()
+    if not len(index) or not variance > rounding:
         return
     W_dec = params.W_dec[index]
     acts = (x @ params.W_enc[index].T + params.b_enc[0, index]).relu_()  # [batch, n_dead]
@@ -103,7 +104,7 @@ def resample(
     params: Params,
     objective: Objective,
     dead: Tensor,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
 ) -> None:
     """Starts dead latents anew along samples that are reconstructed badly.
 
@@ -112,7 +113,7 @@ def resample(
     fifth of the other latents' mean norm its encoder column; its bias is 0, and so are Adam's
     moments (Bricken et al. 2023, "Towards monosemanticity", appendix). Of more dead latents than
     there are samples, the first are taken. state: a trainer's, changed in place; dead: bool
-    [n_saes, n_latents].
+    [n_saes, n_latents]; generators: one an SAE.
     """
     d_model, n_latents = params.W_dec.shape[2], params.W_dec.shape[1]
     for i in range(len(dead)):
@@ -123,7 +124,9 @@ def resample(
         everything = torch.ones_like(dead[i])
         error = x - p.b_dec - _decoded(_acts(objective, p, i), p.W_dec, everything)
         chances = error.square().sum(1).double().cpu() + 1e-30
-        drawn = torch.multinomial(chances, len(index), generator=generator).to(x.device)
+        if not chances.isfinite().all():  # it has diverged, which is noticed elsewhere
+            continue
+        drawn = torch.multinomial(chances, len(index), generator=generators[i]).to(x.device)
         u = torch.nn.functional.normalize(error[drawn], dim=1)
         alive = ~dead[i]
         of_rows = p.W_dec[alive].norm(dim=1).mean()

@@ -178,9 +178,10 @@ class Trainer:
         if last:
             restart_last(state, self._params, self.order()[:, -1:], objective)
         if dead:
-            generator = seeded_generator(self.seeds[0], STREAM_RESAMPLE, self.n_steps_done)
+            step = self.n_steps_done
+            generators = [seeded_generator(seed, STREAM_RESAMPLE, step) for seed in self.seeds]
             which = state["silent"] >= self.config.dead_after
-            resample(state, self._params, objective, which, generator)
+            resample(state, self._params, objective, which, generators)
 
     def _adam(self, lr: float | Tensor) -> None:
         state, (beta1, beta2) = self._state, self.config.betas

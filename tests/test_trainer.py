@@ -18,7 +18,7 @@ from matryoshka.kernels.autograd import loss_of
 from matryoshka.prefix_draws import StepPrefixes
 from matryoshka.trainer import Trainer
 from matryoshka.trainer_config import TrainerConfig
-from sae import ACTIVATIONS, SAE, matryoshka_loss, sample_prefixes, seeded_generator
+from sae import ACTIVATIONS, OF_K, SAE, matryoshka_loss, sample_prefixes, seeded_generator
 
 
 def test_in_company_as_alone():
@@ -455,3 +455,99 @@ def test_an_activation_that_the_kernels_would_get_wrong_is_refused(monkeypatch):
         Trainer([SAE(D_MODEL, N_LATENTS, activation=name)], config, [0]).step(batches(1)[0])
     with pytest.raises(ValueError, match="slope of softplus is not 0 or 1"):
         Trainer([SAE(D_MODEL, N_LATENTS, activation="softplus")], TrainerConfig(**settings), [0])
+
+
+# ------------------------------------------------------- fixed widths, other activations, the dead
+
+
+def train_one(activation="relu", n_steps=40, xs=None, sae=None, **config):
+    settings = {"n_steps": n_steps, "target_l0": 2.0, "lr": 0.01, "n_prefixes": 3} | config
+    sae = sae or SAE(D_MODEL, N_LATENTS, 0, activation, 2.0 if activation in OF_K else None)
+    trainer = Trainer([sae], TrainerConfig(**settings), [0])
+    for x in batches(n_steps) if xs is None else xs:
+        trainer.step(x)
+    return trainer
+
+
+def test_latents_keep_their_places_where_widths_are_fixed():
+    trainer = train_one(widths=(2, 4, 7))
+    state = trainer.state_dict()
+    mean_square = state["mean_square"][0]
+    assert not torch.equal(mean_square, mean_square.sort(descending=True).values)
+    assert torch.equal(trainer.order(), torch.arange(N_LATENTS)[None])
+    stored = Params.of(state["params"], D_MODEL, N_LATENTS).one(0)
+    (sae,) = trainer.saes
+    assert torch.equal(sae.W_dec, stored.W_dec)
+    assert torch.equal(sae.W_enc, stored.W_enc.T)
+    drawn = train_one()
+    assert not torch.equal(drawn.order(), torch.arange(N_LATENTS)[None])
+
+
+def test_every_step_has_the_prefixes_of_the_widths():
+    trainer = train_one(widths=(0, 2, 7), width_weights=(1, 1, 2), n_steps=3)
+    for step in (0, 3, 700):
+        reach = trainer._prefixes.of(step).reach[0]
+        expected = torch.tensor([0.75] * 2 + [0.5] * 5)
+        torch.testing.assert_close(reach, expected)
+
+
+def test_the_threshold_of_batchtopk_is_the_running_mean_of_the_least_let_through():
+    """By hand: of each batch the least of the 2 * 11 largest a_j ||d_j||, as steps go."""
+    expected, trainer = 0.0, train_one("batchtopk", xs=[], norm_decay=0.9, n_steps=40)
+    for t, x in enumerate(batches(40)):
+        share = max(0.1, 1 / (t + 1))
+        mean_norm = trainer._input_scale.mean_with(trainer._checked(x), share)
+        scaled = trainer._input_scale.scaled_by(mean_norm, trainer._checked(x))[0].double()
+        p = Params.of(trainer.state_dict()["params"], D_MODEL, N_LATENTS).one(0)
+        acts = torch.relu(scaled @ p.W_enc.double().T + p.b_enc)
+        scores = (acts * p.W_dec.double().norm(dim=1)).flatten().sort(descending=True).values
+        expected += share * (float(scores[2 * BATCH - 1]) - expected)
+        trainer.step(x)
+        assert trainer.state_dict()["least"].item() == pytest.approx(expected, rel=1e-4)
+    (sae,) = trainer.saes
+    norms = sae.W_dec.norm(dim=1)
+    torch.testing.assert_close(sae.threshold * norms, torch.full((N_LATENTS,), expected).float())
+
+
+DEAD = {"dead_after": 2 * BATCH, "resample_every": 4, "restart_window": (0.7, 0.9)}
+
+
+@pytest.mark.parametrize("auxiliary", ["all", "level"])
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu"])
+@pytest.mark.parametrize("n_latents", [N_LATENTS, 300])
+def test_resuming_is_exact_whatever_the_activation(activation, auxiliary, n_latents):
+    """With the auxiliary loss and resampling, which follow how long each latent was silent."""
+    config = DEAD | {"auxiliary": auxiliary, "widths": (0.25, 1.0)}
+    xs, k = batches(40), 2.0 if activation in OF_K else None
+    sae = SAE(D_MODEL, n_latents, 0, activation, k)
+    with torch.no_grad():
+        sae.b_enc[: n_latents // 2] = -30.0  # dead from the start
+    whole = train_one(xs=xs, sae=sae, **config)
+    first = train_one(xs=xs[:23], sae=sae, **config)
+    state = first.state_dict()
+    assert (state["silent"] > 0).any()
+    second = train_one(xs=[], sae=sae, **config)
+    second.load_state_dict(state)
+    for x in xs[23:]:
+        second.step(x)
+    assert states_equal(whole.state_dict(), second.state_dict())
+    without = train_one(xs=xs, sae=sae, widths=(0.25, 1.0))
+    assert not torch.equal(whole.saes[0].W_dec, without.saes[0].W_dec)
+
+
+def test_dead_latents_start_anew_when_it_is_time():
+    """After 2 batches of silence, at the steps whose turn it is, within the window."""
+    sae = SAE(D_MODEL, N_LATENTS)
+    with torch.no_grad():
+        sae.b_enc[3] = -1e4
+    config = {"dead_after": 2 * BATCH, "resample_every": 4, "restart_window": (0.2, 0.5)}
+    biases = []
+    trainer = train_one(xs=[], sae=sae, n_steps=40, **config)
+    for x in batches(40):
+        trainer.step(x)
+        p = Params.of(trainer.state_dict()["params"], D_MODEL, N_LATENTS)
+        biases.append(float(p.b_enc[0, 0, 3]))
+    assert all(bias < -9e3 for bias in biases[:8])
+    assert biases[8] == 0.0, "step 8 is 0.2 of 40, and a multiple of 4"
+    late = train_one(sae=sae, n_steps=40, **config | {"restart_window": (0.9, 1.0)}, xs=batches(36))
+    assert float(Params.of(late.state_dict()["params"], D_MODEL, N_LATENTS).b_enc[0, 0, 3]) < -9e3
