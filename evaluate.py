@@ -146,7 +146,8 @@ def read_inputs(config: Config, device: torch.device) -> Inputs:
         rows = rows_of(cache, model, config.dataset)
         next(cached_rows(cache, rows, 1))
     metrics = config.folder / METRICS
-    curves = training_curves(metrics) if trained and metrics.exists() else None
+    dropped = trained.get("dropped", {})
+    curves = training_curves(metrics, dropped) if trained and metrics.exists() else None
     make_folder(config.out_folder)
     for path in (config.out_folder / name for name in (EVALUATION, *FIGURES)):
         if path.is_dir():

@@ -55,7 +55,7 @@ from matryoshka.errors import UserError
 from matryoshka.files import make_folder, one_writer, write_atomically, write_json
 from matryoshka.modal_plan import GPUS, plan_text, timeout
 from matryoshka.saved_runs import METRICS, training_curves
-from matryoshka.training import check_training
+from matryoshka.training_config import check_training
 from matryoshka.volume_caches import CacheJob, make_caches, short_hash
 
 ROOT = "/volume"  # where the Volume is in a container

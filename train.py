@@ -1,10 +1,11 @@
-"""Trains SAEs from one cache of activations: any number of them, of one size, in one pass.
+"""Trains SAEs from one cache of activations: any number of them, of any kind, in one pass.
 
-    python train.py --cache cache/train --n-latents 4096 --target-l0 40 --n-steps 20_000
+    python train.py --cache cache/train --n-latents 4096 --target-l0 10 20 40 80 --n-steps 20_000
     python evaluate.py --run runs/saes --cache cache/validation
 
-All SAEs see the same batches. Metrics go to metrics.jsonl as training goes; checkpoints resume
-exactly, so that a run that was killed and resumed ends with the weights of one that was not.
+All SAEs see the same batches, and each ends where it would have ended alone. `--recipe paper` has
+the paper's settings for language models. Metrics go to metrics.jsonl as training goes; checkpoints
+resume exactly: a run that was killed and resumed ends with the weights of one that was not.
 Ctrl-C and SIGTERM write one first. A folder holds one run, which is written by one process.
 """
 
@@ -28,24 +29,19 @@ from matryoshka.command_line import main_guard, parse, pick_device
 from matryoshka.environment import environment
 from matryoshka.errors import CannotWrite, UserError
 from matryoshka.files import make_folder, one_writer, write_json
+from matryoshka.member_training import MemberTraining
 from matryoshka.refit import refit_decoder
 from matryoshka.run_folder import (
     claim,
     clear_leftovers,
     cut_metrics,
     lacking,
-    read_metrics,
+    last_records,
     sha256_of,
 )
 from matryoshka.saved_runs import CHECKPOINT, METRICS, RESULTS
-from matryoshka.training import (
-    GO_ON,
-    Training,
-    TrainingConfig,
-    check_training,
-    checkpoint,
-    train,
-)
+from matryoshka.training import GO_ON, Training, checkpoint, train
+from matryoshka.training_config import RECIPES, TrainingConfig, check_training
 from matryoshka.training_report import closing, is_broken, problems, summary
 from sae import SAE
 
@@ -82,7 +78,7 @@ def run(
         training = Training(config, cache, device)
     make_folder(training.out)
     with one_writer(training.out):
-        results = claim(training.out, config.as_json())
+        results = claim(training.out, training.settings)
         has_checkpoint = (training.out / CHECKPOINT).exists()
         if has_checkpoint:
             training.load()
@@ -97,6 +93,8 @@ def run(
                 )
         if not training.is_trained or config.refit:
             cache.verify(hold_on=None if training.is_trained else device)
+        if config.validation_cache is not None and not training.is_trained:
+            ActivationCache(config.validation_cache).verify()
         if not has_checkpoint:
             require_variance(cache)
             checkpoint(training, on_checkpoint)  # whatever is here from now on has one beside it
@@ -138,8 +136,9 @@ def complete(training: Training, results: dict[str, Any]) -> dict[str, Any]:
     wanted = lacking(out, results, config.refit) if results else None
     results = results or results_of(training)
     try:
-        for result, sae in zip(results["runs"], training.trainer.saes, strict=True):
-            sae.about = about(training, result)
+        for result, member in zip(results["runs"], training.going, strict=True):
+            (sae,) = member.trainer.saes
+            sae.about = about(training, member, result)
             name = f"{result['sae']}.safetensors"
             if wanted is None or name in wanted:
                 result["file_sha256"] = save(sae, out / name)
@@ -170,16 +169,19 @@ def save(sae: SAE, path: Path) -> str:
     return sha256_of(path)
 
 
-def about(training: Training, result: dict[str, Any]) -> dict[str, Any]:
+def about(training: Training, member: MemberTraining, result: dict[str, Any]) -> dict[str, Any]:
     """What an SAE's file says of how it was trained, and on what; no path is in it."""
-    config, recipe = training.config, training.cache.recipe
-    of_member = training.trainer.configs[training.names.index(result["sae"])]
-    names = ("n_prefixes", "prefixes", "sparsity", "target_l0", "lr", "n_steps")
+    config, recipe = member.config, training.cache.recipe
+    names = ["n_prefixes", "prefixes", "sparsity", "target_l0", "lr", "n_steps", "auxiliary"]
+    names += ["resample_every"] * (config.resample_every > 0)
     return {
         "name": result["sae"],
+        "kind": member.member.kind,
         "l0": result["final_l0"],
         "seed": config.seed,
-        **{name: getattr(of_member, name) for name in names},
+        **{name: getattr(config, name) for name in names},
+        "widths": config.widths_of(config.n_latents),
+        "width_weights": config.width_weights,
         "batch_size": config.batch_size,
         "n_tokens": training.cache.n_tokens,
         **{name: without_path(recipe.get(name)) for name in ("model", "dataset")},
@@ -198,9 +200,9 @@ def without_path(name: str | None) -> str | None:
 def results_of(training: Training) -> dict[str, Any]:
     """What results.json holds of a finished run."""
     config, cache = training.config, training.cache
-    last = read_metrics(training.out / METRICS, training.names)[-len(training.names) :]
+    last = last_records(training.out / METRICS, training.names)
     return {
-        "config": config.as_json(),
+        "config": training.settings,
         "environment": environment(training.device),
         "cache": {
             "make": cache.recipe,
@@ -210,17 +212,26 @@ def results_of(training: Training) -> dict[str, Any]:
         "seconds": round(training.seconds, 2),
         "waited_for_data": round(training.waited, 2),
         "passes": round(config.n_steps * config.batch_size / cache.n_tokens, 3),
-        "runs": [
-            {
-                "sae": name,
-                "seed": config.seed,
-                "final_l0": float(training.final_l0_sum[i]) / training.n_final,
-                "training_loss": last[i]["loss"],
-                "training_fvu": last[i]["fvu"],
-                "dead_share": last[i]["dead_share"],
-            }
-            for i, name in enumerate(training.names)
-        ],
+        "dropped": {member.name: member.dropped for member in training.members if member.dropped},
+        "runs": [result_of(member, last[member.name]) for member in training.going],
+    }
+
+
+def result_of(member: MemberTraining, last: dict[str, Any]) -> dict[str, Any]:
+    """One SAE's entry of results.json; `last`: its last record."""
+    config = member.config
+    return {
+        "sae": member.name,
+        "kind": member.member.kind,
+        "activation": config.activation,
+        "n_latents": config.n_latents,
+        "target_l0": config.target_l0,
+        "seed": config.seed,
+        "final_l0": float(member.final_l0_sum) / member.n_final,
+        "training_loss": last["loss"],
+        "training_fvu": last["fvu"],
+        "dead_share": last["dead_share"],
+        **{name: value for name, value in last.items() if name.startswith("validation_")},
     }
 
 
@@ -251,7 +262,7 @@ def report(results: dict[str, Any], out: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with main_guard():
-        config = parse(Config, __doc__ or "", argv)
+        config = parse(Config, __doc__ or "", argv, RECIPES)
         report(run(config), config.out)
 
 

@@ -18,7 +18,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from matryoshka.command_line import inherited, main_guard, parse
-from matryoshka.training import TrainingConfig
+from matryoshka.training_config import RECIPES, TrainingConfig
 from train import report, run
 
 
@@ -38,7 +38,7 @@ class Config(TrainingConfig):
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with main_guard():
-        config = parse(Config, __doc__ or "", argv)
+        config = parse(Config, __doc__ or "", argv, RECIPES)
         report(run(config), config.out)
 
 

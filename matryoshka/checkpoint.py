@@ -13,7 +13,7 @@ from torch import Tensor
 from matryoshka.errors import UserError
 from matryoshka.files import write_atomically
 
-NUMBERS = {"metrics_bytes": int, "seconds": float, "waited": float}
+NUMBERS = {"metrics_bytes": int, "n_steps_done": int, "seconds": float, "waited": float}
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -27,11 +27,12 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Writes `tensors` and `about`, whole or not at all.
 
-    about: "config" and "cache_hash", and the NUMBERS. Raises `CannotWrite`.
+    about: "config", "cache_hash", "dropped", and the NUMBERS. Raises `CannotWrite`.
     """
     on_cpu = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     metadata = {
         "config": json.dumps(about["config"]),
+        "dropped": json.dumps(about["dropped"]),
         "cache_hash": about["cache_hash"],
         "tensors_hash": tensors_hash(on_cpu),
         **{name: str(about[name]) for name in NUMBERS},
@@ -49,6 +50,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError("its checksum is not the recorded one")
         about: dict[str, Any] = {
             "config": dict(json.loads(metadata["config"])),
+            "dropped": dict(json.loads(metadata["dropped"])),
             "cache_hash": metadata["cache_hash"],
             **{name: kind(metadata[name]) for name, kind in NUMBERS.items()},
         }

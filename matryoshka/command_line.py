@@ -15,7 +15,7 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -34,14 +34,16 @@ def setting(
     choices: Sequence[Any] | None = None,
     metavar: str | None = None,
     alias: str | None = None,
+    flag: str | None = None,
     is_flag: bool = True,
 ) -> Any:
     """A dataclass field that is also a command-line flag: its default, one line on what it does.
 
-    `alias`: another name of the flag. `is_flag`: False leaves it off the command line.
+    `flag`: the flag's name, if not the field's; `alias`: another name of it. `is_flag`: False
+    leaves it off the command line.
     """
     metadata: dict[str, Any] = {"help": help, "choices": choices, "metavar": metavar}
-    metadata |= {"alias": alias, "is_flag": is_flag}
+    metadata |= {"alias": alias, "flag": flag, "is_flag": is_flag}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -55,7 +57,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     """Descriptions as they are written; a default wherever there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        has_default = action.default not in (None, ())
+        return super()._get_help_string(action) if has_default else action.help
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,7 +80,8 @@ def parser_for(config_class: type, description: str) -> argparse.ArgumentParser:
     for field in dataclasses.fields(config_class):
         if not field.metadata["is_flag"]:
             continue
-        names = [name for name in (field.name, field.metadata["alias"]) if name]
+        first = field.metadata["flag"] or field.name
+        names = [name for name in (first, field.metadata["alias"]) if name]
         flags = ["--" + name.replace("_", "-") for name in names]
         parser.add_argument(*flags, **_argument(field, hints[field.name]))
     return parser
@@ -111,9 +115,22 @@ class _Tuple(argparse.Action):
         setattr(namespace, self.dest, tuple(values))
 
 
-def parse(config_class: type[Config], description: str, argv: Sequence[str] | None) -> Config:
-    """`argv` (None: the process's own) as a `config_class`. Exits with 2 on an unknown flag."""
-    return config_class(**vars(parser_for(config_class, description).parse_args(argv)))
+def parse(
+    config_class: type[Config],
+    description: str,
+    argv: Sequence[str] | None,
+    recipes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Config:
+    """`argv` (None: the process's own) as a `config_class`. Exits with 2 on an unknown flag.
+
+    `recipes`: by the value of --recipe, defaults in place of the fields'.
+    """
+    parser = parser_for(config_class, description)
+    arguments = parser.parse_args(argv)
+    if recipes is not None:
+        parser.set_defaults(**recipes[arguments.recipe])
+        arguments = parser.parse_args(argv)
+    return config_class(**vars(arguments))
 
 
 @contextlib.contextmanager

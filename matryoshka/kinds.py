@@ -7,7 +7,10 @@ from typing import Any, TypeVar
 from matryoshka.errors import UserError
 from matryoshka.trainer_config import TrainerConfig
 
-KINDS: dict[str, dict[str, Any]] = {"matryoshka": {}, "vanilla": {"n_prefixes": 1}}
+KINDS: dict[str, dict[str, Any]] = {
+    "matryoshka": {},
+    "vanilla": {"n_prefixes": 1, "widths": (), "width_weights": ()},
+}
 
 AnyConfig = TypeVar("AnyConfig", bound=TrainerConfig)
 

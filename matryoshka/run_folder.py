@@ -61,6 +61,11 @@ def require_same(config: Mapping[str, Any], saved: Mapping[str, Any], path: Path
                 f"{path} is of a run of an earlier version, which had no --{as_flag(name)}: choose "
                 "another --out"
             )
+        if saved[name] != asked and name == "members":  # too long to be shown
+            raise UserError(
+                f"{path} is of a run with other SAEs than --members asks for now: ask for those, "
+                "or choose another --out"
+            )
         if saved[name] != asked:
             raise UserError(
                 f"{path} is of a run with --{as_flag(name)} {shown(saved[name])}, not "
@@ -70,7 +75,7 @@ def require_same(config: Mapping[str, Any], saved: Mapping[str, Any], path: Path
 
 def as_flag(name: str) -> str:
     """A setting's name as the command line has it."""
-    return name.replace("_", "-")
+    return "target-l0" if name == "target_l0s" else name.replace("_", "-")
 
 
 def shown(value: Any) -> str:
@@ -123,24 +128,26 @@ def clear_leftovers(folder: Path, names: Iterable[str]) -> None:
                 part.unlink()
 
 
-def read_metrics(path: Path, names: Sequence[str], n_bytes: int = -1) -> list[dict[str, Any]]:
-    """The records in the first `n_bytes` of metrics.jsonl (-1: in all), `names` in turn.
+def last_records(path: Path, names: Sequence[str], n_bytes: int = -1) -> dict[str, dict[str, Any]]:
+    """Each SAE's last record in the first `n_bytes` of metrics.jsonl (-1: in all), by its name.
 
     Raises `UserError` naming the file where it is shorter, or holds anything else.
     """
     if n_bytes == 0:
-        return []
+        return {}
     try:
         with path.open("rb") as file:
             data = file.read(n_bytes)
         if len(data) < n_bytes:
             raise ValueError("it is shorter than it was at the checkpoint")
-        records = [json.loads(line) for line in data.splitlines()]
-        for i, record in enumerate(records):
-            if record["sae"] != names[i % len(names)]:
-                raise ValueError(f"line {i + 1} is of another SAE")
-            float(record["fvu"])
-        return records
+        last: dict[str, dict[str, Any]] = {}
+        for i, line in enumerate(data.splitlines(), start=1):
+            record = json.loads(line)
+            if record["sae"] not in names:
+                raise ValueError(f"line {i} is of another SAE")
+            float(record["fvu"]), int(record["step"])
+            last[record["sae"]] = record
+        return last
     except FileNotFoundError:
         reason = "it is missing"
     except OSError as error:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +46,21 @@ def training_results(folder: Path) -> dict[str, Any]:
     return results
 
 
-def training_curves(path: Path) -> tuple[list[int], dict[str, dict[str, list[float]]]]:
+def training_curves(
+    path: Path, dropped: Collection[str] = ()
+) -> tuple[list[int], dict[str, dict[str, list[float]]]]:
     """metrics.jsonl: the steps, and for each SAE "l0", "fvu" and "sparsity_weight" at them.
 
-    Raises `UserError` where it is damaged.
+    dropped: names of SAEs to leave out, for they diverged and were trained no longer. Raises
+    `UserError` where the file is damaged.
     """
     steps: dict[str, list[int]] = {}
     curves: dict[str, dict[str, list[float]]] = {}
     try:
         for record in map(json.loads, path.read_text().splitlines()):
             name = str(record["sae"])
+            if name in dropped:
+                continue
             steps.setdefault(name, []).append(int(record["step"]))
             curve = curves.setdefault(name, {key: [] for key in CURVES})
             for key in CURVES:

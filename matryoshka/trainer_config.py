@@ -146,7 +146,8 @@ class TrainerConfig:
         if any(not math.isfinite(width) for width in self.widths):
             raise UserError(f"--widths must be finite, got {self.widths}")
         if self.widths and max(self.widths) <= 1:
-            return [round(width * n_latents) for width in self.widths]
+            # a share of few latents is one of them at least: 0 is the bias alone
+            return [max(round(width * n_latents), int(width > 0)) for width in self.widths]
         if any(width != int(width) for width in self.widths):
             raise UserError(f"--widths must be whole numbers, or shares up to 1: {self.widths}")
         return [int(width) for width in self.widths]

@@ -1,12 +1,10 @@
 """Training from a cache: where it stands, its records, its checkpoints, and its loop."""
 
-import dataclasses
 import functools
 import json
-import math
+import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,176 +13,101 @@ from tqdm import tqdm
 
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.checkpoint import no_checkpoint, read_checkpoint, write_checkpoint
-from matryoshka.command_line import inherited, require_not_negative, require_positive, setting
 from matryoshka.errors import CannotWrite, UserError
-from matryoshka.kinds import KINDS, check_names, config_of
-from matryoshka.metrics import fvu
+from matryoshka.member_training import MemberTraining
+from matryoshka.members import members_of, settings_of
 from matryoshka.process import deferring_signals
-from matryoshka.run_folder import read_metrics, require_same
+from matryoshka.run_folder import last_records, require_same
 from matryoshka.saved_runs import CHECKPOINT, METRICS
-from matryoshka.trainer import Trainer
-from matryoshka.trainer_config import L0Control, TrainerConfig
-from matryoshka.training_report import DEAD_AFTER, bar_text
-from sae import SAE
+from matryoshka.training_config import TrainingConfig
+from matryoshka.training_report import bar_text
 
 N_RECORDS = 300  # lines of metrics.jsonl an SAE, at most
+N_VALIDATION = 4096  # activations of --validation-cache that are looked at at each record
 GO_ON = "the same command with --resume goes on from the last checkpoint"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingConfig(TrainerConfig):
-    """How SAEs are trained from a cache: the trainer's settings, and where activations are."""
-
-    cache: str = setting("cache/train", "folder that cache_activations.py wrote")
-    tokens: int = setting(0, "train on the cache's first so many activations; 0: on all")
-    saes: tuple[str, ...] = setting(
-        tuple(KINDS), "which SAEs, each by the name of its kind", alias="sae"
-    )
-    n_latents: int = setting(3072, "latents of an SAE")
-    n_steps: int = inherited(TrainerConfig, "n_steps", default=30_000)
-    target_l0: float = inherited(TrainerConfig, "target_l0", default=30.0)
-    lr: float = inherited(TrainerConfig, "lr", default=1e-3)
-    l0_control: L0Control = inherited(TrainerConfig, "l0_control", default="steady")
-    sparsity_weight: float = inherited(TrainerConfig, "sparsity_weight", default=1.2)
-    batch_size: int = setting(1024, "activations a step; 1024 x 30,000 is one pass over 30M")
-    refit: bool = setting(
-        False, "write the SAEs with their decoders refitted, too, to OUT/refit; see refit.py"
-    )
-    seed: int = setting(0, "seed of the initialisation, the prefixes and the order of batches")
-    out: str = setting("runs/saes", "folder for the SAEs, metrics and checkpoint")
-    resume: bool = setting(False, "go on from the checkpoint in --out, if there is one")
-    checkpoint_every: int = setting(1000, "steps between checkpoints")
-    checkpoint_seconds: float = setting(0.0, "and seconds between them, at least")
-    device: str = setting("auto", "torch device; auto: the GPU where there is one")
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.out)
-
-    def as_json(self) -> dict[str, Any]:
-        """The settings as JSON gives them back."""
-        return dict(json.loads(json.dumps(dataclasses.asdict(self))))
-
-
-def check_training(config: TrainingConfig) -> None:
-    """Raises `UserError` where a setting is impossible, whatever the cache."""
-    require_positive(config, "n_latents", "batch_size", "checkpoint_every")
-    require_not_negative(config, "seed", "tokens", "checkpoint_seconds")
-    check_names(config.saes)
-    if config.batch_size == 1:
-        raise UserError("--batch-size is 1: one activation has no variance to explain")
-    config.check(config.n_latents, config.batch_size)
-
-
-def make_trainer(config: TrainingConfig, d_model: int, device: torch.device) -> Trainer:
-    """The SAEs of `config`, from one initialisation, ready for their first step.
-
-    Raises `UserError` where bfloat16 is not possible with d_model.
-    """
-    config.require_eights("the activations' number of dimensions", d_model)
-    saes = [SAE(d_model, config.n_latents, config.seed).to(device) for _ in config.saes]
-    configs = [config_of(name, config) for name in config.saes]
-    return Trainer(saes, configs, [config.seed] * len(saes))
 
 
 class Training:
     """Where the training of a folder's SAEs stands, and what of that is on disk."""
 
-    SUMS = ("silent", "l0_sum", "final_l0_sum")  # tensors that a checkpoint keeps
-
     def __init__(self, config: TrainingConfig, cache: ActivationCache, device: torch.device):
-        self.config, self.out, self.names = config, config.folder, config.saes
+        """Raises `UserError` where an SAE is impossible, or --validation-cache is another's."""
+        self.config, self.out = config, config.folder
         self.cache, self.device = cache, device
-        self.trainer = make_trainer(config, cache.d_model, device)
-        # activations since each latent last fired: [n_saes, n_latents]
-        self.silent = torch.zeros(len(self.names), config.n_latents, device=device)
-        # sums of L0 since the last record, and over the last 5% of the steps: [n_saes]
-        self.l0_sum = torch.zeros(len(self.names), dtype=torch.float64, device=device)
-        self.final_l0_sum = torch.zeros_like(self.l0_sum)
+        members = members_of(config)
+        self.settings = settings_of(config, members)  # as JSON has them
+        self.members = [MemberTraining(member, cache.d_model, device) for member in members]
+        self.names = [member.name for member in self.members]
+        self.validation = validation_sample(config, cache, device)
+        self.n_steps_done = 0
         self.seconds = self.waited = 0.0  # training, and waiting for data meanwhile
         self.metrics_bytes = 0  # length of metrics.jsonl at the checkpoint
         self.saved_at = time.perf_counter()  # when the last checkpoint was written
-        self.last_good: list[str] = []  # the last records that were written
 
     @property
     def is_trained(self) -> bool:
-        return self.trainer.n_steps_done == self.config.n_steps
+        return self.n_steps_done == self.config.n_steps
 
     @property
     def is_checkpoint_due(self) -> bool:
         """Whether steps and seconds since the last one ask for a checkpoint."""
         seconds = time.perf_counter() - self.saved_at
-        is_in_turn = self.trainer.n_steps_done % self.config.checkpoint_every == 0
+        is_in_turn = self.n_steps_done % self.config.checkpoint_every == 0
         return is_in_turn and seconds >= self.config.checkpoint_seconds
 
     @property
-    def n_final(self) -> int:
-        """Steps that the final L0 is averaged over: the last 5%."""
-        return max(1, self.config.n_steps // 20)
+    def going(self) -> list[MemberTraining]:
+        """The SAEs that did not diverge."""
+        return [member for member in self.members if not member.dropped]
 
     @property
     def record_every(self) -> int:
         """Steps between records."""
         return max(1, self.config.n_steps // N_RECORDS)
 
-    def step(self, x: Tensor) -> dict[str, Tensor]:
-        """One step of all SAEs on x [batch, d_model]; returns the trainer's metrics.
-
-        Raises `UserError` where x is not finite.
-        """
+    def step(self, x: Tensor) -> None:
+        """One step of all SAEs on x [batch, d_model]. Raises `UserError` where x is not finite."""
         try:
-            metrics = self.trainer.step(x)
+            for member in self.going:
+                member.step(x)
         except ValueError as error:
             raise UserError(f"{self.cache.folder}: {error}") from None
-        self.silent.add_(len(x)).mul_(metrics["mean_square"] == 0)
-        self.l0_sum += metrics["l0"]
-        if self.trainer.n_steps_done > self.config.n_steps - self.n_final:
-            self.final_l0_sum += metrics["l0"]
-        return metrics
+        self.n_steps_done += 1
 
-    @torch.no_grad()
-    def record(self, x: Tensor, metrics: dict[str, Tensor]) -> list[dict[str, Any]]:
-        """A line of metrics.jsonl an SAE: loss and FVU on the batch x, mean L0 since the last."""
-        n_averaged = (self.trainer.n_steps_done - 1) % self.record_every + 1
-        l0 = (self.l0_sum / n_averaged).tolist()
-        self.l0_sum.zero_()
-        losses, dead = self.trainer.loss(x).tolist(), self.dead_shares()
-        weights = metrics["sparsity_weight"].tolist()
-        return [
-            {
-                "step": self.trainer.n_steps_done,
-                "sae": name,
-                "loss": losses[i],
-                "fvu": float(fvu(x, sae(x))),
-                "l0": l0[i],
-                "dead_share": dead[i],
-                "sparsity_weight": weights[i],
-            }
-            for i, (name, sae) in enumerate(zip(self.names, self.trainer.saes, strict=True))
-        ]
+    def record(self, x: Tensor) -> list[dict[str, Any]]:
+        """The records of this step, on the batch x [batch, d_model]: one an SAE.
 
-    def dead_shares(self) -> list[float | None]:
-        """An SAE's share of latents that fired on none of the last DEAD_AFTER activations.
-
-        None while there were not so many: then it is not known.
+        An SAE that diverged is dropped, and has none. Raises `UserError` where none is left.
         """
-        if self.trainer.n_steps_done * self.config.batch_size < DEAD_AFTER:
-            return [None] * len(self.names)
-        shares: list[float | None] = (self.silent >= DEAD_AFTER).double().mean(dim=1).tolist()
-        return shares
+        if not x.isfinite().all():
+            raise UserError(
+                f"step {self.n_steps_done}: the cache holds activations that are not finite"
+            )
+        records = []
+        for member in self.going:
+            record = member.record(x, self.record_every, self.validation)
+            member.dropped = member.diverged(record, x)
+            if not member.dropped:
+                member.last_good = record
+                records.append(record)
+        if not records:
+            raise UserError("; ".join(dict.fromkeys(member.dropped for member in self.members)))
+        return records
 
     def save(self) -> None:
         """The checkpoint, whole or not at all; with it, how long metrics.jsonl is by now.
 
         Raises `UserError` where it cannot be written.
         """
-        metrics = self.out / METRICS
-        tensors = {f"trainer.{name}": t for name, t in self.trainer.state_dict().items()}
-        tensors |= {name: getattr(self, name) for name in self.SUMS}
+        metrics, tensors = self.out / METRICS, dict[str, Tensor]()
+        for member in self.going:
+            tensors |= member.state_dict()
         about = {
-            "config": self.config.as_json(),
+            "config": self.settings,
             "cache_hash": self.cache.content_hash,
             "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
+            "n_steps_done": self.n_steps_done,
+            "dropped": {m.name: m.dropped for m in self.members if m.dropped},
             "seconds": self.seconds,
             "waited": self.waited,
         }
@@ -196,27 +119,45 @@ class Training:
 
     def load(self) -> None:
         """Goes on from the checkpoint. Raises `UserError` where it is damaged or of another run."""
-        path, prefix = self.out / CHECKPOINT, "trainer."
+        path = self.out / CHECKPOINT
         about, tensors = read_checkpoint(path)
-        require_same(self.config.as_json(), about["config"], path)
+        require_same(self.settings, about["config"], path)
         if about["cache_hash"] != self.cache.content_hash:
             raise UserError(
                 f"{path} is of a run on other activations than those of --cache "
                 f"{self.config.cache}: ask for those, or choose another --out"
             )
-        self.metrics_bytes = about["metrics_bytes"]
+        self.metrics_bytes, self.n_steps_done = about["metrics_bytes"], about["n_steps_done"]
         self.seconds, self.waited = about["seconds"], about["waited"]
-        records = read_metrics(self.out / METRICS, self.names, self.metrics_bytes)
-        self.last_good = [json.dumps(record) for record in records[-len(self.names) :]]
-        state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        last = last_records(self.out / METRICS, self.names, self.metrics_bytes)
         try:
-            self.trainer.load_state_dict(state)
-            for name in self.SUMS:
-                getattr(self, name).copy_(tensors[name])
-            if not 0 <= self.trainer.n_steps_done <= self.config.n_steps:
-                raise ValueError(f"it is of step {self.trainer.n_steps_done}")
-        except (KeyError, ValueError, RuntimeError) as error:
+            for member in self.members:
+                member.dropped = about["dropped"].get(member.name, "")
+                member.last_good = last.get(member.name, {})
+            for member in self.going:
+                member.load_state_dict(tensors)
+        except (KeyError, ValueError, RuntimeError, AttributeError) as error:
             raise no_checkpoint(path, error) from None
+
+
+def validation_sample(
+    config: TrainingConfig, cache: ActivationCache, device: torch.device
+) -> Tensor | None:
+    """The first activations of --validation-cache, [n, d_model]; None where there is none.
+
+    Raises `UserError` where that is of another model, layer or width than the cache.
+    """
+    if config.validation_cache is None:
+        return None
+    other = ActivationCache(config.validation_cache)
+    same = ("weights_hash", "layer", "site", "d_model")
+    other.require(**{key: cache.recipe[key] for key in same if key in cache.recipe})
+    sample = other.acts(0, N_VALIDATION).to(device).float()
+    if not sample.isfinite().all():
+        raise UserError(f"{other.folder} holds activations that are not finite")
+    if len(sample) < 2 or (sample == sample[0]).all():
+        raise UserError(f"--validation-cache {config.validation_cache}: nothing there to explain")
+    return sample
 
 
 def train(training: Training, on_checkpoint: Callable[[], object] | None = None) -> None:
@@ -224,18 +165,18 @@ def train(training: Training, on_checkpoint: Callable[[], object] | None = None)
 
     Ctrl-C, SIGTERM and an error in reading the cache write a checkpoint first: `training` is
     between two steps then. After an error in a step it may be half done, so the last checkpoint
-    stays. Raises `KeyboardInterrupt` after a signal, `UserError` where training diverges.
+    stays. Raises `KeyboardInterrupt` after a signal, `UserError` where all SAEs diverge.
     """
-    config, trainer = training.config, training.trainer
+    config = training.config
     save = functools.partial(checkpoint, training, on_checkpoint)
     batches = training.cache.batches(
-        config.batch_size, config.seed, trainer.n_steps_done, training.device
+        config.batch_size, config.seed, training.n_steps_done, training.device
     )
     with (
         deferring_signals() as stop,
         tqdm(
             total=config.n_steps,
-            initial=trainer.n_steps_done,
+            initial=training.n_steps_done,
             bar_format="{percentage:3.0f}% {elapsed}<{remaining}{postfix}",
         ) as bar,
     ):
@@ -247,13 +188,13 @@ def train(training: Training, on_checkpoint: Callable[[], object] | None = None)
                 save()
                 raise
             got = time.perf_counter()
-            metrics = training.step(x)
+            training.step(x)
             training.waited += got - started
             training.seconds += time.perf_counter() - started
             bar.update()
-            step = trainer.n_steps_done
+            step = training.n_steps_done
             if step % training.record_every == 0 or training.is_trained:
-                bar.set_postfix_str(bar_text(write_records(training, x, metrics)), refresh=False)
+                bar.set_postfix_str(bar_text(write_records(training, x)), refresh=False)
             if training.is_checkpoint_due or training.is_trained or stop:
                 save()
             if stop:
@@ -267,45 +208,20 @@ def checkpoint(training: Training, on_checkpoint: Callable[[], object] | None) -
         on_checkpoint()
 
 
-def write_records(
-    training: Training, x: Tensor, metrics: dict[str, Tensor]
-) -> list[dict[str, Any]]:
+def write_records(training: Training, x: Tensor) -> list[dict[str, Any]]:
     """Adds the records of this step to metrics.jsonl, and returns them: one an SAE.
 
-    x [batch, d_model] and `metrics` are the step's. Raises `UserError` where training diverged, or
-    the file cannot be written.
+    x [batch, d_model] is the step's. An SAE that diverged is reported and dropped. Raises
+    `UserError` where none is left, or the file cannot be written.
     """
-    path, records = training.out / METRICS, training.record(x, metrics)
-    stop_if_diverged(records, training.last_good, x)
-    training.last_good = [json.dumps(record) for record in records]
+    path, going = training.out / METRICS, training.going
+    records = training.record(x)
+    for member in going:
+        if member.dropped:
+            tqdm.write(f"dropped: {member.dropped}", file=sys.stderr)
     try:
         with path.open("a") as file:
-            file.writelines(line + "\n" for line in training.last_good)
+            file.writelines(json.dumps(record) + "\n" for record in records)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}); {GO_ON}") from None
     return records
-
-
-def stop_if_diverged(
-    records: Sequence[dict[str, Any]], last_good: Sequence[str], x: Tensor
-) -> None:
-    """Raises `UserError` with the last good records where an SAE's FVU is no longer a number.
-
-    x: [batch, d_model], the activations that it was measured on; where they are at fault, it says
-    so.
-    """
-    bad = [record for record in records if not math.isfinite(record["fvu"])]
-    if not bad:
-        return
-    step, last = bad[0]["step"], f"last good: {'; '.join(last_good) or 'none'}"
-    if not x.isfinite().all():
-        raise UserError(f"step {step}: the cache holds activations that are not finite; {last}")
-    if (x == x[0]).all():
-        raise UserError(
-            f"step {step}: the batch's activations are all the same, so that there is nothing to "
-            f"explain; {last}. Try a larger --batch-size"
-        )
-    raise UserError(
-        f"step {step}: the {bad[0]['sae']} SAE has an FVU of {bad[0]['fvu']}; {last}. "
-        "Try a lower --lr"
-    )

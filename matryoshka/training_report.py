@@ -7,12 +7,21 @@ from matryoshka.command_line import table
 
 DEAD_AFTER = 2_000_000  # activations without firing after which training calls a latent dead
 L0_MISSED = 0.1  # off its target by more than this share, an SAE's L0 is worth a line at the end
+BAR_WIDTH = 58  # characters of a bar's text
 MANY_DEAD = 0.2  # and so is a share of dead latents above this
 
 
 def bar_text(records: Sequence[Mapping[str, Any]]) -> str:
-    """FVU and L0 of each SAE, for a bar of 80 columns; metrics.jsonl has the rest."""
-    return ", ".join(f"{r['sae']} FVU {short(r['fvu'], 3)} L0 {short(r['l0'], 1)}" for r in records)
+    """FVU and L0 of each SAE, for a bar of 80 columns; metrics.jsonl has the rest.
+
+    Where that is too long, FVU alone, in their order, as many as there is room for.
+    """
+    parts = (f"{r['sae']} FVU {short(r['fvu'], 3)} L0 {short(r['l0'], 1)}" for r in records)
+    named = ", ".join(parts)
+    if len(named) <= BAR_WIDTH:
+        return named
+    text = "FVU " + " ".join(short(r["fvu"], 3).lstrip("0") for r in records)
+    return text if len(text) <= BAR_WIDTH else text[: BAR_WIDTH - 3].rsplit(" ", 1)[0] + " ..."
 
 
 def short(value: float, digits: int) -> str:
@@ -29,8 +38,9 @@ def share(value: float | None) -> str:
 
 def problems(results: Mapping[str, Any]) -> list[str]:
     """What is wrong with a finished run, a line each, and what to try; see `is_broken`, too."""
-    target, lines = results["config"]["target_l0"], []
+    lines = [f"dropped: {reason}" for reason in results.get("dropped", {}).values()]
     for r in results["runs"]:
+        target = r.get("target_l0", results["config"]["target_l0"])
         if is_broken(r):
             lines.append(
                 f"the {r['sae']} SAE reconstructs worse than the activations' mean does (FVU "

@@ -39,7 +39,6 @@ from matryoshka.cache_reader import ActivationCache
 from matryoshka.checkpoint import read_checkpoint, write_checkpoint
 from matryoshka.errors import UserError
 from matryoshka.process import threads
-from matryoshka.trainer import Trainer
 from matryoshka.training import Training
 from train import run
 from train_tinystories import Config
@@ -62,7 +61,7 @@ def no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: object) -> None:
         raise AssertionError("nothing is to be trained here")
 
-    monkeypatch.setattr(Trainer, "step", never)
+    monkeypatch.setattr(Training, "step", never)
 
 
 def tear_the_last_line(out: Path) -> None:
@@ -166,7 +165,8 @@ def test_a_signal_loses_no_step(
     assert contents(tmp_path / "out") == before, "the metrics are not cut"
     state = Training(config, ActivationCache(cache), torch.device("cpu"))
     state.load()
-    assert state.trainer.n_steps_done == nth
+    assert state.n_steps_done == nth
+    assert [member.trainer.n_steps_done for member in state.members] == [nth, nth]
     run(resumed(config))
     assert learnt(tmp_path / "out") == whole[0]
 
@@ -181,15 +181,15 @@ def test_a_resume_is_exact_in_a_large_dictionary(
     run(config_for(cache, tmp_path / "whole", **settings))
     config = config_for(cache, tmp_path / "parts", **settings)
     for after in (20, 14):
-        real, left = Trainer.step, itertools.count(after, -1)
+        real, left = Training.step, itertools.count(after, -1)
 
-        def stop(self: Trainer, x: torch.Tensor, real: Any = real, left: Any = left) -> Any:
+        def stop(self: Training, x: torch.Tensor, real: Any = real, left: Any = left) -> Any:
             if next(left) == 0:
                 raise KeyboardInterrupt
             return real(self, x)
 
         with monkeypatch.context() as patched:
-            patched.setattr(Trainer, "step", stop)
+            patched.setattr(Training, "step", stop)
             with pytest.raises(KeyboardInterrupt):
                 run(resumed(config))
     run(resumed(config))
@@ -275,7 +275,11 @@ def without(what: str) -> Callable[[Path], None]:
 
 @pytest.mark.parametrize(
     "damage",
-    [flip, cut, empty, *map(without, ["silent", "trainer.params", "metrics_bytes", "config"])],
+    [
+        *(flip, cut, empty),
+        *map(without, ["matryoshka/of.silent", "vanilla/params", "vanilla/n_steps_done"]),
+        *map(without, ["metrics_bytes", "n_steps_done", "dropped", "config"]),
+    ],
 )
 @pytest.mark.usefixtures("no_steps")
 def test_a_damaged_checkpoint_is_refused(
@@ -323,8 +327,10 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
     }
     about = {
         "config": {"lr": 1e-3, "saes": ["a", "b"], "out": None},
+        "dropped": {"b": "step 3: gone"},
         "cache_hash": "abc",
         "metrics_bytes": 123,
+        "n_steps_done": 7,
         "seconds": 0.1 + 0.2,
         "waited": 1e-9,
     }
@@ -339,7 +345,8 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_every_changed_bit_of_a_checkpoints_tensors_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    about = {"config": {}, "cache_hash": "", "metrics_bytes": 0, "seconds": 0, "waited": 0}
+    about = {"config": {}, "dropped": {}, "cache_hash": ""}
+    about |= dict.fromkeys(("metrics_bytes", "n_steps_done", "seconds", "waited"), 0)
     write_checkpoint(path, {"a": torch.tensor([1.0, -0.0]), "b": torch.tensor(5)}, about)
     data = path.read_bytes()
     for i in range(8 * (8 + int.from_bytes(data[:8], "little")), 8 * len(data)):

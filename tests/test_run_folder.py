@@ -24,7 +24,7 @@ from matryoshka import run_folder
 from matryoshka.errors import UserError
 from matryoshka.files import one_writer
 from matryoshka.process import threads
-from matryoshka.trainer import Trainer
+from matryoshka.training import Training
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,7 +44,7 @@ def no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: object) -> None:
         raise AssertionError("nothing is to be trained here")
 
-    monkeypatch.setattr(Trainer, "step", never)
+    monkeypatch.setattr(Training, "step", never)
 
 
 @pytest.fixture(scope="module")
@@ -271,11 +271,22 @@ def test_an_sae_of_any_name_makes_a_folder_taken(tmp_path: Path) -> None:
     assert run_folder.files_of_runs(tmp_path) == ["mine.safetensors"]
 
 
-def test_metrics_are_of_the_runs_saes_in_turn(tmp_path: Path) -> None:
+def test_the_last_record_of_each_sae_is_found(tmp_path: Path) -> None:
+    """Whatever their order, and of the first bytes alone where it is asked for; no SAE but the
+    run's may have one."""
     path = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"sae": name, "fvu": 0.5}) + "\n" for name in ("a", "b", "a", "b")]
+    records = [
+        {"sae": name, "fvu": 0.5, "step": step}
+        for name, step in (("a", 2), ("b", 2), ("b", 4), ("a", 4), ("a", 6))  # b is dropped
+    ]
+    lines = [json.dumps(record) + "\n" for record in records]
     path.write_text("".join(lines))
-    assert len(run_folder.read_metrics(path, ["a", "b"])) == 4
-    for names in (["b", "a"], ["a"], ["a", "b", "c"]):
-        with pytest.raises(UserError, match="is of another SAE"):
-            run_folder.read_metrics(path, names)
+    assert run_folder.last_records(path, ["a", "b"]) == {"a": records[4], "b": records[2]}
+    assert run_folder.last_records(path, ["a", "b", "c"]).keys() == {"a", "b"}
+    n_bytes = sum(map(len, lines[:3]))
+    assert run_folder.last_records(path, ["a", "b"], n_bytes) == {"a": records[0], "b": records[2]}
+    assert run_folder.last_records(path, ["a", "b"], 0) == {}
+    with pytest.raises(UserError, match="line 2 is of another SAE"):
+        run_folder.last_records(path, ["a"])
+    with pytest.raises(UserError, match="shorter than it was at the checkpoint"):
+        run_folder.last_records(path, ["a", "b"], sum(map(len, lines)) + 1)

@@ -39,7 +39,7 @@ from matryoshka.errors import UserError
 from matryoshka.metrics import fvu
 from matryoshka.process import threads
 from matryoshka.saved_runs import METRICS, training_curves
-from matryoshka.trainer import Trainer
+from matryoshka.training import Training
 from matryoshka.training import train as train_steps
 from sae import SAE
 from train import run
@@ -63,7 +63,7 @@ def no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: object) -> None:
         raise AssertionError("nothing is to be trained here")
 
-    monkeypatch.setattr(Trainer, "step", never)
+    monkeypatch.setattr(Training, "step", never)
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_a_finished_run_is_returned_without_training(
     def never(*args: object) -> None:
         raise AssertionError("a finished run needs no step, and no look at every byte of the cache")
 
-    monkeypatch.setattr(Trainer, "step", never)
+    monkeypatch.setattr(Training, "step", never)
     monkeypatch.setattr(ActivationCache, "verify", never)
     assert run(resumed(config)) == results
     train_tinystories.main(argv_for(resumed(config)))
@@ -238,7 +238,7 @@ def test_a_lost_sae_is_written_again(
     else:
         run(config_for(cache, tmp_path / "other", seed=1))
         shutil.copy(tmp_path / "other" / "vanilla.safetensors", path)
-    monkeypatch.setattr(Trainer, "step", None)
+    monkeypatch.setattr(Training, "step", None)
     assert run(resumed(config)) == results
     assert contents(tmp_path / "out") == before
 
@@ -250,7 +250,7 @@ def test_a_finished_run_is_refitted_when_asked(
     config = config_for(cache, tmp_path / "later")
     run(config)
     before = contents(tmp_path / "later")
-    monkeypatch.setattr(Trainer, "step", None)
+    monkeypatch.setattr(Training, "step", None)
     with_refit = dataclasses.replace(resumed(config), refit=True)
     results = run(with_refit)
     assert results["config"]["refit"]

@@ -15,18 +15,22 @@ import train
 import train_tinystories
 from matryoshka import training_report
 from matryoshka.command_line import parse
-from matryoshka.training import make_trainer
+from matryoshka.member_training import MemberTraining
+from matryoshka.members import members_of
 from train_tinystories import Config
 
 
 def test_the_published_recipe() -> None:
     """What the write-up trained TinyStories with: nobody changes it without this being seen."""
     config = Config()
-    trainer = make_trainer(config, 16, torch.device("cpu"))
+    members = members_of(config)
+    trainers = [MemberTraining(m, 16, torch.device("cpu")).trainer for m in members]
     assert config.batch_size == 1024
-    assert (trainer.n_latents, trainer.seeds) == (3072, [0, 0])
-    assert [config.n_prefixes for config in trainer.configs] == [10, 1]
-    found = dataclasses.asdict(trainer.config)
+    assert [(t.n_latents, t.seeds, t.activation) for t in trainers] == [(3072, [0], "relu")] * 2
+    assert [trainer.config.n_prefixes for trainer in trainers] == [10, 1]
+    matryoshka, vanilla = (dataclasses.asdict(trainer.config) for trainer in trainers)
+    assert matryoshka | {"n_prefixes": 1} == vanilla
+    found = matryoshka
     recipe = {
         "n_steps": 30_000,
         "target_l0": 30.0,
@@ -46,6 +50,10 @@ def test_the_published_recipe() -> None:
         "order_decay": 0.95,
         "matmul_dtype": "float32",
         "gradient": "auto",
+        "widths": (),
+        "width_weights": (),
+        "auxiliary": "none",
+        "resample_every": 0,
     }
     assert {name: found[name] for name in recipe} == recipe
     assert training_report.DEAD_AFTER == 2_000_000

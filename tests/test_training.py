@@ -31,15 +31,19 @@ from training_cases import (
 )
 
 import train
-from matryoshka import training
+from matryoshka import member_training, training
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.command_line import pick_device
 from matryoshka.errors import UserError
+from matryoshka.kinds import KINDS
+from matryoshka.member_training import MemberTraining
+from matryoshka.members import members_of
 from matryoshka.metrics import fvu
 from matryoshka.prefix_draws import expected_reach
 from matryoshka.process import threads
 from matryoshka.trainer import Trainer
-from matryoshka.training import Training, make_trainer, stop_if_diverged
+from matryoshka.training import Training
+from matryoshka.training_config import TrainingConfig, check_training
 from sae import (
     SAE,
     STREAM_PREFIXES,
@@ -72,35 +76,38 @@ def test_the_figures_are_what_they_say(
 ) -> None:
     """FVU, L0 and dead share, recomputed from the batches and from what each step reported."""
     monkeypatch.setattr(training, "N_RECORDS", 10)  # every 4 steps, and the last
-    monkeypatch.setattr(training, "DEAD_AFTER", dead_after)
-    steps: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(member_training, "DEAD_AFTER", dead_after)
+    steps_of: dict[int, list[dict[str, torch.Tensor]]] = {10: [], 1: []}  # by n_prefixes
     real = Trainer.step
 
     def spy(self: Trainer, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        steps = steps_of[self.config.n_prefixes]
         steps.append(real(self, x))
         return steps[-1]
 
     monkeypatch.setattr(Trainer, "step", spy)
-    config = config_for(cache, tmp_path, n_steps=n_steps, n_latents=60, batch_size=2)
+    settings = {"n_latents": 60, "n_prefixes": 10, "batch_size": 2}
+    config = config_for(cache, tmp_path, n_steps=n_steps, **settings)
     results = run(config)
     records = records_of(tmp_path)
     expected_steps = [1] if n_steps == 1 else [*range(4, 41, 4), 41]
     assert [r["step"] for r in records[::2]] == expected_steps
     for i, name in enumerate(("matryoshka", "vanilla")):
-        previous = 0
+        previous, steps = 0, steps_of[10 if name == "matryoshka" else 1]
+        assert len(steps) == n_steps
         for record in records[i::2]:
             assert record["sae"] == name
             step = record["step"]
-            l0 = [metrics["l0"][i].item() for metrics in steps[previous:step]]
+            l0 = [metrics["l0"][0].item() for metrics in steps[previous:step]]
             assert record["l0"] == pytest.approx(np.mean(l0), rel=1e-6)
-            silent = [metrics["mean_square"][i] == 0 for metrics in steps[max(0, step - 3) : step]]
+            silent = [metrics["mean_square"][0] == 0 for metrics in steps[max(0, step - 3) : step]]
             dead = torch.stack(silent).all(0).double().mean().item() if step >= 3 else None
             assert record["dead_share"] == (None if dead is None else pytest.approx(dead))
-            weight = steps[step - 1]["sparsity_weight"][i].item()
+            weight = steps[step - 1]["sparsity_weight"][0].item()
             assert record["sparsity_weight"] == pytest.approx(weight)
             previous = step
         result = results["runs"][i]
-        final = [metrics["l0"][i].item() for metrics in steps[-2:]]  # 5% of 41
+        final = [metrics["l0"][0].item() for metrics in steps[-2:]]  # 5% of 41
         assert result["final_l0"] == pytest.approx(np.mean(final))
         batches = ActivationCache(cache).batches(2, seed=0, start_step=n_steps - 1)
         x, sae = next(batches), SAE.load(tmp_path / f"{name}.safetensors")
@@ -169,8 +176,8 @@ def test_an_error_in_reading_loses_no_step(
         with pytest.raises(UserError, match="the disk is gone"):
             run(config)
     steps = itertools.count()
-    step = Trainer.step
-    monkeypatch.setattr(Trainer, "step", lambda self, x: (next(steps), step(self, x))[1])
+    step = Training.step
+    monkeypatch.setattr(Training, "step", lambda self, x: (next(steps), step(self, x))[1])
     run(resumed(config))
     assert next(steps) == 50 - 22
     assert learnt(tmp_path / "out") == learnt(tmp_path / "whole")
@@ -180,13 +187,15 @@ def test_divergence_stops_with_the_last_good_metrics(cache: Path, tmp_path: Path
     with pytest.raises(UserError, match=r"step \d+: the matryoshka SAE has an FVU of") as stopped:
         run(config_for(cache, tmp_path, lr=1e30))
     message, records = str(stopped.value), records_of(tmp_path)
-    step = int(message.split()[1].rstrip(":"))
     assert records
-    assert records[-1]["step"] == step - 1
     assert all(np.isfinite(record["fvu"]) for record in records)
-    for record in records[-2:]:
-        assert json.dumps(record) in message
-    assert "--lr" in message
+    for name, said in zip(("matryoshka", "vanilla"), message.split("; step "), strict=True):
+        assert f"the {name} SAE has an FVU of" in said
+        step = int(said.removeprefix("step ").split(":")[0])
+        last = [record for record in records if record["sae"] == name][-1]
+        assert last["step"] == step - 1
+        assert json.dumps(last) in said
+        assert "--lr" in said
     assert not (tmp_path / "results.json").exists()
 
 
@@ -195,35 +204,43 @@ def test_divergence_after_a_resume_names_the_metrics_of_before(
 ) -> None:
     config = config_for(cache, tmp_path)
     nan = torch.tensor(torch.nan, dtype=torch.float64)
-    real_fvu, real_step = fvu, Trainer.step
+    real_fvu, real_step = fvu, Training.step
 
-    def stop_at_17(self: Trainer, x: torch.Tensor) -> Any:
+    def stop_at_17(self: Training, x: torch.Tensor) -> Any:
         if self.n_steps_done == 16:
             raise KeyboardInterrupt
         return real_step(self, x)
 
-    monkeypatch.setattr(Trainer, "step", stop_at_17)
+    monkeypatch.setattr(Training, "step", stop_at_17)
     with pytest.raises(KeyboardInterrupt):
         run(config)
-    monkeypatch.setattr(Trainer, "step", real_step)
+    monkeypatch.setattr(Training, "step", real_step)
     good = [record for record in records_of(tmp_path) if record["step"] == 15]
-    monkeypatch.setattr(training, "fvu", lambda x, x_hat: real_fvu(x, x_hat) * nan)
+    monkeypatch.setattr(member_training, "fvu", lambda x, x_hat: real_fvu(x, x_hat) * nan)
     with pytest.raises(UserError, match="step 16: the matryoshka SAE has an FVU of nan") as stopped:
         run(resumed(config))
     assert len(good) == 2
     assert all(json.dumps(record) in str(stopped.value) for record in good)
 
 
-def test_a_batch_at_fault_is_named_and_the_learning_rate_is_not() -> None:
-    records = [{"step": 7, "sae": "vanilla", "fvu": float("inf")}]
-    for x, named in (
-        (torch.ones(4, 3), "the batch's activations are all the same"),
-        (torch.tensor([[1.0, torch.nan], [2.0, 3.0]]), "activations that are not finite"),
+def test_a_batch_at_fault_is_named_and_the_learning_rate_is_not(
+    cache: Path, tmp_path: Path
+) -> None:
+    state = Training(config_for(cache, tmp_path), ActivationCache(cache), torch.device("cpu"))
+    x = next(state.cache.batches(128, 0))
+    for _ in range(7):
+        state.step(x)
+    same, broken = torch.ones_like(x), x.clone()
+    broken[3, 2] = torch.nan
+    for at_fault, named in (
+        (broken, "activations that are not finite"),
+        (same, "the batch's activations are all the same"),
     ):
         with pytest.raises(UserError, match=f"step 7: .*{named}") as stopped:
-            stop_if_diverged(records, [], x)
+            state.record(at_fault)
         assert "--lr" not in str(stopped.value)
-    stop_if_diverged([records[0] | {"fvu": 1e9}], [], torch.ones(4, 3))
+        assert str(stopped.value).count("step 7") == 1, "said once, not once an SAE"
+    assert state.members[0].diverged({"step": 7, "fvu": 1e9}, same) == ""
 
 
 @pytest.mark.parametrize("prefixes", ["sampled", "expected"])
@@ -234,13 +251,14 @@ def test_the_loss_of_a_record_is_the_loss_as_sae_py_writes_it(
     config = config_for(cache, tmp_path, prefixes=prefixes, sparsity="log", seed=2)
     training = Training(config, ActivationCache(cache), torch.device("cpu"))
     for x in itertools.islice(training.cache.batches(128, 2), 6):
-        metrics = training.step(x)
-    records = training.record(x, metrics)
-    weights = training.trainer.state_dict()["sparsity_weight"]
+        training.step(x)
+    records = training.record(x)
     draws = sample_prefixes(20, 3, seeded_generator(2, STREAM_PREFIXES, 0), 256)
     reach = expected_reach(20, 3)
     shares = reach - torch.cat([reach[1:], torch.zeros(1)])
-    for i, sae in enumerate(training.trainer.saes):
+    for i, member in enumerate(training.members):
+        (sae,) = member.trainer.saes
+        weight = float(member.trainer.state_dict()["sparsity_weight"])
         lengths, of_length = draws[6], [1 / 3] * 3
         if i == 1:
             lengths, of_length = torch.tensor([20]), [1.0]
@@ -256,27 +274,24 @@ def test_the_loss_of_a_record_is_the_loss_as_sae_py_writes_it(
                 sae.b_dec,
                 lengths,
                 of_length,
-                float(weights[i]),
+                weight,
                 "log",
             )
         assert records[i]["loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
-def n_prefixes(trainer: Trainer) -> list[int]:
-    return [config.n_prefixes for config in trainer.configs]
-
-
 # What a setting is replaced by, and where a trainer then has it (default: in its config).
 OF_TRAINER: dict[str, tuple[Any, Callable[[Trainer], Any]]] = {
-    "saes": (("vanilla",), lambda t: ("vanilla",) if n_prefixes(t) == [1] else ()),
     "n_latents": (320, lambda t: t.n_latents),
-    "n_prefixes": (7, lambda t: n_prefixes(t)[0]),
+    "n_prefixes": (7, lambda t: t.config.n_prefixes),
+    "activation": ("batchtopk", lambda t: t.activation),
     "target_l0": (7.5, lambda t: t.config.target_l0),
     "lr": (0.02, lambda t: t.config.lr),
     "n_steps": (77, lambda t: t.config.n_steps),
     "sparsity": ("log", lambda t: t.config.sparsity),
     "sparsity_weight": (0.7, lambda t: t.config.sparsity_weight),
     "prefixes": ("expected", lambda t: t.config.prefixes),
+    "widths": ((30.0, 300.0), lambda t: t.config.widths),
     "matmul_dtype": ("bfloat16", lambda t: t.config.matmul_dtype),
     "gradient": ("dense", lambda t: t.config.gradient),
     "l0_control": ("original", lambda t: t.config.l0_control),
@@ -290,8 +305,18 @@ OF_TRAINER: dict[str, tuple[Any, Callable[[Trainer], Any]]] = {
     "order_decay": (0.3, lambda t: t.config.order_decay),
     "restart_every": (3, lambda t: t.config.restart_every),
     "restart_window": ((0.1, 0.3), lambda t: t.config.restart_window),
-    "seed": (9, lambda t: t.seeds[0] if t.seeds == [9, 9] else t.seeds),
+    "auxiliary": ("level", lambda t: t.config.auxiliary),
+    "auxiliary_weight": (0.5, lambda t: t.config.auxiliary_weight),
+    "dead_after": (77, lambda t: t.config.dead_after),
+    "resample_every": (9, lambda t: t.config.resample_every),
+    "bandwidth": (0.5, lambda t: t.config.bandwidth),
+    "seed": (9, lambda t: t.seeds[0]),
 }
+
+
+def trainers_of(config: TrainingConfig) -> dict[str, Trainer]:
+    made = [MemberTraining(m, 16, torch.device("cpu")) for m in members_of(config)]
+    return {member.name: member.trainer for member in made}
 
 
 @pytest.mark.parametrize("name", OF_TRAINER)
@@ -300,14 +325,32 @@ def test_a_setting_arrives_at_the_trainer(name: str) -> None:
     base = Config(n_latents=300)
     assert getattr(base, name) != value
     config = dataclasses.replace(base, **{name: value})
-    trainer = make_trainer(config, 16, torch.device("cpu"))
-    assert where(trainer) == value
-    saes = trainer.saes
-    assert len(saes) == (1 if name == "saes" else 2)
-    for sae in saes:  # before the first step all latents are as good, and stay where they were
+    trainers = trainers_of(config)
+    assert where(trainers["matryoshka"]) == value
+    if name not in KINDS["vanilla"]:
+        assert where(trainers["vanilla"]) == value
+    assert list(trainers) == ["matryoshka", "vanilla"]
+    for trainer in trainers.values():
+        (sae,) = trainer.saes  # before the first step all latents are as good, and not moved
         assert torch.equal(sae.W_enc, SAE(16, config.n_latents, config.seed).W_enc)
-    if name != "saes":
-        assert n_prefixes(trainer) == [config.n_prefixes, 1], "Matryoshka has them, vanilla one"
+    n_prefixes = [trainer.config.n_prefixes for trainer in trainers.values()]
+    assert n_prefixes == [config.n_prefixes, 1], "Matryoshka has them, vanilla one"
+
+
+def test_which_saes_and_which_targets_arrive(tmp_path: Path) -> None:
+    assert list(trainers_of(Config(saes=("vanilla",)))) == ["vanilla"]
+    of_targets = trainers_of(Config(saes=("vanilla",), target_l0s=(2.0, 7.5)))
+    assert [trainer.config.target_l0 for trainer in of_targets.values()] == [2.0, 7.5]
+    (tmp_path / "saes.json").write_text('{"sae": [{"name": "a"}, {"name": "b", "lr": 0.5}]}')
+    listed = trainers_of(Config(members=str(tmp_path / "saes.json")))
+    assert {name: trainer.config.lr for name, trainer in listed.items()} == {"a": 1e-3, "b": 0.5}
+
+
+def test_weights_of_widths_arrive() -> None:
+    config = Config(n_latents=300, widths=(30.0, 300.0), width_weights=(1.0, 3.0))
+    trainers = trainers_of(config)
+    assert trainers["matryoshka"].config.width_weights == (1.0, 3.0)
+    assert trainers["vanilla"].config.width_weights == ()
 
 
 def test_a_checkpoint_waits_for_its_seconds(
@@ -317,12 +360,12 @@ def test_a_checkpoint_waits_for_its_seconds(
     clock, saved_at = [0.0], []
     step, save = Training.step, Training.save
 
-    def slow_step(self: Training, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def slow_step(self: Training, x: torch.Tensor) -> None:
         clock[0] += 2.0
-        return step(self, x)
+        step(self, x)
 
     def noted_save(self: Training) -> None:
-        saved_at.append(self.trainer.n_steps_done)
+        saved_at.append(self.n_steps_done)
         save(self)
 
     monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
@@ -336,6 +379,8 @@ def test_a_checkpoint_waits_for_its_seconds(
 OF_RUN = {"cache", "tokens", "batch_size", "seed", "out", "resume", "checkpoint_every", "device"}
 OF_RUN |= {"checkpoint_seconds"}  # has its test above
 OF_RUN |= {"refit"}  # resume and refit have tests of their own
+OF_RUN |= {"saes", "target_l0s", "members", "width_weights"}  # have theirs above
+OF_RUN |= {"validation_cache", "recipe"}  # in test_member_training.py
 
 
 def test_the_other_settings_arrive(
@@ -360,7 +405,7 @@ def test_the_other_settings_arrive(
     original = Training.save
 
     def save(self: Training) -> None:
-        saved_at.append(self.trainer.n_steps_done)
+        saved_at.append(self.n_steps_done)
         original(self)
 
     monkeypatch.setattr(Training, "save", save)
@@ -434,7 +479,7 @@ def test_a_training_has_at_most_300_records_an_sae() -> None:
 
 def test_one_activation_a_step_is_refused() -> None:
     with pytest.raises(UserError, match="no variance"):
-        training.check_training(training.TrainingConfig(batch_size=1))
+        check_training(TrainingConfig(batch_size=1))
 
 
 def test_a_checkpoint_of_no_steps_is_gone_on_from(cache: Path, tmp_path: Path) -> None:
@@ -445,4 +490,4 @@ def test_a_checkpoint_of_no_steps_is_gone_on_from(cache: Path, tmp_path: Path) -
     ]
     made[0].save()
     made[1].load()
-    assert made[1].trainer.n_steps_done == 0
+    assert made[1].n_steps_done == 0

@@ -22,7 +22,7 @@ from tiny_factory import fresh_processes
 
 import train_tinystories
 from matryoshka.cache_writer import finish, write_shard
-from matryoshka.trainer import Trainer
+from matryoshka.training import Training
 from train_tinystories import Config
 
 ROOT = Path(__file__).parents[1]
@@ -82,8 +82,13 @@ def config_for(cache: Path, out: Path, **settings: Any) -> Config:
 
 def argv_for(config: Config) -> list[str]:
     argv = []
-    for name, value in dataclasses.asdict(config).items():
-        flag = name.replace("_", "-")
+    for field in dataclasses.fields(config):
+        if not field.metadata["is_flag"]:
+            continue
+        value = config.targets if field.name == "target_l0s" else getattr(config, field.name)
+        flag = (field.metadata["flag"] or field.name).replace("_", "-")
+        if value in (None, ()):
+            continue
         if isinstance(value, bool):
             argv.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, tuple):
@@ -187,7 +192,7 @@ def run_and_die(config: Config, moment: str, nth: int, number: int, test: int) -
             reached("half written")
             file.write(data[len(data) // 2 :])
 
-    Trainer.step = around(Trainer.step, "", "step")  # type: ignore[method-assign]
+    Training.step = around(Training.step, "", "step")  # type: ignore[method-assign]
     os.fsync = around(os.fsync, "syncing", "synced")
     os.replace = around(os.replace, "renaming", "renamed")
     safetensors.torch.save_file = save_in_two

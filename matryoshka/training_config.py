@@ -1,0 +1,100 @@
+"""The settings of a training from a cache, and the recipes that change their defaults."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from matryoshka.command_line import inherited, require_not_negative, require_positive, setting
+from matryoshka.errors import UserError
+from matryoshka.kinds import KINDS, check_names
+from matryoshka.trainer_config import L0Control, TrainerConfig
+
+ActivationName = Literal["relu", "topk", "batchtopk", "jumprelu"]
+
+# What each sets in place of the defaults; a flag that is given counts more. "paper": the language
+# models' of Bussmann et al. 2025, section 4: nested groups of 1/32, 1/16, 1/8, 1/4 and the rest.
+RECIPES: dict[str, dict[str, Any]] = {
+    "write-up": {},
+    "paper": {
+        "activation": "batchtopk",
+        "widths": (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0),
+        "auxiliary": "all",
+        "lr": 3e-4,
+        "batch_size": 2048,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig(TrainerConfig):
+    """How SAEs are trained from a cache: the trainer's settings, and where activations are."""
+
+    recipe: Literal["write-up", "paper"] = setting(
+        "write-up",
+        "defaults: the write-up's; or the paper's for language models, which is batchtopk, five "
+        "fixed widths, the auxiliary loss, learning rate 3e-4 and batches of 2048",
+    )
+    cache: str = setting("cache/train", "folder that cache_activations.py wrote")
+    tokens: int = setting(0, "train on the cache's first so many activations; 0: on all")
+    validation_cache: str | None = setting(
+        None, "another cache: FVU and L0 on a sample of it go to metrics.jsonl, too"
+    )
+    saes: tuple[str, ...] = setting(
+        tuple(KINDS), "which SAEs, each by the name of its kind", alias="sae"
+    )
+    n_latents: int = setting(3072, "latents of an SAE")
+    activation: ActivationName = setting(
+        "relu",
+        "which latents fire: all over 0, for a price; or the --target-l0 largest of a sample, or "
+        "of a batch; or all over thresholds that are learnt, for a price",
+    )
+    n_steps: int = inherited(TrainerConfig, "n_steps", default=30_000)
+    target_l0: float = inherited(TrainerConfig, "target_l0", default=30.0, is_flag=False)
+    target_l0s: tuple[float, ...] = setting(
+        (),
+        "active latents a sample, which the sparsity weight is adapted to reach, or batchtopk and "
+        "topk are given (default: 30); several: an SAE of every kind at each",
+        flag="target_l0",
+    )
+    members: str | None = setting(
+        None,
+        "a TOML or JSON file of the SAEs, in place of --saes and --target-l0: a table [[sae]] "
+        "each, with kind, name and any setting of an SAE",
+    )
+    lr: float = inherited(TrainerConfig, "lr", default=1e-3)
+    l0_control: L0Control = inherited(TrainerConfig, "l0_control", default="steady")
+    sparsity_weight: float = inherited(TrainerConfig, "sparsity_weight", default=1.2)
+    batch_size: int = setting(1024, "activations a step; 1024 x 30,000 is one pass over 30M")
+    refit: bool = setting(
+        False, "write the SAEs with their decoders refitted, too, to OUT/refit; see refit.py"
+    )
+    seed: int = setting(0, "seed of the initialisation, the prefixes and the order of batches")
+    out: str = setting("runs/saes", "folder for the SAEs, metrics and checkpoint")
+    resume: bool = setting(False, "go on from the checkpoint in --out, if there is one")
+    checkpoint_every: int = setting(1000, "steps between checkpoints")
+    checkpoint_seconds: float = setting(0.0, "and seconds between them, at least")
+    device: str = setting("auto", "torch device; auto: the GPU where there is one")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out)
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """The target L0s, of which there is at least one."""
+        return self.target_l0s or (self.target_l0,)
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings as JSON gives them back; target_l0 is the first of target_l0s."""
+        targets = {"target_l0": self.targets[0], "target_l0s": self.targets}
+        return dict(json.loads(json.dumps(dataclasses.asdict(self) | targets)))
+
+
+def check_training(config: TrainingConfig) -> None:
+    """Raises `UserError` where a setting is impossible, whatever the cache and the SAEs."""
+    require_positive(config, "n_latents", "batch_size", "checkpoint_every")
+    require_not_negative(config, "seed", "tokens", "checkpoint_seconds")
+    check_names(config.saes)
+    if config.batch_size == 1:
+        raise UserError("--batch-size is 1: one activation has no variance to explain")
