@@ -15,7 +15,8 @@ from matryoshka.errors import UserError
 from matryoshka.metrics import squared_norms
 from sae import SAE
 
-TOLERANCE = 1e-6  # of a reconstruction's norm; of the largest pre-activation, how near is near
+TOLERANCE = 1e-5  # of a reconstruction's norm: rounding makes 1e-7, of odd weights 1e-6
+NEAR = 1e-6  # of the largest pre-activation: how near to what decides rounding can matter
 Codec = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # encode and decode
 
 
@@ -68,7 +69,7 @@ def compare(sae: SAE, other: Codec, x: Tensor) -> Comparison:
     acts, theirs = encode(x), other[0](x)  # [n, n_latents]
     fired = (acts > 0) & says_something
     differs = (fired != (theirs > 0)) & says_something
-    near = differs & (decision_margin(sae, x) <= TOLERANCE)
+    near = differs & (decision_margin(sae, x) <= NEAR)
     x_hat, their_x_hat = decode(acts), other[1](theirs)
     error, same = relative_errors(x_hat, their_x_hat), ~differs.any(1)
     return Comparison(

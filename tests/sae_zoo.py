@@ -16,7 +16,7 @@ def any_sae(activation: str, seed: int, k: int = 4) -> SAE:
         return torch.randn(*shape, generator=generator)
 
     scale = 10.0 ** (torch.randint(-6, 7, (), generator=generator).item())
-    W_dec = rand(N_LATENTS, D_MODEL) * 10 ** rand(N_LATENTS, 1)
+    W_dec = rand(N_LATENTS, D_MODEL) * 10 ** (0.5 * rand(N_LATENTS, 1))
     W_dec[3] = 0
     b_enc = 0.3 * rand(N_LATENTS)
     b_enc[5] = -1e3  # never fires
