@@ -241,6 +241,14 @@ class _BackgroundWriter:
             self._writing.result()
 
 
+def _read_ahead(blocks: Iterator[Block], pool: ThreadPoolExecutor) -> Iterator[Block]:
+    """The blocks; the next one is being read while one is computed."""
+    ahead = pool.submit(next, blocks, None)
+    while (block := ahead.result()) is not None:
+        ahead = pool.submit(next, blocks, None)
+        yield block
+
+
 def cache_all(folder: Path, config: CacheConfig, source: Source) -> int:
     """Caches the first `config.tokens` activations of `source`, and finishes the cache.
 
@@ -284,11 +292,12 @@ def _cache_blocks(
     recipe, first, n_written = recipe_of(config, source), start, 0
     with (
         torch.inference_mode(),
-        ThreadPoolExecutor(1) as pool,
+        ThreadPoolExecutor(1) as writing,
+        ThreadPoolExecutor(1) as reading,
         _Progress(None if end is None else end - start) as progress,
     ):
-        writer = _BackgroundWriter(folder, pool)
-        for block in source.blocks(start, end, config.rows_per_shard):
+        writer = _BackgroundWriter(folder, writing)
+        for block in _read_ahead(source.blocks(start, end, config.rows_per_shard), reading):
             rows = (first, first + block.n_rows)
             # The rows may end early. A shard cut short would be taken for one of other rows.
             if end is not None and rows[1] < min(end, first + config.rows_per_shard):
