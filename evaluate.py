@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from matryoshka.absorption import ConceptCounts, absorption, halves, mean_absorption
+from matryoshka.cache_config import rows_of
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.command_line import (
     main_guard,
@@ -35,7 +36,6 @@ from matryoshka.evaluation_inputs import (
     Asked,
     concepts_of,
     load_model_of,
-    rows_of,
     vocabulary_of,
 )
 from matryoshka.evaluation_tables import report
@@ -114,8 +114,8 @@ class Inputs(NamedTuple):
     trained: dict[str, Any]  # results.json, or {}
     curves: tuple[Any, Any] | None  # of metrics.jsonl, where it is the run's
     cache: ActivationCache
-    model: LanguageModel | None  # that predicts next tokens
-    rows: Rows | None  # of that model
+    model: LanguageModel | None
+    rows: Rows | None  # that the model read
     concepts: Resolved
     d_vocab: int
     left_out: dict[str, str]  # of the results, and why
@@ -139,11 +139,10 @@ def read_inputs(config: Config, device: torch.device) -> Inputs:
     concepts, no_absorption = concepts_of(named, cache, model, config.asked)
     d_vocab = model.d_vocab if model else vocabulary_of(cache, concepts)
     membership(concepts.ids, d_vocab)
-    rows = None
-    if model is not None and not model.has_head:
+    rows = rows_of(cache.recipe, model, config.dataset) if model else None
+    if model and not model.has_head:
         no_loss = f"{cache.recipe['model']} has no head that predicts next tokens"
-    elif model is not None:
-        rows = rows_of(cache, model, config.dataset)
+    elif rows:
         next(cached_rows(cache, rows, 1))
     metrics = config.folder / METRICS
     dropped = trained.get("dropped", {})
@@ -224,7 +223,7 @@ def cross_entropy(config: Config, inputs: Inputs, mean: Tensor) -> dict[str, Any
     """`splice_losses` on the first of the cache's rows; `mean` is that of the cache. None where
     there is no model that predicts next tokens."""
     cache, model, rows = inputs.cache, inputs.model, inputs.rows
-    if model is None or rows is None:
+    if model is None or rows is None or not model.has_head:
         return None
     first = next(cached_rows(cache, rows, 1))
     at_once = rows_at_once(first.tok_ids.shape[1], model.d_vocab)

@@ -14,9 +14,7 @@ from matryoshka.cache_reader import ActivationCache
 from matryoshka.concepts import Concept, Resolved, Tokenize, resolve
 from matryoshka.errors import UserError
 from matryoshka.language_models import LanguageModel, load_language_model
-from matryoshka.sources import IdRows, Rows
 from matryoshka.tiny_model import TinyModel
-from matryoshka.token_rows import TokenRows
 
 NO_MODEL = "none"  # in place of a model's name
 TOKENS_AT_ONCE = 2**20  # read
@@ -79,15 +77,6 @@ def load_model_of(
             "--model or --model-revision that it was made with"
         )
     return model, ""
-
-
-def rows_of(cache: ActivationCache, model: LanguageModel, dataset: str | None) -> Rows:
-    """The rows that the cache was made of, from `dataset` or where they were."""
-    recipe = cache.recipe
-    name = dataset or recipe["dataset"]
-    revision = recipe.get("dataset_revision") if name == recipe["dataset"] else None
-    token_rows = TokenRows(name, recipe["split"], revision)
-    return IdRows(token_rows, model.d_vocab, recipe["keep_begin"])
 
 
 # ---------------------------------------------------------------------------------------- concepts

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from matryoshka.errors import UserError
 from matryoshka.language_models import LanguageModel
 from matryoshka.sites import Site
 from matryoshka.sources import Rows, TokenBlock
+from matryoshka.tiny_model import PAD, TinyModel
 from sae import SAE
 
 ROWS_AT_ONCE = 16  # through the model, at most
@@ -58,7 +60,7 @@ def splice_losses(
     for block in blocks:
         tok_ids, is_kept, is_target = (
             torch.from_numpy(of).to(model.device)
-            for of in (block.tok_ids, block.is_kept, targets_in(block, model.pad_id))
+            for of in (block.tok_ids, block.is_kept, targets_in(block, model))
         )
         acts, log_probs_with = read_site(model, tok_ids, layer, site, real_in(block, model.device))
         x = acts[is_kept].float()  # [n_kept, d_model]
@@ -99,9 +101,11 @@ def real_in(block: TokenBlock, device: torch.device) -> Tensor | None:
     return None if block.is_real is None else torch.from_numpy(block.is_real).to(device)
 
 
-def targets_in(block: TokenBlock, pad_id: int | None) -> Any:
+def targets_in(block: TokenBlock, model: LanguageModel) -> Any:
     """Which of the block's tokens are no padding: bool [n, seq]."""
-    return block.tok_ids != pad_id if block.is_real is None else block.is_real
+    if isinstance(model, TinyModel):  # its rows come padded, with an id of their own for it
+        return block.tok_ids != PAD
+    return np.ones_like(block.is_kept) if block.is_real is None else block.is_real
 
 
 def rows_at_once(seq: int, d_vocab: int) -> int:

@@ -22,7 +22,7 @@ from sae import SAE
 
 RESULTS, METRICS, CHECKPOINT = "results.json", "metrics.jsonl", "checkpoint.safetensors"
 # Of a cache's recipe, that must be those trained on; the value of one that says nothing of it.
-OF_MODEL = {"layer": None, "site": "resid_pre", "tokenizer": None, "weights_hash": None}
+OF_MODEL = {"layer": None, "site": "resid_pre", "tokenizer_hash": None, "weights_hash": None}
 CURVES = ("l0", "fvu", "sparsity_weight")  # of metrics.jsonl
 
 
