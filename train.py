@@ -169,6 +169,10 @@ def save(sae: SAE, path: Path) -> str:
     return sha256_of(path)
 
 
+# Of a cache's recipe, what another tool has to know to read the same activations.
+OF_TEXT = ("site", "model_revision", "context", "begin", "keep_begin")
+
+
 def about(training: Training, member: MemberTraining, result: dict[str, Any]) -> dict[str, Any]:
     """What an SAE's file says of how it was trained, and on what; no path is in it."""
     config, recipe = member.config, training.cache.recipe
@@ -186,6 +190,7 @@ def about(training: Training, member: MemberTraining, result: dict[str, Any]) ->
         "n_tokens": training.cache.n_tokens,
         **{name: without_path(recipe.get(name)) for name in ("model", "dataset")},
         **{name: recipe.get(name) for name in ("weights_hash", "layer", "split")},
+        **{name: recipe[name] for name in OF_TEXT if name in recipe},
         "torch": torch.__version__,
     }
 

@@ -27,6 +27,7 @@ from matryoshka.foreign_files import read_object, read_pickle, whole
 from matryoshka.plain_weights import (
     Weights,
     centred,
+    has_prefixes,
     require_unit_rows,
     sae_of,
     uncentred,
@@ -132,8 +133,7 @@ def class_of(sae: SAE, weights: Weights, widths: Sequence[int]) -> tuple[str, Te
 
 def _prefix_notes(sae: SAE, name: str) -> list[str]:
     """What is said of prefixes that the class cannot keep."""
-    has_prefixes = sae.about.get("n_prefixes", 1) != 1 or sae.about.get("widths")
-    if name == "MatryoshkaBatchTopKSAE" or not has_prefixes:
+    if name == "MatryoshkaBatchTopKSAE" or not has_prefixes(sae):
         return []
     return [f"{name} cannot decode a prefix: those trained at are in config.json only"]
 
@@ -168,7 +168,7 @@ def config_of(sae: SAE, name: str, k: int, groups: Sequence[int]) -> dict[str, A
         trainer["k"] = k
     if groups:
         trainer["group_sizes"] = list(groups)
-    buffer = {"d_submodule": sae.d_model, "ctx_len": about.get("context_size")}
+    buffer = {"d_submodule": sae.d_model, "ctx_len": about.get("context")}
     ours = {
         "activation": sae.activation,
         "k": sae.k,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from matryoshka.command_line import table
+from matryoshka.plain_weights import has_prefixes
 from sae import SAE
 
 CITATION = """@inproceedings{bussmann2025matryoshka,
@@ -82,7 +83,7 @@ def what_it_is(sae: SAE) -> str:
     """The activation function, and what the order of latents means."""
     k = "" if sae.k is None else f" with k = {sae.k:g}"
     text = f"Its activation function is {sae.activation}{k}."
-    if sae.about.get("n_prefixes", 1) == 1 and not sae.about.get("widths"):
+    if not has_prefixes(sae):
         return text
     return (
         f"{text} It is a Matryoshka SAE: latents are in order, and the first m of them reconstruct "
@@ -93,14 +94,14 @@ def what_it_is(sae: SAE) -> str:
 def settings_table(sae: SAE) -> str:
     """What the SAE's file says of its training."""
     told = {label: sae.about.get(name) for name, label in TOLD.items()}
-    rows = [(label, text_of(value)) for label, value in told.items() if value is not None]
+    rows = [(label, text_of(value)) for label, value in told.items() if value not in (None, [], ())]
     return table(["", "value"], rows) if rows else "Its file does not say."
 
 
 def text_of(value: Any) -> str:
     """A setting as a reader wants it."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 

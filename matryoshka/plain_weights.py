@@ -84,6 +84,11 @@ def sae_of(
         raise UserError(str(error)) from None
 
 
+def has_prefixes(sae: SAE) -> bool:
+    """Whether the SAE was trained at prefixes that are shorter than all of its latents."""
+    return sae.about.get("n_prefixes", 1) > 1 or len(sae.about.get("widths") or ()) > 1
+
+
 def unit_rows(weights: Weights) -> Weights:
     """The same reconstructions from decoder rows of norm 1: activations grow by the norms.
 

@@ -20,6 +20,7 @@ from matryoshka.files import write_json
 from matryoshka.foreign_files import read_object, read_safetensors, whole
 from matryoshka.plain_weights import (
     Weights,
+    has_prefixes,
     require_unit_rows,
     sae_of,
     uncentred,
@@ -82,7 +83,7 @@ def write(sae: SAE, folder: Path) -> list[str]:
 
 def prefix_notes(sae: SAE) -> list[str]:
     """What is said of prefixes, where the SAE was trained at more than one."""
-    if sae.about.get("n_prefixes", 1) == 1 and not sae.about.get("widths"):
+    if not has_prefixes(sae):
         return []
     return ["SAELens cannot decode a prefix: the prefixes trained at are in the metadata only"]
 
@@ -95,10 +96,10 @@ def metadata_of(sae: SAE) -> dict[str, Any]:
         "hook_name": hook_name(about),
         "hook_layer": about.get("layer"),
         "dataset_path": about.get("dataset"),
-        "context_size": about.get("context_size"),
-        "prepend_bos": about.get("prepend_bos"),
+        "context_size": about.get("context"),
+        "prepend_bos": {"always": True, "never": False}.get(about.get("begin", "")),
         "l0": about.get("l0"),
-        "training_architecture": about.get("name"),
+        "training_architecture": about.get("kind") or about.get("name"),
         "training_architecture_details": {
             name: about[name] for name in ("widths", "n_prefixes", "prefixes") if about.get(name)
         },

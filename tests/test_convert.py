@@ -59,10 +59,12 @@ def test_what_a_target_cannot_express_is_said(tmp_path):
 def test_saelens_is_told_what_the_run_knows(tmp_path):
     sae = any_sae("relu", 0)
     sae.about |= {"model": "gpt2", "layer": 7, "dataset": "owner/text", "l0": 21.5}
+    sae.about |= {"site": "mlp_out", "context": 128, "begin": "always"}
     convert.export(sae, "saelens", tmp_path / "out", inputs(sae, 0))
     metadata = json.loads((tmp_path / "out" / "cfg.json").read_text())["metadata"]
     assert metadata["sae_lens_version"].startswith("6.")
-    assert metadata["hook_name"] == "blocks.7.hook_resid_pre"
+    assert metadata["hook_name"] == "blocks.7.hook_mlp_out"
+    assert (metadata["context_size"], metadata["prepend_bos"]) == (128, True)
     assert (metadata["model_name"], metadata["dataset_path"]) == ("gpt2", "owner/text")
     assert metadata["l0"] == 21.5
     assert metadata["training_architecture_details"]["widths"] == [4, 10, N_LATENTS]
