@@ -96,7 +96,11 @@ CASES = [
     ("train", "--cache {W}/cache --activation topk --target-l0 2.5 --out {W}/o", "whole number"),
     ("train", "--cache {W}/cache --n-latents 64 --widths 8 32 --out {W}/o", "--n-latents 64"),
     ("train", "--cache {W}/cache --members {W}/text.txt --out {W}/o", "text.txt is not JSON"),
-    ("train", "--cache {W}/cache --validation-cache {W}/wide --out {W}/o", "/wide: its weights_hash"),
+    (
+        "train",
+        "--cache {W}/cache --validation-cache {W}/wide --out {W}/o",
+        "/wide: its weights_hash",
+    ),
     ("train", "--cache {W}/cache --recipe mine --out {W}/o", "--recipe"),
     ("train_tinystories", "--cache {W}/cache --sae both --out {W}/o", "both"),
     # evaluate.py and refit.py
