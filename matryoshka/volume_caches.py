@@ -6,18 +6,24 @@ A cache's folder is named by what it is made of, so that the next comparison fin
 import dataclasses
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from matryoshka.cache_config import CacheConfig, load_source
 from matryoshka.cache_format import MANIFEST, Recipe, read_record
+from matryoshka.cache_reader import RESIDENT_SHARE
 from matryoshka.cache_writer import finish, is_complete, recipe_of, split_rows
-from matryoshka.files import make_folder
-from matryoshka.token_rows import count_rows
+from matryoshka.command_line import setting
+from matryoshka.files import make_folder, write_atomically
+from matryoshka.token_rows import TokenRows, count_rows
 
 # Settings that every folder's name stands for. Of others that shape activations it stands for those
 # that are not at their default: so a folder keeps its name when there are more settings.
@@ -49,55 +55,133 @@ def folder_of(config: CacheConfig, root: Path) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class CacheJob:
-    """Dataset rows `start` up to `end`, for the cache in `folder`."""
+    """The source's rows `start` up to `end`, for the cache in `folder`."""
 
     config: CacheConfig
     folder: Path
     start: int
     end: int
 
+    @property
+    def thing(self) -> str:
+        """What no two may work on at once."""
+        return f"{self.folder} rows {self.start} to {self.end - 1}"
+
     def __str__(self) -> str:
         return f"caching rows {self.start} to {self.end - 1} of {self.config.split}"
 
 
-def make_caches(
-    wanted: Sequence[tuple[CacheConfig, int]],
-    root: Path,
-    run_all: Callable[[Sequence[CacheJob]], object],
-    commit: Callable[[], object],
-) -> list[Path]:
-    """The folders of finished caches, made where missing.
+# ------------------------------------------------------------------------------ rows, fetched once
 
-    wanted: how each is made, and in how many parts at once. `run_all` caches what the jobs say and
-    returns when all are done; `commit` makes what was written visible to others. Raises
-    `UserError` where a setting, the model or the rows are not right.
+
+@dataclasses.dataclass(frozen=True)
+class FetchedRows(TokenRows):
+    """A hub dataset's rows, read from a copy of the first of them in the folder `copy`."""
+
+    copy: str = ""
+
+    def read(
+        self, start: int, end: int | None, d_vocab: int, block_size: int = 1024
+    ) -> Iterator[np.ndarray]:
+        """As `TokenRows.read`."""
+        return TokenRows(self.copy, self.split).read(start, end, d_vocab, block_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class FetchedConfig(CacheConfig):
+    """A `CacheConfig` whose rows are `FetchedRows`, where `copy` says where they are."""
+
+    copy: str = setting("", is_flag=False)
+
+    @property
+    def token_rows(self) -> TokenRows:
+        rows = super().token_rows
+        if not self.copy:
+            return rows
+        return FetchedRows(rows.dataset, rows.split, rows.revision, copy=self.copy)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Copying(TokenRows):
+    """Rows that are written to a file as JSON lines as they are read."""
+
+    to: Path = Path()
+
+    def read(
+        self, start: int, end: int | None, d_vocab: int, block_size: int = 1024
+    ) -> Iterator[np.ndarray]:
+        with self.to.open("w") as file:
+            for block in super().read(start, end, d_vocab, block_size):
+                file.writelines(json.dumps({"tok_ids": row}) + "\n" for row in block.tolist())
+                yield block
+
+
+def copy_of(config: CacheConfig, root: Path) -> Path:
+    """The folder of the copy of a hub dataset's rows: as many as `config.tokens` need."""
+    of = [config.dataset, config.dataset_revision, config.tokens, config.keep_begin]
+    return root / "rows" / f"{Path(config.dataset).name}.{short_hash(of)}"
+
+
+def fetched(config: CacheConfig, root: Path, d_vocab: int) -> tuple[FetchedConfig, int, int]:
+    """`config` with its rows on the Volume, and what `count_rows` says of them.
+
+    A dataset on the hub is read once, counted meanwhile, and copied. Raises `UserError` where the
+    rows are not right; then nothing is left behind.
     """
-    folders: list[Path] = []
-    jobs: list[CacheJob] = []
-    n_rows_of: dict[Path, int] = {}
-    for config, n_parts in wanted:
-        folder, source = folder_of(config, root), load_source(config, torch.device("cpu"))
-        found = finished_cache(config, folder, recipe_of(config, source))
-        folders.append(found or folder)
-        if found:
-            print(f"{found} is complete: no token is read, no language model run", flush=True)
-            continue
-        make_folder(folder, "--volume")
-        print(f"counting rows for {folder}", flush=True)
-        d_vocab = source.model.d_vocab
-        counted = count_rows(config.token_rows, config.tokens, config.keep_begin, d_vocab)
-        n_rows_of[folder], n_tokens = counted
-        if n_tokens < config.tokens:
-            print(f"the {config.split} split ends after {n_tokens:,} activations", flush=True)
-        ranges = split_rows(n_rows_of[folder], config.rows_per_shard, n_parts)
-        jobs += [CacheJob(config, folder, start, end) for start, end in ranges]
-    if jobs:
-        commit()
-        run_all(jobs)
-        for folder, n_rows in n_rows_of.items():
-            finish(folder, n_rows)
-        commit()
-    return folders
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(CacheConfig)}
+    copy, counts = copy_of(config, root), []
+    file, rows = copy / f"{config.split}.jsonl", config.token_rows
+
+    def count(rows: TokenRows) -> None:
+        counts.append(count_rows(rows, config.tokens, config.keep_begin, d_vocab))
+
+    made = FetchedConfig(**values, copy="" if os.path.isdir(config.dataset) else str(copy))
+    if made.copy and not file.exists():
+        print(f"fetching the {config.split} rows of {config.dataset}", flush=True)
+        next(rows.read(0, 1, d_vocab))  # there is such a dataset: only now a folder is made
+        copy.mkdir(parents=True, exist_ok=True)
+        values_of = (rows.dataset, rows.split, rows.revision)
+        write_atomically(file, lambda part: count(_Copying(*values_of, to=part)))
+    else:
+        print(f"counting the {config.split} rows", flush=True)
+        count(made.token_rows)
+    return made, *counts[0]
+
+
+# --------------------------------------------------------------------------------------- caches
+
+
+def located(config: CacheConfig, root: Path) -> tuple[Path, bool]:
+    """The folder of the cache of `config`, or of one that holds it; and whether it is finished.
+
+    Raises `UserError` where there is no such model, or a cache of that name is of another recipe.
+    """
+    folder = folder_of(config, root)
+    source = load_source(config, torch.device("cpu"))
+    found = finished_cache(config, folder, recipe_of(config, source))
+    return found or folder, found is not None
+
+
+def make_cache_jobs(config: CacheConfig, root: Path, n_parts: int) -> list[CacheJob]:
+    """The jobs that make the cache of `config` in at most `n_parts` parts, from fetched rows.
+
+    Raises `UserError` where the rows are not right; then nothing is left behind.
+    """
+    source = load_source(config, torch.device("cpu"))
+    config, n_rows, n_tokens = fetched(config, root, source.model.d_vocab)
+    if n_tokens < config.tokens:
+        print(f"the {config.split} split ends after {n_tokens:,} activations", flush=True)
+    folder = folder_of(config, root)
+    make_folder(folder, "--volume")
+    ranges = split_rows(n_rows, config.rows_per_shard, n_parts)
+    return [CacheJob(config, folder, start, end) for start, end in ranges]
+
+
+def finish_caches(jobs: Sequence[CacheJob]) -> None:
+    """Finishes the caches whose jobs, all of them, are done."""
+    n_rows = {job.folder: job.end for job in jobs}  # a cache's last job has its last row
+    for folder, n in n_rows.items():
+        finish(folder, n)
 
 
 def finished_cache(config: CacheConfig, folder: Path, recipe: Recipe) -> Path | None:
@@ -128,3 +212,24 @@ def larger_caches(folder: Path) -> list[Path]:
             sizes[other] = int(n_tokens)
     own_size = int(folder.suffix[1:])
     return sorted((f for f, n in sizes.items() if n > own_size), key=sizes.__getitem__)
+
+
+def copied_near(cache: Path) -> Path:
+    """The cache's folder, or a copy on this machine's disk where it does not fit on the GPU.
+
+    One that fits is read once, in order. One that does not would be streamed in small pieces, which
+    a Volume is slow at; so it is copied, file by file, and streamed from there.
+    """
+    if fits_on_gpu(cache):
+        return cache
+    print(f"{cache.name} does not fit on the GPU: copying it to this container's disk", flush=True)
+    copy = Path(tempfile.gettempdir()) / cache.name
+    return Path(shutil.copytree(cache, copy, dirs_exist_ok=True))
+
+
+def fits_on_gpu(cache: Path) -> bool:
+    """Whether training will hold the cache on the GPU; without one there is nothing to decide."""
+    if not torch.cuda.is_available():
+        return True
+    n_bytes = sum(path.stat().st_size for path in cache.glob("*.acts"))
+    return n_bytes <= RESIDENT_SHARE * torch.cuda.mem_get_info()[0]

@@ -57,6 +57,10 @@ TESTS = {
     "matryoshka/training.py": "test_training.py",
     "matryoshka/training_report.py": "test_training_report.py",
     "matryoshka/toy_stack.py": "test_toy_stack.py",
+    "matryoshka/leases.py": "test_leases.py",
+    "matryoshka/hub_errors.py": "test_hub_errors.py",
+    "matryoshka/comparison.py": "test_comparison.py",
+    "matryoshka/volume_caches.py": "test_volume_caches.py",
 }
 
 COMPARISONS = {

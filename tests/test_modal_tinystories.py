@@ -1,6 +1,7 @@
 """The comparison on Modal, tried without it: flags, declarations, and every body on a folder.
 
 No account, no network: functions run here with `.local()`, a temporary folder is the Volume.
+`test_modal_service.py` has what needs a service.
 """
 
 import ast
@@ -10,34 +11,40 @@ import io
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import modal
 import pytest
 import torch
-from tiny_factory import write_dataset, write_model
+from modal_cases import files, launch_for, write_data
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from tiny_factory import write_model
 
 import cache_activations
 import evaluate
 import modal_tinystories
 import train
-import train_tinystories
-from matryoshka import cache_config, cache_writer, modal_plan, volume_caches
-from matryoshka.cache_config import CacheConfig
+from matryoshka import cache_reader, cache_writer, modal_launch, modal_plan, volume_caches
+from matryoshka.comparison import Comparison, flags_of, parse
 from matryoshka.errors import UserError
-from matryoshka.token_rows import count_rows
+from matryoshka.files import one_writer
+from matryoshka.leases import Joined
+from matryoshka.modal_calls import Refused
+from matryoshka.modal_launch import Launch, launch_of
 from matryoshka.training import Training
-from matryoshka.volume_caches import CacheJob, folder_of
-from modal_tinystories import Config, Refused, name_of
+from matryoshka.volume_caches import folder_of
+from train_tinystories import Config
 
 ROOT = Path(__file__).parents[1]
-N_ROWS, TOKENS, VALIDATION = 90, 4_000, 800
+SAES = ("matryoshka", "vanilla")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,103 +57,41 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_model(folder / "model.pt")
-    write_dataset(folder, N_ROWS, seed=1)
-    write_dataset(folder, 30, split="validation", seed=2)
-    return folder
-
-
-def config_for(data: Path, at: Path, **settings: Any) -> Config:
-    """A comparison of seconds: two layers, 32 dimensions, 64 latents, four caching workers."""
-    return Config(
-        **{
-            "model": str(data / "model.pt"),
-            "dataset": str(data),
-            "tokens": TOKENS,
-            "validation_tokens": VALIDATION,
-            "layer": 1,
-            "dtype": "float32",
-            "rows_per_shard": 8,
-            "n_latents": 64,
-            "n_prefixes": 4,
-            "target_l0": 5.0,
-            "n_steps": 40,
-            "batch_size": 64,
-            "checkpoint_every": 15,
-            "cache_workers": 4,
-            "volume": str(at / "volume"),
-            "name": "tiny",
-            "out": str(at / "out"),
-            **settings,
-        }
-    )
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
-def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str, Any]]:
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Launch, dict[str, Any]]:
     """A whole comparison."""
-    config = config_for(data, tmp_path_factory.mktemp("whole"))
-    return config, modal_tinystories.run(config)
+    launch = launch_for(data, tmp_path_factory.mktemp("whole"))
+    return launch, modal_tinystories.run(launch)
 
 
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take most of the time of a tiny comparison."""
-    monkeypatch.setattr(modal_tinystories, "draw", lambda *_: None)
+    monkeypatch.setattr(modal_tinystories.parts, "draw", lambda *_: None)
     monkeypatch.setattr(evaluate, "draw", lambda *_: None)
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")}
+def comparison_of(launch: Launch) -> Comparison:
+    return parse(launch.words, Config)
 
 
-def caches(config: Config) -> list[Path]:
+def caches(launch: Launch) -> list[Path]:
     """The folders of the train and the validation cache, as they are named."""
-    wanted = [("train", config.tokens), ("validation", config.validation_tokens)]
-    return [cache_folder(config, *one) for one in wanted]
+    comparison = comparison_of(launch)
+    both = (comparison.cache, comparison.validation)
+    return [folder_of(config, Path(launch.volume)) for config in both]
 
 
-def cache_folder(config: Config, split: str, tokens: int) -> Path:
-    return folder_of(modal_tinystories.cache_config(config, split, tokens), Path(config.volume))
+def weights(launch: Launch) -> dict[str, bytes]:
+    """The SAEs' files that came here."""
+    out = Path(launch.out) / "tiny"
+    return {sae: (out / f"{sae}_seed0" / f"{sae}.safetensors").read_bytes() for sae in SAES}
 
 
 # ------------------------------------------------------------------------------------- the flags
-
-
-def test_defaults_are_the_scripts() -> None:
-    ours = {field.name: field.default for field in dataclasses.fields(Config)}
-    theirs = {f.name: f.default for f in dataclasses.fields(CacheConfig)}
-    here = {"split", "batch_size"}  # decided by this script, or not about a cache
-    here |= {"site", "model_dtype", "trust_remote_code", *cache_config.OF_TEXT}  # not TinyModel's
-    for name in theirs.keys() - here:
-        assert ours[name] == theirs[name], name
-    theirs = {f.name: f.default for f in dataclasses.fields(train_tinystories.Config)}
-    here = {"cache", "tokens", "resume"}
-    for name in theirs.keys() - here:
-        assert ours[name] == theirs[name], name
-
-
-def test_every_setting_reaches_its_script() -> None:
-    """A setting that is no longer handed on would be silently the script's default."""
-    changed = {
-        "model": "a/b", "model_revision": "m", "dataset": "c/d", "dataset_revision": "r",
-        "tokens": 12_345, "layer": 2, "dtype": "bfloat16", "keep_begin": True,
-        "rows_per_shard": 7, "n_latents": 99, "n_prefixes": 5, "target_l0": 3.0, "lr": 0.5,
-        "n_steps": 11, "batch_size": 13, "sparsity": "log", "sparsity_weight": 9.0,
-        "checkpoint_every": 17,
-    }  # fmt: skip
-    config = Config(**changed)
-    cache = modal_tinystories.cache_config(config, "train", config.tokens)
-    training = modal_tinystories.train_config(config, "/v", "cache", "vanilla", 4)
-    reached = set()
-    for script_config in (cache, training):
-        for name, value in changed.items():
-            if getattr(script_config, name, None) == value:
-                reached.add(name)
-    assert reached == set(changed)
-    assert (training.saes, training.seed) == (("vanilla",), 4)
-    assert (training.resume, training.device) == (True, "auto")
 
 
 def modal_run(*args: str, home: Path) -> subprocess.CompletedProcess[str]:
@@ -162,61 +107,92 @@ def test_help_needs_no_account(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     text = " ".join(result.stdout.split())
     assert "usage: modal run modal_tinystories.py" in text
-    for field in dataclasses.fields(Config):
-        if not field.metadata["is_flag"]:
-            assert f"--{field.name} " not in text, field.name
-            continue
+    fields = [*dataclasses.fields(flags_of(Config)), *dataclasses.fields(Launch)[:-1]]
+    for field in fields:
         assert f"--{field.name.replace('_', '-')} " in text, field.name
-        if field.default is not None:
+        if field.default not in (None, False):
             assert f"(default: {field.default})" in text, field.name
 
 
-def test_without_a_token_the_plan_and_one_line(tmp_path: Path) -> None:
-    result = modal_run("--tokens", "5000000", "--n-steps", "3000", home=tmp_path)
+def test_a_plan_is_printed_and_nothing_started(monkeypatch: Any, capsys: Any) -> None:
+    argv = ["modal", "run", "modal_tinystories.py", "--n-steps", "3000", "--plan"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as exit_:
+        modal_tinystories.typed()
+    assert not exit_.value.code
+    printed = capsys.readouterr().out
+    assert "3 H100 cache, then 2 H100 train" in printed
+    assert len(printed.splitlines()) == 3
+
+
+def test_without_a_token_there_is_one_line(tmp_path: Path) -> None:
+    result = modal_run("--tokens", "5000000", home=tmp_path)
     assert result.returncode != 0
-    assert "3 x H100" in result.stdout
     (line,) = [line for line in result.stderr.splitlines() if line.strip()]
     assert "Token missing" in line
     assert "modal token new" in line
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--gpu H1000", "--gpu H1000 is none of T4, "),
+        ("--cache-workers 0", "--cache-workers is 0"),
+        ("--volume a/b", "--volume a/b is no name"),
+        ("--model ./here", "--model ./here: a container has none of this machine's files"),
+        ("--dataset=/x/y", "--dataset /x/y: a container has none"),
+        ("--lr 0", "--lr is 0"),
+        ("--step 3", "unrecognized arguments: --step 3"),
+    ],
+)
 def test_a_wrong_setting_is_refused_before_modal_is_asked(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: str, message: str
 ) -> None:
-    argv = ["modal", "run", "--detach", "some/modal_tinystories.py::main", "--gpu", "H1000"]
+    argv = ["modal", "run", "--detach", "some/modal_tinystories.py::main", *flags.split()]
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as exit_:
         modal_tinystories.typed()
     assert exit_.value.code == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: --gpu H1000 is none of T4, ")
+    assert captured.err.startswith(f"error: {message}")
     assert len(captured.err.splitlines()) == 1
     assert captured.out == ""
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"gpu": "TPU"}, "--gpu TPU is none of"),
-        ({"tokens": 0}, "--tokens is 0"),
-        ({"seeds": 0}, "--seeds is 0"),
-        ({"cache_workers": -1}, "--cache-workers is -1"),
-        ({"n_prefixes": 4000}, "--n-prefixes 4000 is more than there are latents"),
-        ({"tokens": 1000}, "--batch-size 1024 is more than --tokens 1000"),
-        ({"layer": -1}, "--layer is -1"),
-        ({"name": "../else"}, "--name ../else"),
-    ],
-)
-def test_impossible_settings(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        modal_tinystories.check(Config(**settings))
+def test_what_lies_on_the_volume_is_accepted() -> None:
+    launch_of(["--model", "/volume/data/m.pt", "--dataset=/volume/data"]).check_for_modal()
 
 
-@pytest.mark.parametrize("settings", [{"volume": "a/b"}, {"model": "./here"}, {"dataset": "/x/y"}])
-def test_what_only_modal_cannot_do(settings: dict[str, Any]) -> None:
-    modal_tinystories.check(Config(**settings))
-    with pytest.raises(UserError):
-        modal_tinystories.check_for_modal(Config(**settings))
+WITHOUT_TORCH = """
+import sys
+
+ABSENT = sys.argv[1].split()
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ABSENT:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocker())
+sys.argv = ["modal", "run", "modal_tinystories.py", *sys.argv[2:]]
+import modal_tinystories
+print(sorted(modal_tinystories.app.registered_functions))
+print(modal_tinystories.LAUNCH)
+"""
+
+
+@pytest.mark.parametrize("flags", ["--gpu L4 --lr 0.5", "--plan"])
+def test_launching_needs_only_modal(flags: str) -> None:
+    absent = "torch numpy scipy einops datasets huggingface_hub safetensors matplotlib tqdm"
+    command = [sys.executable, "-c", WITHOUT_TORCH, f"{absent} transformers", *flags.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    if flags.startswith("--gpu"):
+        assert "['cache_part', 'compare', 'train_one']" in done.stdout
+        assert "gpu='L4'" in done.stdout
+        assert "words=('--lr', '0.5')" in done.stdout
+    else:
+        assert "install torch here" in done.stdout
 
 
 # -------------------------------------------------------------------------------- what is declared
@@ -246,79 +222,94 @@ def declared(monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict[str, dict[str
     return asked
 
 
-def test_gpus_volumes_timeouts_and_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_volumes_retries_and_no_idle_containers(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = declared(monkeypatch)
     assert set(asked) == {"cache_part", "train_one", "compare"}
     assert len({id(options["image"]) for options in asked.values()}) == 1
     for options in asked.values():
-        assert {at: v.name for at, v in options["volumes"].items()} == {
-            "/volume": "matryoshka-tinystories"
-        }
-    for name in ("cache_part", "train_one"):
-        assert asked[name]["gpu"] == "H100"
-        assert asked[name]["retries"].max_retries == 5
-        assert asked[name]["timeout"] >= 3600
-    assert asked["cache_part"]["max_containers"] == 3
+        volumes = {at: v.name for at, v in options["volumes"].items()}
+        assert volumes == {"/volume": "matryoshka-tinystories"}
+        assert options["single_use_containers"]
+        assert options["retries"].max_retries == 5
+        assert options["retries"].initial_delay.total_seconds() >= 10
+        assert 3600 <= options["timeout"] <= 24 * 3600
+        assert options["secrets"] == []
+    assert asked["cache_part"]["gpu"] == asked["train_one"]["gpu"] == "H100"
     assert "gpu" not in asked["compare"]
     assert asked["compare"]["nonpreemptible"]
-    assert asked["compare"]["timeout"] == 24 * 3600
 
 
 def test_the_flags_are_what_modal_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = declared(
-        monkeypatch, "--gpu=A100-80GB", "--volume=mine", "--cache-workers=7", "--n-steps=10000000"
-    )
+    asked = declared(monkeypatch, "--gpu=A100-80GB", "--volume=mine", "--secret", "hub-token")
     assert asked["cache_part"]["gpu"] == asked["train_one"]["gpu"] == "A100-80GB"
-    assert asked["cache_part"]["max_containers"] == 7
     assert {o["volumes"]["/volume"].name for o in asked.values()} == {"mine"}
-    assert asked["train_one"]["timeout"] > 3600
+    assert {secret.name for o in asked.values() for secret in o["secrets"]} == {"hub-token"}
 
 
 def test_what_is_sent_to_a_container_can_be_sent() -> None:
-    training = modal_tinystories.train_config(Config(), "/v", "cache", "vanilla", 0)
-    for value in (
-        Config(),
-        CacheJob(CacheConfig(), Path("caches/x"), 0, 8),
-        modal_tinystories.TrainJob(training, "validation"),
-        Refused("no"),
-    ):
+    job = volume_caches.CacheJob(cache_activations.CacheConfig(), Path("caches/x"), 0, 8)
+    for value in (launch_of(["--lr", "0.1"]), job, Refused("no"), Joined("fc-1")):
         assert pickle.loads(pickle.dumps(value)) == value
 
 
-def test_timeouts_fit_the_work() -> None:
-    m = modal_plan
-    for what in ("cache", "train"):
-        planned = sum(p.seconds for p in m.plan(Config()) if what in p.what)
-        assert planned < m.timeout(Config(), what) <= 24 * 3600
-        longer = Config(tokens=10**9, n_steps=10**6)
-        assert m.timeout(Config(), what) < m.timeout(longer, what) <= 24 * 3600
+def test_the_image_holds_every_module_and_package_that_is_imported() -> None:
+    def imports(path: Path) -> set[str]:
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        found = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom) and node.module:
+                found |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+        return found
 
-
-def test_the_image_holds_every_module_that_is_imported() -> None:
-    def imports(name: str) -> set[str]:
-        tree = ast.parse((ROOT / f"{name}.py").read_text())
-        found = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-        found |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
-        return {name for name in found if (ROOT / f"{name}.py").exists()}
-
-    assert "matryoshka" in modal_tinystories.MODULES
+    def file_of(name: str) -> Path:
+        return ROOT / f"{name.replace('.', '/')}.py"
 
     needed, todo = set(), ["modal_tinystories"]
     while todo:
-        new = imports(todo.pop()) - needed
+        new = imports(file_of(todo.pop())) - needed
         needed |= new
-        todo += new
-    assert needed <= set(modal_tinystories.MODULES)
+        todo += [name for name in new if file_of(name).exists()]
+    needed = {name.split(".")[0] for name in needed}
+    ours = {name for name in needed if (ROOT / name).exists() or file_of(name).exists()}
+    theirs = needed & set(dependencies())
+    pinned = {requirement.split("==")[0] for requirement in modal_tinystories.REQUIREMENTS}
+    assert "modal" not in pinned, "Modal brings its own"
+    assert theirs - pinned == {"modal"}
+    assert ours - {*modal_tinystories.MODULES} <= {"toy_model"}, "but where types are checked only"
 
 
-def test_the_plan_fits_three_gpus() -> None:
-    phases = modal_plan.plan(Config())
-    assert max(p.containers for p in phases if p.on_gpu) == 3
-    assert sum(p.kept for p in phases) == pytest.approx(47.4e9, rel=0.01)
-    assert any("load it" in p.what for p in phases)
-    small = modal_plan.plan(Config(gpu="L4"))
-    assert any("stream it" in p.what for p in small)
-    assert "GPU-minutes" in modal_plan.plan_text(Config())
+def dependencies() -> dict[str, SpecifierSet]:
+    """The project's, and which versions it allows."""
+    text = (ROOT / "pyproject.toml").read_text()
+    found = map(Requirement, tomllib.loads(text)["project"]["dependencies"])
+    return {requirement.name: requirement.specifier for requirement in found}
+
+
+def test_versions_in_the_image_are_those_that_the_project_allows() -> None:
+    allowed = dependencies()
+    for pin in map(Requirement, modal_tinystories.REQUIREMENTS):
+        (version,) = [spec.version for spec in pin.specifier]
+        assert version in allowed[pin.name], pin
+
+
+def test_the_plan_counts_what_is_billed() -> None:
+    def estimate(*words: str, **rest: Any) -> dict[str, float]:
+        return modal_plan.estimate(parse(words, Config), "H100", 3, **rest)
+
+    whole = estimate()
+    assert whole["gb"] == pytest.approx(47.4, rel=0.01)
+    assert whole["gpu_minutes"] < 5 * whole["minutes"]
+    cached = estimate(is_cached=(True, True))
+    assert cached["gb"] < 1
+    assert cached["gpu_minutes"] < whole["gpu_minutes"]
+    assert estimate("--seeds", "3")["gpu_minutes"] > 2 * cached["gpu_minutes"]
+    assert estimate("--n-steps", "300000")["minutes"] > whole["minutes"] + 4
+    text = modal_plan.plan_text(parse([], Config), "H100", 3, (True, False))
+    assert "The train split is cached already, the validation split is not cached yet" in text
+
+
+def test_the_plan_assumes_what_the_reader_does() -> None:
+    assert modal_plan.HASH == cache_reader.VERIFIERS * 1.2e9
 
 
 # ------------------------------------------------------------------------------- the whole of it
@@ -326,64 +317,59 @@ def test_the_plan_fits_three_gpus() -> None:
 
 @pytest.mark.usefixtures("no_figures")
 def test_the_same_as_the_scripts_alone(
-    finished: tuple[Config, dict[str, Any]], tmp_path: Path
+    finished: tuple[Launch, dict[str, Any]], tmp_path: Path
 ) -> None:
-    config, results = finished
-    alone = []
-    for split, tokens in (("train", TOKENS), ("validation", VALIDATION)):
-        settings = vars(modal_tinystories.cache_config(config, split, tokens))
-        cache_activations.run(cache_activations.Config(**settings, out=str(tmp_path / split)))
-        alone.append(tmp_path / split)
-    for ours, theirs in zip(caches(config), alone, strict=True):
+    launch, results = finished
+    comparison, alone = comparison_of(launch), []
+    for config in (comparison.cache, comparison.validation):
+        out = tmp_path / config.split
+        cache_activations.run(cache_activations.Config(**vars(config), out=str(out)))
+        alone.append(out)
+    for ours, theirs in zip(caches(launch), alone, strict=True):
         assert len(list(theirs.glob("*.acts"))) >= 2
         assert files(ours) == files(theirs)
-    for sae in ("matryoshka", "vanilla"):
-        made_so = modal_tinystories.train_config(config, config.volume, "", sae, 0)
+    for run in results["runs"]:
+        (sae,) = run["saes"]
         out = tmp_path / sae
-        train.run(dataclasses.replace(made_so, cache=str(alone[0]), out=str(out), resume=False))
+        settings = {"cache": str(alone[0]), "out": str(out), "saes": (sae,), "resume": False}
+        train.run(dataclasses.replace(comparison.training, **settings))
         scores = evaluate.run(evaluate.Config(run=str(out), cache=str(alone[1])))
-        ours = Path(config.out) / "tiny" / f"{sae}_seed0"
+        ours = Path(launch.out) / "tiny" / f"{sae}_seed0"
         assert (ours / "metrics.jsonl").read_bytes() == (out / "metrics.jsonl").read_bytes()
-        assert (ours / f"{sae}.safetensors").read_bytes() == (
-            out / f"{sae}.safetensors"
-        ).read_bytes()
-        (run,) = [run for run in results["runs"] if run["sae"] == sae]
+        assert weights(launch)[sae] == (out / f"{sae}.safetensors").read_bytes()
         assert run["evaluation"]["runs"] == scores["runs"]
         assert run["evaluation"]["cross_entropy"] == scores["cross_entropy"]
 
 
-def test_what_comes_back(finished: tuple[Config, dict[str, Any]]) -> None:
-    config, results = finished
-    out = Path(config.out) / "tiny"
-    assert json.loads((out / "results.json").read_text()) == results
+def test_what_comes_back(finished: tuple[Launch, dict[str, Any]]) -> None:
+    launch, results = finished
+    out = Path(launch.out) / "tiny"
+    kept = json.loads((out / "results.json").read_text())
+    assert kept == {key: results[key] for key in kept}
     for figure in ("training_curves", "fvu_by_prefix", "density_histograms"):
         assert (out / f"{figure}.png").stat().st_size > 5_000
-    for sae in ("matryoshka", "vanilla"):
-        assert {f"{sae}.safetensors", "checkpoint.safetensors", "evaluation.json"} <= set(
-            files(out / f"{sae}_seed0")
-        )
-    text = modal_tinystories.report(config, results)
+    for sae in SAES:
+        wanted = {f"{sae}.safetensors", "checkpoint.safetensors", "evaluation.json"}
+        assert wanted <= set(files(out / f"{sae}_seed0"))
     for run in results["runs"]:
         (scores,) = run["evaluation"]["runs"]
-        assert f"{scores['fvu']:.4f} | {scores['l0']:.2f}" in " ".join(text.split())
+        row = f"{scores['sae']} | {scores['fvu']:.4f} | {scores['l0']:.2f}"
+        assert row in " ".join(results["table"].split())
+    assert not [path for path in out.rglob(".*")], "a lock, or something half written"
 
 
 @pytest.mark.usefixtures("no_figures")
 def test_a_second_comparison_reads_no_token_and_runs_no_model(
-    finished: tuple[Config, dict[str, Any]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    finished: tuple[Launch, dict[str, Any]], data: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    config, first = finished
+    launch, first = finished
     for module, name in (
         *((volume_caches, name) for name in ("count_rows", "finish")),
         *((modal_tinystories, "cache_rows"), (cache_writer, "compute_shard")),
     ):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("it was cached"))
-    again = dataclasses.replace(config, name="again", out=str(tmp_path))
+    again = launch_for(data, tmp_path, volume=launch.volume, name="again")
     results = modal_tinystories.run(again)
-    assert capsys.readouterr().out.count("is complete: no token is read") == 2
     assert [r["evaluation"]["runs"] for r in results["runs"]] == [
         r["evaluation"]["runs"] for r in first["runs"]
     ]
@@ -393,66 +379,49 @@ def test_a_second_comparison_reads_no_token_and_runs_no_model(
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_larger_cache_serves_a_smaller_wish(
-    finished: tuple[Config, dict[str, Any]], data: Path, tmp_path: Path
-) -> None:
-    config, _ = finished
-    volume = tmp_path / "volume"
-    shutil.copytree(Path(config.volume) / "caches", volume / "caches")
-    smaller = config_for(data, tmp_path, tokens=3_000, n_steps=5, name="smaller")
-    results = modal_tinystories.run(smaller)
-    assert results["caches"][0] == str(caches(config_for(data, tmp_path))[0])
-    exact = config_for(data, tmp_path / "exact", tokens=3_000, n_steps=5, name="smaller")
-    other = modal_tinystories.run(exact)
-    assert other["caches"][0] != results["caches"][0]
-    for sae in ("matryoshka", "vanilla"):
-        name = f"smaller/{sae}_seed0/{sae}.safetensors"
-        assert (Path(smaller.out) / name).read_bytes() == (Path(exact.out) / name).read_bytes()
-
-
-@pytest.mark.usefixtures("no_figures")
 def test_a_cache_too_large_for_the_gpu_is_trained_on_from_a_copy(
-    finished: tuple[Config, dict[str, Any]],
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    finished: tuple[Launch, dict[str, Any]], data: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    config = config_for(data, tmp_path, volume=finished[0].volume, name="copied")
+    launch = launch_for(data, tmp_path, volume=finished[0].volume, name="tiny-copied")
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "disk"))
-    monkeypatch.setattr(modal_tinystories, "fits_on_gpu", lambda _: False)
-    results = modal_tinystories.run(config)
-    cache = caches(config)[0]
+    monkeypatch.setattr(volume_caches, "fits_on_gpu", lambda _: False)
+    results = modal_tinystories.run(launch)
+    cache = caches(launch)[0]
     assert files(tmp_path / "disk" / cache.name) == files(cache)
     for run in results["runs"]:
         assert run["training"]["config"]["cache"] == str(tmp_path / "disk" / cache.name)
-        name = f"{run['sae']}_seed0/{run['sae']}.safetensors"
-        whole = Path(finished[0].out) / "tiny" / name
-        assert (tmp_path / "out" / "copied" / name).read_bytes() == whole.read_bytes()
+        (sae,) = run["saes"]
+        ours = (Path(run["out"]) / f"{sae}.safetensors").read_bytes()
+        assert ours == weights(finished[0])[sae]
 
 
-def test_a_cache_is_named_by_what_it_is_made_of() -> None:
-    def name(**settings: Any) -> str:
-        config = Config(**settings)
-        made = modal_tinystories.cache_config(config, "train", config.tokens)
-        return str(folder_of(made, Path("/v")))
-
-    assert name().startswith("/v/caches/tiny_model.TinyModelTokIds.train.layer3.float16.")
-    assert name().endswith(".30000000")
-    assert name(lr=1.0, gpu="L4", n_latents=7, name="else", batch_size=9) == name()
-    others = [
-        {"layer": 2}, {"dtype": "float32"}, {"tokens": 5}, {"model": "a/tiny_model"},
-        {"dataset": "b/TinyModelTokIds"}, {"keep_begin": True}, {"model_revision": "x"},
-        {"dataset_revision": "x"}, {"rows_per_shard": 3},
-    ]  # fmt: skip
-    assert len({name(**settings) for settings in others} | {name()}) == 1 + len(others)
-
-
-def test_the_default_name_is_made_of_what_shapes_an_sae() -> None:
-    assert name_of(Config()).startswith("30000000tokens-3072x10-l0_30-30000steps-")
-    assert name_of(Config(seeds=3, gpu="L4", cache_workers=1)) == name_of(Config())
-    assert name_of(Config(lr=2e-3)) != name_of(Config())
-    assert name_of(Config(name="mine")) == "mine"
+@pytest.mark.usefixtures("no_figures")
+def test_a_revision_of_the_model_is_the_one_that_is_evaluated(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's main has other weights, which the evaluation would refuse after all training."""
+    weights_at = {"mine": data / "model.pt", None: write_model(tmp_path / "main.pt", seed=5)}
+    monkeypatch.setattr(
+        huggingface_hub,
+        "hf_hub_download",
+        lambda name, file, revision=None: str(weights_at[revision]),
+    )
+    of_hub = {"model": "owner/model", "model_revision": "mine", "n_steps": 5}
+    results = modal_tinystories.run(launch_for(data, tmp_path, **of_hub))
+    for run in results["runs"]:
+        assert run["evaluation"]["cross_entropy"]["clean"] > 0
+    # Should the hub change its mind in between, that is found before anything is trained.
+    weights_at["mine"] = weights_at[None]
+    monkeypatch.setattr(train, "run", lambda *_, **__: pytest.fail("it was trained"))
+    monkeypatch.setattr(
+        modal_tinystories, "located", lambda config, root: (caches_of[config], True)
+    )
+    launch = launch_for(data, tmp_path, **of_hub)
+    comparison = comparison_of(launch)
+    caches_of = dict(zip((comparison.cache, comparison.validation), caches(launch), strict=True))
+    with pytest.raises(UserError, match="other weights than those of owner/model at revision mine"):
+        modal_tinystories.run(launch)
 
 
 # ---------------------------------------------------------------------------------------- faults
@@ -476,139 +445,75 @@ def dies_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) 
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_caching_worker_that_dies_is_started_again(
-    finished: tuple[Config, dict[str, Any]],
+@pytest.mark.parametrize(
+    ("module", "name", "call", "message"),
+    [
+        (cache_writer, "compute_shard", 3, "1 of 5 failed: caching rows 8 to 23 of train: Killed"),
+        (Training, "step", 20, "1 of 2 failed: training matryoshka, seed 0: Killed: preempted"),
+    ],
+)
+def test_a_worker_that_dies_is_named_and_gone_on_from(
+    finished: tuple[Launch, dict[str, Any]],
     data: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    module: Any,
+    name: str,
+    call: int,
+    message: str,
 ) -> None:
-    config = config_for(data, tmp_path)
-    with monkeypatch.context() as context:
-        dies_at(context, cache_writer, "compute_shard", 3)
-        with pytest.raises(UserError) as failure:
-            modal_tinystories.run(config)
-    assert "1 of 5 failed: caching rows 8 to 23 of train: Killed" in str(failure.value)
-    assert "preempted. What is finished is kept" in str(failure.value)
-    folder = caches(config)[0]
-    assert not (folder / "manifest.json").exists()
-    before = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.acts")}
+    launch = launch_for(data, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        dies_at(patch, module, name, call)
+        with pytest.raises(UserError, match=f"{message}.* the same command goes on from there"):
+            modal_tinystories.run(launch)
+    before = {path: path.stat().st_mtime_ns for path in caches(launch)[0].glob("*.acts")}
     assert before
-    modal_tinystories.both_caches(config, Path(config.volume))
-    after = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.acts")}
-    assert {name: after[name] for name in before} == before, "a finished shard was made again"
-    assert [files(f) for f in caches(config)] == [files(f) for f in caches(finished[0])]
+    modal_tinystories.run(launch)
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert after == before, "a finished shard was made again"
+    assert [files(f) for f in caches(launch)] == [files(f) for f in caches(finished[0])]
+    assert weights(launch) == weights(finished[0])
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_training_worker_that_dies_ends_with_the_same_weights(
-    finished: tuple[Config, dict[str, Any]],
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    config = config_for(data, tmp_path)
-    shutil.copytree(Path(finished[0].volume) / "caches", Path(config.volume) / "caches")
-    commits = []
-    with monkeypatch.context() as context:
-        context.setattr(modal_tinystories, "commit", lambda: commits.append(1))
-        dies_at(context, Training, "step", 20)
-        with pytest.raises(UserError, match="training matryoshka, seed 0: Killed: preempted"):
-            modal_tinystories.run(config)
-    assert len(commits) >= 4, "one at each checkpoint"
-    left = Path(config.volume) / "runs" / "tiny"
-    assert (left / "matryoshka_seed0" / "checkpoint.safetensors").exists()
-    assert (left / "vanilla_seed0" / "evaluation.json").exists(), "the other one ended"
-    modal_tinystories.run(config)
-    for sae in ("matryoshka", "vanilla"):
-        name = f"tiny/{sae}_seed0/{sae}.safetensors"
-        whole = Path(finished[0].out) / name
-        assert (Path(config.out) / name).read_bytes() == whole.read_bytes()
-
-
-def test_two_runs_at_once_leave_one_good_cache(
-    finished: tuple[Config, dict[str, Any]], data: Path, tmp_path: Path
-) -> None:
-    """Another run's workers finish the same cache between this one's, whose work comes last."""
-    config = config_for(data, tmp_path)
-    one = modal_tinystories.cache_config(config, "train", TOKENS)
-    folder = cache_folder(config, "train", TOKENS)
-    folder.mkdir(parents=True)
-    n_rows, _ = count_rows(one.token_rows, TOKENS, one.keep_begin, 10_000)
-    jobs = [
-        CacheJob(one, folder, *rows)
-        for rows in cache_writer.split_rows(n_rows, one.rows_per_shard, 4)
-    ]
-    modal_tinystories.each(modal_tinystories.cache_part, jobs[:2])
-    modal_tinystories.both_caches(config, Path(config.volume))  # the other run, from start to end
-    modal_tinystories.each(modal_tinystories.cache_part, jobs)
-    cache_writer.finish(folder, n_rows)
-    assert files(folder) == files(caches(finished[0])[0])
-
-
 def test_a_damaged_cache_is_named_with_what_to_do(
-    finished: tuple[Config, dict[str, Any]], data: Path, tmp_path: Path
+    finished: tuple[Launch, dict[str, Any]], data: Path, tmp_path: Path
 ) -> None:
-    config = config_for(data, tmp_path)
-    shutil.copytree(Path(finished[0].volume) / "caches", Path(config.volume) / "caches")
-    shard = caches(config)[0] / "00001.acts"
+    launch = launch_for(data, tmp_path)
+    modal_tinystories.run(launch)
+    shard = caches(launch)[0] / "00001.acts"
     content = bytearray(shard.read_bytes())
     content[100] ^= 1
     shard.write_bytes(content)
+    again = launch_for(data, tmp_path, name="tiny-again")
     with pytest.raises(UserError) as failure:
-        modal_tinystories.run(config)
+        modal_tinystories.run(again)
     assert "2 of 2 failed: training matryoshka, seed 0:" in str(failure.value)
     assert "shard 00001 is damaged" in str(failure.value)
     assert "delete 00001.*" in str(failure.value)
-    for path in caches(config)[0].glob("00001.*"):
+    for path in caches(launch)[0].glob("00001.*"):
         path.unlink()
-    modal_tinystories.both_caches(config, Path(config.volume))
-    assert files(caches(config)[0]) == files(caches(finished[0])[0])
+    modal_tinystories.run(again)
+    assert files(caches(launch)[0]) == files(caches(finished[0])[0])
 
 
-def test_a_cache_of_other_weights_is_refused(
-    finished: tuple[Config, dict[str, Any]], tmp_path: Path
-) -> None:
-    """The name is the same: somebody has changed what the model's name stands for."""
-    config, _ = finished
-    other = cache_config.load_source(
-        CacheConfig(model=str(write_model(tmp_path / "model.pt", seed=5)), layer=1),
-        torch.device("cpu"),
-    )
-    wanted = modal_tinystories.cache_config(config, "train", TOKENS)
-    folder = cache_folder(config, "train", TOKENS)
-    with pytest.raises(UserError, match="its weights_hash is"):
-        volume_caches.finished_cache(wanted, folder, cache_writer.recipe_of(wanted, other))
+@pytest.mark.parametrize("wrong", [{"model": "no.pt"}, {"dataset": "nowhere"}, {"layer": 9}])
+def test_a_failed_start_leaves_nothing(data: Path, tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        modal_tinystories.run(launch_for(data, tmp_path, **wrong))
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_copy_of_a_cache_beside_it_changes_nothing(
-    finished: tuple[Config, dict[str, Any]], tmp_path: Path
-) -> None:
-    """Names are compared, and are no patterns."""
-    config, _ = finished
-    folder = cache_folder(config, "train", TOKENS)
-    for root in ("plain", "a[1]?"):
-        there = tmp_path / root / folder.name
-        shutil.copytree(folder, there)
-        shutil.copytree(folder, there.with_name(f"{there.name}.bak"))
-        smaller = there.with_name(f"{there.stem}.3")
-        assert volume_caches.larger_caches(smaller) == [there]
+def test_without_modal_a_volume_has_one_writer(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "volume").mkdir()
+    with one_writer(tmp_path / "volume"), pytest.raises(UserError, match="another process"):
+        modal_tinystories.run(launch_for(data, tmp_path))
 
 
-def test_a_name_is_for_one_comparison(
-    finished: tuple[Config, dict[str, Any]], tmp_path: Path
-) -> None:
-    config = dataclasses.replace(finished[0], lr=0.5, out=str(tmp_path))
-    with pytest.raises(UserError, match=r"--name tiny was a comparison with --lr 0.001, not 0.5"):
-        modal_tinystories.run(config)
-
-
-def test_a_refusal_is_a_value_so_that_nothing_retries_it(data: Path, tmp_path: Path) -> None:
-    job = CacheJob(CacheConfig(model=str(tmp_path / "no.pt")), tmp_path, 0, 8)
-    with pytest.warns(UserWarning, match="executing locally"):
-        outcome = modal_tinystories.cache_part.local(job)
-    assert isinstance(outcome, Refused)
-    with pytest.raises(UserError, match=r"modal volume rm -r vol PATH"):
-        modal_tinystories.checked(Config(volume="vol"), Refused("/volume/caches/x is damaged"))
+def test_a_folder_is_not_called_as_a_volume_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a run without Modal would leave that in the checkout, where git does not ignore it."""
+    assert launch_of([], volume="runs/volume").volume == "runs/volume"
+    assert launch_of(["--volume", "v"], volume="runs/volume").volume == "v"
 
 
 # ---------------------------------------------------------------------------- Modal's own, faked
@@ -636,49 +541,59 @@ class FakeVolume:
             yield chunk
 
 
-def test_the_entrypoint(
-    finished: tuple[Config, dict[str, Any]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """With what Modal would have handed back: it downloads, prints the table, says what is left."""
-    config, results = finished
-    there = json.loads(json.dumps(results).replace(config.volume, "/volume"))
-    remote = SimpleNamespace(remote=lambda config, root: there)
-    monkeypatch.setattr(modal_tinystories, "compare", remote)
-    monkeypatch.setattr(modal_tinystories, "volume", FakeVolume(Path(config.volume)))
-    modal_tinystories.main("--name", "tiny", "--out", str(tmp_path), "--volume", "vol")
-    source = Path(config.volume) / "runs" / "tiny"
-    copied = {p.relative_to(tmp_path / "tiny"): p.read_bytes() for p in tree(tmp_path / "tiny")}
-    assert copied == {p.relative_to(source): p.read_bytes() for p in tree(source)}
-    printed = capsys.readouterr().out
-    assert "matryoshka" in printed
-    assert "modal volume get vol" in printed
-    assert "modal volume delete vol" in printed
+def compare_gives(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> None:
+    """What `compare` hands back, or raises."""
 
-
-def tree(folder: Path) -> list[Path]:
-    return [p for p in folder.rglob("*") if p.is_file()]
-
-
-@pytest.mark.parametrize(
-    "outcome", [Refused("caching rows 0 to 7 of train: no"), modal.exception.RemoteError("no")]
-)
-def test_the_entrypoint_fails_in_one_line(
-    outcome: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def remote(config: Config, root: str) -> Any:
+    def get() -> Any:
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
-    monkeypatch.setattr(modal_tinystories, "compare", SimpleNamespace(remote=remote))
+    call = SimpleNamespace(get=get)
+    monkeypatch.setattr(modal_tinystories, "compare", SimpleNamespace(spawn=lambda *_: call))
+    monkeypatch.setattr(modal_tinystories, "book", dict)
+
+
+def tree(folder: Path) -> dict[Path, bytes]:
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_entrypoint(
+    finished: tuple[Launch, dict[str, Any]], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """It downloads all but what is hidden, prints the table, and says what is left."""
+    launch, results = finished
+    compare_gives(monkeypatch, results)
+    monkeypatch.setattr(modal_tinystories, "volume", FakeVolume(Path(launch.volume)))
+    source = Path(launch.volume) / "runs" / "tiny"
+    (source / "vanilla_seed0" / ".training_curves.png.x8f.png").write_bytes(b"half")
+    modal_tinystories.main("--name", "tiny", "--out", str(tmp_path), "--volume", "vol")
+    wanted = {path: b for path, b in tree(source).items() if not path.name.startswith(".")}
+    assert tree(tmp_path / "tiny") == wanted
+    printed = capsys.readouterr().out
+    assert results["table"] in printed
+    assert "modal volume delete vol" in printed
+    assert "modal volume get" not in printed, "of 47 GB"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "message"),
+    [
+        (Refused("caching rows 0 to 7 of train: no"), "caching rows 0 to 7 of train: no"),
+        (Refused("/volume/caches/x is damaged"), "modal volume rm -r matryoshka-tinystories PATH"),
+        (modal.exception.RemoteError("it was stopped"), "RemoteError: it was stopped"),
+    ],
+)
+def test_the_entrypoint_fails_in_one_line(
+    outcome: Any, message: str, monkeypatch: Any, capsys: Any
+) -> None:
+    compare_gives(monkeypatch, outcome)
     with pytest.raises(SystemExit) as exit_:
         modal_tinystories.main()
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
+    assert message in error
     assert len(error.splitlines()) == 1
 
 
@@ -687,4 +602,4 @@ def test_downloads_stay_in_their_folder(tmp_path: Path) -> None:
     entry = SimpleNamespace(path="elsewhere/file", type=kind)
     volume = SimpleNamespace(listdir=lambda path, recursive: [entry])
     with pytest.raises(ValueError, match="elsewhere"):
-        modal_tinystories.download(volume, PurePosixPath("runs/x"), tmp_path)
+        modal_launch.download(volume, PurePosixPath("runs/x"), tmp_path)

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +88,15 @@ def write_rows(folder: Path, rows: list[list[int]], *, split: str = "train") -> 
     return folder
 
 
-def fresh_processes() -> Any:
+def fresh_processes(also: Sequence[str] = ()) -> Any:
     """Starts processes that share nothing with this one, without importing torch in each.
 
-    They are forked from a server that has imported what is slow to import, and run nothing.
+    They are forked from a server that has imported what is slow to import, and run nothing. also:
+    further modules for it, where it does not run yet.
     """
     context = multiprocessing.get_context("forkserver")
     slow = ["torch", "datasets", "safetensors.torch", "einops", "pytest"]
-    context.set_forkserver_preload(slow)
+    context.set_forkserver_preload([*slow, *also])
     return context
 
 

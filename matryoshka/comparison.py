@@ -1,0 +1,274 @@
+"""A comparison of SAEs: its settings, its parts, its results; and not where its parts run.
+
+ROOT/caches/NAME.TOKENS/          a cache of activations; comparisons share it
+ROOT/rows/, ROOT/hub/             what was fetched from the hub, once
+ROOT/runs/NAME/                   a comparison: config.json, results.json, figures, and
+ROOT/runs/NAME/SAE_seedN/         a training run with its evaluation
+"""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from matryoshka import plots
+from matryoshka.cache_config import CacheConfig
+from matryoshka.cache_format import MANIFEST, read_record
+from matryoshka.cache_reader import ActivationCache
+from matryoshka.command_line import inherited, parser_for, require_positive, setting, table
+from matryoshka.errors import UserError
+from matryoshka.evaluation_inputs import Asked, load_model_of
+from matryoshka.files import make_folder, write_json
+from matryoshka.saved_runs import METRICS, training_curves
+from matryoshka.training import TrainingConfig, check_training
+from matryoshka.volume_caches import copy_of, short_hash
+
+NAME = r"[A-Za-z0-9][\w.-]{0,63}"
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnConfig:
+    """The settings that are only a comparison's."""
+
+    validation_tokens: int = setting(500_000, "activations of the validation split to evaluate on")
+    cache_batch_size: int = setting(64, "rows a forward pass of the language model")
+    seeds: int = setting(1, "how many seeds, from --seed on; each trains every SAE of --saes")
+    name: str | None = setting(None, "the comparison's name; default: made of its settings")
+
+
+# A checkpoint is written to a Volume and committed, which takes longer than a thousand steps.
+CHECKPOINT_SECONDS = 60.0
+# Flags that the comparison decides itself: a cache's `tokens` is its --tokens, `batch_size` is
+# training's, and where things are and go is not for the command line.
+NOT_OF_CACHE = ("split", "batch_size")
+NOT_OF_TRAINING = ("tokens", "cache", "out", "resume", "device")
+# Settings that do not change what an SAE becomes: they may differ between a run and its going on.
+NOT_SHAPING = ("seed", "checkpoint_every", "checkpoint_seconds", *NOT_OF_TRAINING)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What is compared: each SAE of `training.saes` with each seed, on one cache."""
+
+    training: TrainingConfig
+    cache: CacheConfig  # of the train split
+    own: OwnConfig
+
+    @property
+    def validation(self) -> CacheConfig:
+        """How the cache is made that SAEs are evaluated on."""
+        own = self.own.validation_tokens
+        return dataclasses.replace(self.cache, split="validation", tokens=own)
+
+    @functools.cached_property
+    def shape(self) -> dict[str, Any]:
+        """The settings that shape an SAE, as JSON gives them back."""
+        of_cache = json.loads(json.dumps(dataclasses.asdict(self.cache)))
+        training = {k: v for k, v in self.training.as_json().items() if k not in NOT_SHAPING}
+        cache = {k: v for k, v in of_cache.items() if k not in NOT_OF_CACHE}
+        return cache | training | {"validation_tokens": self.own.validation_tokens}
+
+    @property
+    def name(self) -> str:
+        """The folder in runs/: --name, or a readable one of all that shapes an SAE."""
+        t = self.training
+        l0 = t.target_l0 if isinstance(t.target_l0, tuple) else (t.target_l0,)
+        return self.own.name or (
+            f"{self.cache.tokens}tokens-{t.n_latents}x{t.n_prefixes}-"
+            f"l0_{'_'.join(f'{x:g}' for x in l0)}-{t.n_steps}steps-{short_hash(self.shape)}"
+        )
+
+    @property
+    def seeds(self) -> range:
+        return range(self.training.seed, self.training.seed + self.own.seeds)
+
+    def check(self) -> None:
+        """Raises `UserError` where a setting is impossible, before anything has started."""
+        require_positive(self.own, "validation_tokens", "seeds", "cache_batch_size")
+        self.cache.check()
+        check_training(self.training)
+        batch_size, tokens = self.training.batch_size, self.cache.tokens
+        if batch_size > tokens:
+            raise UserError(f"--batch-size {batch_size} is more than --tokens {tokens}")
+        if self.cache.layer < 0:
+            raise UserError(f"--layer is {self.cache.layer}: it must not be negative")
+        if not re.fullmatch(NAME, self.name, re.ASCII):
+            raise UserError(f"--name {self.name}: letters, digits, '.', '-' and '_', 64 at most")
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+def flags_of(training: type[TrainingConfig]) -> type:
+    """One dataclass with every setting that a command line may give: whatever a training and a
+    cache can be told, and the comparison's own. Nothing is listed here twice."""
+    fields: dict[str, Any] = {}
+    classes = ((OwnConfig, ()), (CacheConfig, NOT_OF_CACHE), (training, NOT_OF_TRAINING))
+    for cls, left_out in classes:
+        for field in dataclasses.fields(cls):
+            if field.name not in left_out:
+                changes = {}
+                if field.name == "checkpoint_seconds":
+                    changes = {"default": CHECKPOINT_SECONDS}
+                copy = inherited(cls, field.name, **changes)
+                fields[field.name] = (field.name, field.type, copy)
+    made = dataclasses.make_dataclass("Flags", fields.values(), frozen=True, kw_only=True)
+    return made
+
+
+C = TypeVar("C")
+
+
+def parse(
+    words: Sequence[str], training: type[TrainingConfig], prog: str | None = None
+) -> Comparison:
+    """A command line as a checked comparison. `training` has the defaults of how SAEs are trained.
+
+    Raises `UserError` where a flag is unknown or a setting impossible.
+    """
+    parser = parser_for(flags_of(training), "Flags of the comparison:")
+    parser.prog = prog or parser.prog
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            values = vars(parser.parse_args(words))
+    except SystemExit as stopped:
+        if not stopped.code:  # --help
+            raise
+        raise UserError(said.getvalue().removeprefix("error: ").strip()) from None
+
+    def of(cls: type[C], left_out: Sequence[str] = (), **given: Any) -> C:
+        names = [f.name for f in dataclasses.fields(cls) if f.name not in left_out]  # type: ignore[arg-type]
+        return cls(**{name: values[name] for name in names} | given)
+
+    cache = of(CacheConfig, NOT_OF_CACHE, split="train", batch_size=values["cache_batch_size"])
+    trained = of(training, NOT_OF_TRAINING, resume=True)
+    comparison = Comparison(trained, cache, of(OwnConfig))
+    comparison.check()
+    return comparison
+
+
+# ------------------------------------------------------------------------------------- its parts
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainJob:
+    """One training run: how its SAEs are trained, and what `evaluate.py` is told."""
+
+    config: TrainingConfig
+    evaluation: dict[str, Any]
+
+    @property
+    def thing(self) -> str:
+        """What no two may work on at once."""
+        return self.config.out
+
+    def __str__(self) -> str:
+        return f"training {' '.join(self.config.saes)}, seed {self.config.seed}"
+
+
+def how_to_evaluate(comparison: Comparison, validation: Path, root: Path) -> dict[str, Any]:
+    """The settings of `evaluate.py` for SAEs of this comparison.
+
+    Raises `UserError` where the model would be refused then, after all training: other weights.
+    """
+    of_model = ("model_revision", "tokenizer", "trust_remote_code")
+    asked = {n: getattr(comparison.cache, n) for n in of_model if hasattr(comparison.cache, n)}
+    load_model_of(ActivationCache(validation), Asked(**asked), torch.device("cpu"))
+    rows = copy_of(comparison.validation, root)
+    return {"cache": str(validation), "dataset": str(rows) if rows.exists() else None, **asked}
+
+
+def train_jobs(
+    comparison: Comparison, run: Path, cache: Path, evaluation: dict[str, Any]
+) -> list[TrainJob]:
+    """A job for each SAE of --saes and each seed; its folder is `run`/SAE_seedN."""
+    tokens = comparison.cache.tokens
+    is_larger = tokens < read_record(cache / MANIFEST).n_tokens
+    return [
+        TrainJob(
+            dataclasses.replace(
+                comparison.training,
+                cache=str(cache),
+                tokens=tokens if is_larger else 0,
+                saes=(sae,),
+                seed=seed,
+                out=str(run / f"{sae}_seed{seed}"),
+            ),
+            evaluation,
+        )
+        for seed in comparison.seeds
+        for sae in comparison.training.saes
+    ]
+
+
+def require_same_shape(run: Path, shape: Mapping[str, Any]) -> None:
+    """Raises `UserError` if the folder `run` is for another comparison than one of `shape`."""
+    file = run / "config.json"
+    if not file.exists():
+        return
+    try:
+        before_all = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"{file} is damaged ({error}): choose another --name") from None
+    for key, before in before_all.items():
+        if key not in shape or shape[key] != before:
+            now = shape.get(key, "a version that has no such setting")
+            raise UserError(
+                f"--name {run.name} was a comparison with --{key.replace('_', '-')} {before}, "
+                f"not {now}: choose another --name"
+            )
+
+
+def claim(run: Path, shape: Mapping[str, Any]) -> None:
+    """Writes down what the folder `run` is for. Raises `UserError` if it is for something else."""
+    require_same_shape(run, shape)
+    make_folder(run, "--volume")
+    write_json(run / "config.json", shape)
+
+
+# ----------------------------------------------------------------------------------- its results
+
+
+def by_sae(done: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What evaluations say of each SAE, one a seed; done: what the training jobs returned."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in done:
+        for scores in result["evaluation"]["runs"]:
+            found.setdefault(scores["sae"], []).append(scores)
+    return found
+
+
+def draw(run: Path, comparison: Comparison, done: Sequence[Mapping[str, Any]]) -> None:
+    """Every SAE, all seeds: training curves; of the first seed: FVU by prefix, and densities."""
+    curves: dict[str, dict[str, list[list[float]]]] = {}  # a metric's curve for each seed
+    for result in done:
+        steps, of_run = training_curves(Path(result["out"]) / METRICS)
+        for sae, by_metric in of_run.items():
+            for what, values in by_metric.items():
+                curves.setdefault(sae, {}).setdefault(what, []).append(values)
+    plots.training_curves(run / "training_curves.png", steps, curves, comparison.training.target_l0)
+    first = {sae: scores[0] for sae, scores in by_sae(done).items()}
+    by_prefix = {sae: scores["fvu_by_prefix"] for sae, scores in first.items()}
+    plots.fvu_by_prefix(run / "fvu_by_prefix.png", by_prefix)
+    densities = {sae: [scores["density_histogram"]] for sae, scores in first.items()}
+    plots.density_histograms(run / "density_histograms.png", densities)
+
+
+def report(comparison: Comparison, results: Mapping[str, Any]) -> str:
+    """The write-up's table: an SAE a row, the mean over seeds."""
+    rows = []
+    for sae, of_seeds in by_sae(results["runs"]).items():
+        fvu, l0, dead = (np.mean([e[k] for e in of_seeds]) for k in ("fvu", "l0", "dead_share"))
+        rows.append([sae, f"{fvu:.4f}", f"{l0:.2f}", f"{dead:.1%}"])
+    n = comparison.own.seeds
+    title = f"{Path(comparison.cache.dataset).name}, {n} seed{'s' * (n > 1)}, held-out tokens"
+    return table([title, "FVU", "L0", "dead"], rows)
