@@ -65,8 +65,6 @@ with image.imports():  # type: ignore[no-untyped-call]  # in containers, and her
     import train
     import train_tinystories
     from matryoshka import comparison as parts
-    from matryoshka.cache_config import load_source
-    from matryoshka.cache_writer import cache_rows
     from matryoshka.command_line import main_guard, pick_device
     from matryoshka.files import make_folder, one_writer, write_json
     from matryoshka.volume_caches import (
@@ -169,9 +167,8 @@ def cache_part(job: "CacheJob", thing: str) -> int | Joined:
         return other
     reload()
     print(job, flush=True)
-    source = load_source(job.config, pick_device("auto"))
     try:
-        return cache_rows(job.folder, job.config, source, job.start, job.end)
+        return job.do(pick_device("auto"))
     finally:
         commit()
 

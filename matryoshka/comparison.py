@@ -181,7 +181,7 @@ def how_to_evaluate(comparison: Comparison, validation: Path, root: Path) -> dic
     Raises `UserError` where the model would be refused then, after all training: other weights.
     """
     of_model = ("model_revision", "tokenizer", "trust_remote_code")
-    asked = {n: getattr(comparison.cache, n) for n in of_model if hasattr(comparison.cache, n)}
+    asked = {name: getattr(comparison.cache, name) for name in of_model}
     load_model_of(ActivationCache(validation), Asked(**asked), torch.device("cpu"))
     rows = copy_of(comparison.validation, root)
     return {"cache": str(validation), "dataset": str(rows) if rows.exists() else None, **asked}

@@ -20,9 +20,17 @@ import torch
 from matryoshka.cache_config import CacheConfig, load_source
 from matryoshka.cache_format import MANIFEST, Recipe, read_record
 from matryoshka.cache_reader import RESIDENT_SHARE
-from matryoshka.cache_writer import finish, is_complete, recipe_of, split_rows
+from matryoshka.cache_writer import (
+    cache_all,
+    cache_rows,
+    finish,
+    is_complete,
+    recipe_of,
+    split_rows,
+)
 from matryoshka.command_line import setting
 from matryoshka.files import make_folder, write_atomically
+from matryoshka.sources import IdRows
 from matryoshka.token_rows import TokenRows, count_rows
 
 # Settings that every folder's name stands for. Of others that shape activations it stands for those
@@ -55,20 +63,29 @@ def folder_of(config: CacheConfig, root: Path) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class CacheJob:
-    """The source's rows `start` up to `end`, for the cache in `folder`."""
+    """The source's rows `start` up to `end`, for the cache in `folder`; all of it where `end` is
+    None."""
 
     config: CacheConfig
     folder: Path
-    start: int
-    end: int
+    start: int = 0
+    end: int | None = None
 
     @property
     def thing(self) -> str:
         """What no two may work on at once."""
-        return f"{self.folder} rows {self.start} to {self.end - 1}"
+        return f"{self.folder} {self}"
 
     def __str__(self) -> str:
-        return f"caching rows {self.start} to {self.end - 1} of {self.config.split}"
+        rows = "text" if self.end is None else f"rows {self.start} to {self.end - 1}"
+        return f"caching {rows} of {self.config.split}"
+
+    def do(self, device: torch.device) -> int:
+        """Makes the shards that are missing; returns how many. Raises `UserError`."""
+        source = load_source(self.config, device)
+        if self.end is None:
+            return cache_all(self.folder, self.config, source)
+        return cache_rows(self.folder, self.config, source, self.start, self.end)
 
 
 # ------------------------------------------------------------------------------ rows, fetched once
@@ -163,11 +180,15 @@ def located(config: CacheConfig, root: Path) -> tuple[Path, bool]:
 
 
 def make_cache_jobs(config: CacheConfig, root: Path, n_parts: int) -> list[CacheJob]:
-    """The jobs that make the cache of `config` in at most `n_parts` parts, from fetched rows.
+    """The jobs that make the cache of `config`: of token ids in at most `n_parts` parts, from
+    fetched rows; of text in one, since where a part begins only tokenizing shows.
 
     Raises `UserError` where the rows are not right; then nothing is left behind.
     """
     source = load_source(config, torch.device("cpu"))
+    if not isinstance(source.rows, IdRows):
+        make_folder(folder_of(config, root), "--volume")
+        return [CacheJob(config, folder_of(config, root))]
     config, n_rows, n_tokens = fetched(config, root, source.model.d_vocab)
     if n_tokens < config.tokens:
         print(f"the {config.split} split ends after {n_tokens:,} activations", flush=True)
@@ -181,7 +202,8 @@ def finish_caches(jobs: Sequence[CacheJob]) -> None:
     """Finishes the caches whose jobs, all of them, are done."""
     n_rows = {job.folder: job.end for job in jobs}  # a cache's last job has its last row
     for folder, n in n_rows.items():
-        finish(folder, n)
+        if n is not None:
+            finish(folder, n)
 
 
 def finished_cache(config: CacheConfig, folder: Path, recipe: Recipe) -> Path | None:

@@ -213,7 +213,6 @@ def hub_says(status_code: int, n_times: int, folder: Path, call_id: str) -> None
         trouble()
         return score(config)
 
-    modal_tinystories.load_source = load_source
     volume_caches.load_source = load_source
     evaluate.run = evaluated  # type: ignore[assignment]
 

@@ -365,7 +365,7 @@ def test_a_second_comparison_reads_no_token_and_runs_no_model(
     launch, first = finished
     for module, name in (
         *((volume_caches, name) for name in ("count_rows", "finish")),
-        *((modal_tinystories, "cache_rows"), (cache_writer, "compute_shard")),
+        *((volume_caches, "cache_rows"), (cache_writer, "compute_shard")),
     ):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("it was cached"))
     again = launch_for(data, tmp_path, volume=launch.volume, name="again")

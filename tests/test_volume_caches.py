@@ -13,7 +13,7 @@ from tiny_factory import write_model
 
 from matryoshka import cache_writer, volume_caches
 from matryoshka.cache_config import CacheConfig, load_source
-from matryoshka.cache_writer import cache_rows, recipe_of
+from matryoshka.cache_writer import recipe_of
 from matryoshka.errors import UserError
 from matryoshka.token_rows import TokenRows
 from matryoshka.volume_caches import (
@@ -46,8 +46,7 @@ def config_for(data: Path, **settings: Any) -> CacheConfig:
 
 def do(jobs: list[CacheJob]) -> None:
     for job in jobs:
-        source = load_source(job.config, CPU)
-        cache_rows(job.folder, job.config, source, job.start, job.end)
+        job.do(CPU)
 
 
 def make(config: CacheConfig, root: Path, n_parts: int = 4) -> Path:
