@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from matryoshka import plots
+from matryoshka import frontier_plot, plots
 from matryoshka.cache_config import CacheConfig
 from matryoshka.cache_format import MANIFEST, read_record
 from matryoshka.cache_reader import ActivationCache
@@ -27,8 +27,10 @@ from matryoshka.command_line import inherited, parser_for, require_positive, set
 from matryoshka.errors import UserError
 from matryoshka.evaluation_inputs import Asked, load_model_of
 from matryoshka.files import make_folder, write_json
+from matryoshka.frontier import is_frontier, lines_of
+from matryoshka.members import members_of
 from matryoshka.saved_runs import METRICS, training_curves
-from matryoshka.training import TrainingConfig, check_training
+from matryoshka.training_config import RECIPES, TrainingConfig, check_training
 from matryoshka.volume_caches import copy_of, short_hash
 
 NAME = r"[A-Za-z0-9][\w.-]{0,63}"
@@ -49,7 +51,7 @@ CHECKPOINT_SECONDS = 60.0
 # Flags that the comparison decides itself: a cache's `tokens` is its --tokens, `batch_size` is
 # training's, and where things are and go is not for the command line.
 NOT_OF_CACHE = ("split", "batch_size")
-NOT_OF_TRAINING = ("tokens", "cache", "out", "resume", "device")
+NOT_OF_TRAINING = ("tokens", "cache", "validation_cache", "out", "resume", "device")
 # Settings that do not change what an SAE becomes: they may differ between a run and its going on.
 NOT_SHAPING = ("seed", "checkpoint_every", "checkpoint_seconds", *NOT_OF_TRAINING)
 
@@ -80,11 +82,19 @@ class Comparison:
     def name(self) -> str:
         """The folder in runs/: --name, or a readable one of all that shapes an SAE."""
         t = self.training
-        l0 = t.target_l0 if isinstance(t.target_l0, tuple) else (t.target_l0,)
+        l0 = "_".join(f"{target:g}" for target in t.targets)
         return self.own.name or (
-            f"{self.cache.tokens}tokens-{t.n_latents}x{t.n_prefixes}-"
-            f"l0_{'_'.join(f'{x:g}' for x in l0)}-{t.n_steps}steps-{short_hash(self.shape)}"
+            f"{self.cache.tokens}tokens-{t.n_latents}x{t.n_prefixes}-l0_{l0[:30]}-"
+            f"{t.n_steps}steps-{short_hash(self.shape)}"
         )
+
+    @property
+    def kinds(self) -> list[tuple[str, tuple[str, ...]]]:
+        """What trains side by side: a name, and --saes. A container trains all target L0s of a
+        kind in one pass, or all that a file of --members has."""
+        if self.training.members is not None:
+            return [("members", self.training.saes)]
+        return [(sae, (sae,)) for sae in self.training.saes]
 
     @property
     def seeds(self) -> range:
@@ -95,6 +105,7 @@ class Comparison:
         require_positive(self.own, "validation_tokens", "seeds", "cache_batch_size")
         self.cache.check()
         check_training(self.training)
+        members_of(self.training)
         batch_size, tokens = self.training.batch_size, self.cache.tokens
         if batch_size > tokens:
             raise UserError(f"--batch-size {batch_size} is more than --tokens {tokens}")
@@ -139,6 +150,7 @@ def parse(
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
+            parser.set_defaults(**RECIPES[parser.parse_args(words).recipe])
             values = vars(parser.parse_args(words))
     except SystemExit as stopped:
         if not stopped.code:  # --help
@@ -147,7 +159,7 @@ def parse(
 
     def of(cls: type[C], left_out: Sequence[str] = (), **given: Any) -> C:
         names = [f.name for f in dataclasses.fields(cls) if f.name not in left_out]  # type: ignore[arg-type]
-        return cls(**{name: values[name] for name in names} | given)
+        return cls(**{name: values[name] for name in names if name in values} | given)
 
     cache = of(CacheConfig, NOT_OF_CACHE, split="train", batch_size=values["cache_batch_size"])
     trained = of(training, NOT_OF_TRAINING, resume=True)
@@ -172,7 +184,7 @@ class TrainJob:
         return self.config.out
 
     def __str__(self) -> str:
-        return f"training {' '.join(self.config.saes)}, seed {self.config.seed}"
+        return f"training {Path(self.config.out).name.replace('_seed', ', seed ')}"
 
 
 def how_to_evaluate(comparison: Comparison, validation: Path, root: Path) -> dict[str, Any]:
@@ -190,7 +202,7 @@ def how_to_evaluate(comparison: Comparison, validation: Path, root: Path) -> dic
 def train_jobs(
     comparison: Comparison, run: Path, cache: Path, evaluation: dict[str, Any]
 ) -> list[TrainJob]:
-    """A job for each SAE of --saes and each seed; its folder is `run`/SAE_seedN."""
+    """A job for each of the comparison's kinds and each seed; its folder is `run`/KIND_seedN."""
     tokens = comparison.cache.tokens
     is_larger = tokens < read_record(cache / MANIFEST).n_tokens
     return [
@@ -199,14 +211,14 @@ def train_jobs(
                 comparison.training,
                 cache=str(cache),
                 tokens=tokens if is_larger else 0,
-                saes=(sae,),
+                saes=saes,
                 seed=seed,
-                out=str(run / f"{sae}_seed{seed}"),
+                out=str(run / f"{kind}_seed{seed}"),
             ),
             evaluation,
         )
         for seed in comparison.seeds
-        for sae in comparison.training.saes
+        for kind, saes in comparison.kinds
     ]
 
 
@@ -251,16 +263,22 @@ def draw(run: Path, comparison: Comparison, done: Sequence[Mapping[str, Any]]) -
     """Every SAE, all seeds: training curves; of the first seed: FVU by prefix, and densities."""
     curves: dict[str, dict[str, list[list[float]]]] = {}  # a metric's curve for each seed
     for result in done:
-        steps, of_run = training_curves(Path(result["out"]) / METRICS)
+        dropped = result["training"].get("dropped", {})
+        steps, of_run = training_curves(Path(result["out"]) / METRICS, dropped)
         for sae, by_metric in of_run.items():
             for what, values in by_metric.items():
                 curves.setdefault(sae, {}).setdefault(what, []).append(values)
-    plots.training_curves(run / "training_curves.png", steps, curves, comparison.training.target_l0)
+    plots.training_curves(
+        run / "training_curves.png", steps, curves, comparison.training.targets[0]
+    )
     first = {sae: scores[0] for sae, scores in by_sae(done).items()}
     by_prefix = {sae: scores["fvu_by_prefix"] for sae, scores in first.items()}
     plots.fvu_by_prefix(run / "fvu_by_prefix.png", by_prefix)
     densities = {sae: [scores["density_histogram"]] for sae, scores in first.items()}
     plots.density_histograms(run / "density_histograms.png", densities)
+    every = [scores for of_seeds in by_sae(done).values() for scores in of_seeds]
+    if is_frontier(every):
+        frontier_plot.draw(run / "frontier.png", lines_of(every))
 
 
 def report(comparison: Comparison, results: Mapping[str, Any]) -> str:
@@ -271,4 +289,9 @@ def report(comparison: Comparison, results: Mapping[str, Any]) -> str:
         rows.append([sae, f"{fvu:.4f}", f"{l0:.2f}", f"{dead:.1%}"])
     n = comparison.own.seeds
     title = f"{Path(comparison.cache.dataset).name}, {n} seed{'s' * (n > 1)}, held-out tokens"
-    return table([title, "FVU", "L0", "dead"], rows)
+    dropped = [
+        f"\ndropped, seed {result['seed']}: {why}"
+        for result in results["runs"]
+        for why in result["training"].get("dropped", {}).values()
+    ]
+    return table([title, "FVU", "L0", "dead"], rows) + "".join(dropped)

@@ -41,7 +41,8 @@ class Launch:
         parts = [part for word in self.words for part in word.split("=", 1)]
         for flag, value in itertools.pairwise(parts):
             is_path = value.startswith((".", "~", "/")) and not value.startswith("/volume/")
-            if flag in ("--model", "--dataset") and is_path:
+            is_file = flag == "--members" and not value.startswith("/volume/")
+            if is_file or (flag in ("--model", "--dataset", "--tokenizer") and is_path):
                 raise UserError(
                     f"{flag} {value}: a container has none of this machine's files; put them on "
                     f"the Volume, modal volume put {self.volume} {value} data, and give {flag} "

@@ -53,17 +53,18 @@ def estimate(
     caching = START + rows / READ_ROWS + max(model / flops, writing) / workers if missing else 0.0
 
     step = STEP_FACTOR * 5 * 2 * training.batch_size * D_MODEL * training.n_latents / flops
-    steps = training.n_steps * max(step, STEP_FLOOR)
-    sae = 8 * D_MODEL * training.n_latents  # bytes
-    commits = steps / 60 * (COMMIT + 3 * sae / VOLUME_WRITE)
+    n_together = len(training.targets)  # SAEs of a container, one after another in a step
+    steps = n_together * training.n_steps * max(step, STEP_FLOOR)
+    saes = n_together * 8 * D_MODEL * training.n_latents  # bytes
+    commits = steps / 60 * (COMMIT + 3 * saes / VOLUME_WRITE)
     reading = cache.tokens * an_activation / min(VOLUME_READ, HASH)
     train = START + reading + steps + commits + EVALUATE
-    n_saes = len(training.saes) * comparison.own.seeds
+    n_containers = len(comparison.kinds) * comparison.own.seeds
     counting = START + rows / READ_ROWS
     return {
         "minutes": (counting + caching + train) / 60,
-        "gpu_minutes": (workers * caching + n_saes * train) / 60,
-        "gb": (n_bytes + n_saes * 4 * sae) / 1e9,
+        "gpu_minutes": (workers * caching + n_containers * train) / 60,
+        "gb": (n_bytes + n_containers * 4 * saes) / 1e9,
     }
 
 
@@ -72,11 +73,11 @@ def plan_text(
 ) -> str:
     """The estimate in three lines."""
     e = estimate(comparison, gpu, workers, is_cached)
-    n_saes = len(comparison.training.saes) * comparison.own.seeds
+    n_containers = len(comparison.kinds) * comparison.own.seeds
     first = "" if all(is_cached) else f"{workers} {gpu} cache, then "
     is_there = ["is cached already" if there else "is not cached yet" for there in is_cached]
     return (
-        f"{first}{n_saes} {gpu} train: about {e['gpu_minutes']:.0f} GPU-minutes in "
+        f"{first}{n_containers} {gpu} train: about {e['gpu_minutes']:.0f} GPU-minutes in "
         f"{e['minutes']:.0f} minutes, {e['gb']:.1f} GB new on the Volume.\n"
         f"The train split {is_there[0]}, the validation split {is_there[1]}.\n"
         "Estimates, partly of assumed rates: docs/modal.md."

@@ -40,7 +40,11 @@ def launch_for(data: Path, at: Path, **settings: Any) -> Launch:
         "out": at / "out",
         **settings,
     }
-    return launch_of([f"--{k.replace('_', '-')}={v}" for k, v in settings.items()])
+    words: list[str] = []
+    for name, value in settings.items():
+        values = value if isinstance(value, tuple) else (value,)
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return launch_of(words)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -33,6 +33,7 @@ def test_every_flag_reaches_its_script_and_no_two_are_one() -> None:
     """A flag that training and a cache both had would reach only one of them."""
     of_cache = {f.name for f in dataclasses.fields(CacheConfig)} - {*parts.NOT_OF_CACHE}
     of_training = {f.name for f in dataclasses.fields(Config)} - {*parts.NOT_OF_TRAINING}
+    assert "members" in of_training
     own = {f.name for f in dataclasses.fields(parts.OwnConfig)}
     assert not of_cache & of_training
     assert not own & (of_cache | of_training)
@@ -63,6 +64,8 @@ def test_every_flag_reaches_its_script_and_no_two_are_one() -> None:
         ({"checkpoint_seconds": -1}, "--checkpoint-seconds is -1"),
         ({"dtype": "int8"}, "--dtype"),
         ({"step": 3}, "--step"),
+        ({"members": "nowhere.toml"}, "--members nowhere.toml cannot be read"),
+        ({"activation": "topk", "target_l0": 0.5}, "topk takes a --target-l0 of 1 or more"),
     ],
 )
 def test_impossible_settings(settings: dict[str, Any], message: str) -> None:
@@ -78,6 +81,21 @@ def test_the_default_name_is_made_of_what_shapes_an_sae() -> None:
     assert of(layer=2).name != name
     assert of(validation_tokens=7).name != name
     assert of(name="mine").name == "mine"
+
+
+def test_several_target_l0s_of_a_kind_are_trained_in_one_pass(tmp_path: Path) -> None:
+    comparison = of(*["--target-l0", "10", "20", "40", "--saes", "vanilla", "matryoshka"])
+    assert comparison.kinds == [("vanilla", ("vanilla",)), ("matryoshka", ("matryoshka",))]
+    assert comparison.training.targets == (10, 20, 40)
+    assert "-l0_10_20_40-" in comparison.name
+    (tmp_path / "saes.toml").write_text('[[sae]]\nkind = "vanilla"\ntarget_l0 = 3')
+    assert len(of(members=tmp_path / "saes.toml").kinds) == 1
+
+
+def test_a_recipe_changes_defaults_and_not_what_is_given() -> None:
+    training = of(*["--recipe", "paper", "--lr", "0.5"]).training
+    assert (training.activation, training.batch_size, training.lr) == ("batchtopk", 2048, 0.5)
+    assert of("--recipe", "paper").name != of().name
 
 
 def test_what_is_sent_to_a_container_can_be_sent(tmp_path: Path) -> None:

@@ -109,8 +109,11 @@ def test_help_needs_no_account(tmp_path: Path) -> None:
     assert "usage: modal run modal_tinystories.py" in text
     fields = [*dataclasses.fields(flags_of(Config)), *dataclasses.fields(Launch)[:-1]]
     for field in fields:
-        assert f"--{field.name.replace('_', '-')} " in text, field.name
-        if field.default not in (None, False):
+        if not field.metadata.get("is_flag", True):
+            continue
+        flag = field.metadata.get("flag") or field.name
+        assert f"--{flag.replace('_', '-')} " in text, field.name
+        if field.default not in (None, False, ()):
             assert f"(default: {field.default})" in text, field.name
 
 
@@ -141,7 +144,7 @@ def test_without_a_token_there_is_one_line(tmp_path: Path) -> None:
         ("--volume a/b", "--volume a/b is no name"),
         ("--model ./here", "--model ./here: a container has none of this machine's files"),
         ("--dataset=/x/y", "--dataset /x/y: a container has none"),
-        ("--lr 0", "--lr is 0"),
+        ("--lr 0", "matryoshka: --lr is 0"),
         ("--step 3", "unrecognized arguments: --step 3"),
     ],
 )
@@ -394,6 +397,21 @@ def test_a_cache_too_large_for_the_gpu_is_trained_on_from_a_copy(
         (sae,) = run["saes"]
         ours = (Path(run["out"]) / f"{sae}.safetensors").read_bytes()
         assert ours == weights(finished[0])[sae]
+
+
+def test_several_l0s_are_one_pass_a_kind_and_a_frontier(
+    finished: tuple[Launch, dict[str, Any]], data: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(evaluate, "draw", lambda *_: None)
+    volume = finished[0].volume
+    launch = launch_for(data, tmp_path, volume=volume, name="frontier", target_l0=(5, 9))
+    results = modal_tinystories.run(launch)
+    names = {f"{sae}_l0_{l0}" for sae in SAES for l0 in (5, 9)}
+    out = Path(launch.out) / "frontier"
+    assert {path.name for path in out.glob("*_seed0")} == {f"{sae}_seed0" for sae in SAES}
+    assert {path.stem for path in out.glob("*/*_l0_*.safetensors")} == names
+    assert (out / "frontier.png").stat().st_size > 5_000
+    assert all(name in results["table"] for name in names)
 
 
 @pytest.mark.usefixtures("no_figures")
