@@ -95,7 +95,8 @@ def for_hub(config: Config, sae: SAE, x: Tensor) -> dict[str, Any]:
 def sample(config: Config, sae: SAE) -> tuple[Tensor, str]:
     """Inputs [n, d_model] to prove a conversion on, and what they are."""
     if config.cache is None:
-        return convert.noise(sae), "Gaussian noise of the SAE's mean norm (no --cache was given)"
+        norm = f"{float(sae.mean_norm):.4g}"
+        return convert.noise(sae), f"Gaussian noise of mean norm {norm} (no --cache was given)"
     cache = ActivationCache(config.cache)
     if cache.d_model != sae.d_model:
         raise UserError(

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from matryoshka.errors import UserError
-from sae import SAE
+from sae import OF_K, SAE
 
+OF_THRESHOLD = ("batchtopk", "jumprelu")
 UNIT_ROW = 1e-3  # a row is of norm 1 within this: stored in bfloat16, it is off by 1e-4
 
 
@@ -74,12 +75,13 @@ def sae_of(
     that leaves inputs as they are. Raises `UserError` where there is no such SAE."""
     d_model = len(weights.b_dec)
     s = 1.0 if mean_norm is None else math.sqrt(d_model) / mean_norm
+    threshold = weights.threshold if activation in OF_THRESHOLD else None
     tensors = Weights(
-        weights.W_enc / s, weights.b_enc, weights.W_dec * s, weights.b_dec * s, weights.threshold
+        weights.W_enc / s, weights.b_enc, weights.W_dec * s, weights.b_dec * s, threshold
     ).float32()
     tensors["mean_norm"] = torch.tensor(math.sqrt(d_model) / s)
     try:
-        return SAE.from_tensors(tensors, activation, about, k)
+        return SAE.from_tensors(tensors, activation, about, k if activation in OF_K else None)
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -33,6 +33,7 @@ def test_saes_of_any_scale_come_back_the_same(target, activation, tmp_path):
         assert (back.activation, back.k) == (sae.activation, sae.k)
         assert back.about == sae.about
         assert back.mean_norm == sae.mean_norm
+        assert back.state_dict().keys() == sae.state_dict().keys()
 
 
 @pytest.mark.parametrize(("target", "activation"), PAIRS)
@@ -373,3 +374,35 @@ def test_what_no_target_can_hold_is_refused(tmp_path):
 
 def test_classes_of_dictionary_learning_are_those_that_are_written():
     assert set(dictionary_learning_format.ACTIVATIONS) < set(dictionary_learning_format.TENSORS)
+
+
+def test_a_comparison_is_one_of_every_input():
+    """An SAE without one latent differs where that latent fires, and nowhere else."""
+    sae, n = any_sae("relu", 3), 600
+    x = inputs(sae, 3, n)
+    b_enc = sae.b_enc.detach().clone()
+    b_enc[0] = -1e9
+    comparison = compare(sae, codec(sae.with_tensors(b_enc=b_enc)), x)
+    acts = sae.encode(x)
+    assert comparison.n_fired == int((acts[:, sae.W_dec.norm(dim=1) > 0] > 0).sum())
+    assert comparison.n_different == int((acts[:, 0] > 0).sum()) > 0
+    assert comparison.largest_error == 0.0
+    assert not comparison.is_same
+    error = (x - sae(x)).double().square().sum() / (x - x.mean(0)).double().square().sum()
+    assert comparison.fvu[0] == pytest.approx(float(error.detach()), rel=1e-4)
+
+
+def test_a_small_difference_of_the_reconstruction_is_found():
+    sae = any_sae("relu", 3)
+    x = inputs(sae, 3)
+    other = sae.with_tensors(W_dec=sae.W_dec * (1 + 1e-4))
+    comparison = compare(sae, codec(other), x)
+    assert comparison.n_different == 0
+    assert 1e-5 < comparison.largest_error < 1e-3
+    assert not comparison.is_same
+
+
+def test_an_sae_that_says_nothing_is_the_same_as_itself():
+    sae = SAE(D_MODEL, N_LATENTS)
+    sae = sae.with_tensors(W_dec=torch.zeros(N_LATENTS, D_MODEL))
+    assert compare(sae, codec(sae), inputs(sae, 0)).is_same
