@@ -130,7 +130,8 @@ def compute_shard(block: Block, d_model: int, dtype: torch.dtype, where: str) ->
     for part in block.activations():
         if n_done == 0:
             acts, peak = acts.to(part.device), peak.to(part.device)
-        peak = torch.maximum(peak, part.abs().amax())
+        lowest, highest = part.aminmax()
+        peak = torch.maximum(peak, torch.maximum(highest, -lowest))
         acts[n_done : n_done + len(part)] = part
         n_done += len(part)
     if n_done != n_tokens:
