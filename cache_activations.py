@@ -1,6 +1,7 @@
-"""Token ids -> TinyModel -> a cache of activations on disk; or your own arrays -> the same.
+"""Text -> a language model -> a cache of activations on disk; or your own arrays -> the same.
 
     python cache_activations.py --tokens 30_000_000 --layer 3 --out cache/train
+    python cache_activations.py --model gpt2 --layer 6 --dataset roneneldan/TinyStories
     python cache_activations.py --activations acts/*.npy --out cache/mine
 
 Whatever interrupts it, the same command goes on after the last finished shard and ends with the

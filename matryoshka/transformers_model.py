@@ -335,11 +335,16 @@ def positions_of(mask: Tensor) -> Tensor:
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
-def longest_row(model: nn.Module, config: Any, tokenizer: Any) -> int:
-    """The longest row that a model of this config takes, as far as it or its tokenizer says."""
+def longest_row(model: Any, config: Any, tokenizer: Any) -> int:
+    """The longest row that the model takes: by its config, or where that says nothing its
+    tokenizer."""
     said = getattr(config, "max_position_embeddings", None)
-    limits = [said, getattr(tokenizer, "model_max_length", None)]
+    if said is None:
+        said = getattr(tokenizer, "model_max_length", None)
+    if not isinstance(said, int) or not 0 < said < NO_LIMIT:
+        return NO_LIMIT
     for module in model.modules():  # RoBERTa's positions begin after that of padding
-        if isinstance(module, nn.Embedding) and module.num_embeddings == said:
-            limits += [] if module.padding_idx is None else [said - module.padding_idx - 1]
-    return min((n for n in limits if isinstance(n, int) and 0 < n < NO_LIMIT), default=NO_LIMIT)
+        is_table = isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
+        if is_table and module.num_embeddings == said and module.padding_idx is not None:
+            return said - int(module.padding_idx) - 1
+    return said
