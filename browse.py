@@ -42,6 +42,9 @@ class Config:
     model: str | None = setting(
         None, "the language model; default: the one the cache was made of; none: no outputs"
     )
+    tokenizer: str | None = setting(
+        None, "its tokenizer, where it has none: a hub name, a folder, or TinyModel's .pt file"
+    )
     tokens: str | None = setting(
         None, "JSON file of the text of each token id, where the model does not have it"
     )
@@ -161,7 +164,7 @@ def load_model(
     name = config.model or cache.recipe.get("model")
     if name is None or name == "none":
         return None
-    model = load_language_model(name, device=device)
+    model = load_language_model(name, device=device, tokenizer=config.tokenizer)
     if "weights_hash" in cache.recipe:
         cache.require(weights_hash=model.weights_hash)
     return model

@@ -41,7 +41,7 @@ def reach_of(sae: SAE) -> Array:
     1 where the SAE's file does not say."""
     widths, n_prefixes = sae.about.get("widths"), sae.about.get("n_prefixes", 1)
     if widths:
-        return width_reach(sae.n_latents, widths, sae.about.get("weights") or ()).numpy()
+        return width_reach(sae.n_latents, widths, sae.about.get("width_weights") or ()).numpy()
     if n_prefixes > 1:
         return expected_reach(sae.n_latents, n_prefixes).numpy()
     return np.ones(sae.n_latents)

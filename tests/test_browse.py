@@ -32,6 +32,7 @@ from matryoshka.page_data import LATENTS_A_FILE, number
 from matryoshka.tiny_model import TinyModel
 from matryoshka.top_examples import _keys
 from sae import SAE
+from studies import screenshots
 
 SAMPLED = (PARENT, CHILD, DEAD, 7, 33)
 
@@ -318,3 +319,9 @@ def make_bad(world: Path, wide: Path, layers: Path, none: Path) -> None:
     shutil.copytree(world / "validation", none)
     manifest = json.loads((none / "manifest.json").read_text())
     (none / "manifest.json").write_text(json.dumps(manifest | {"n_tokens": 0}))
+
+
+def test_pictures_of_no_page_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        screenshots.main(["--page", str(tmp_path)])
+    assert "holds no index.html" in capsys.readouterr().err

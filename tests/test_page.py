@@ -5,24 +5,17 @@ Skipped, with a reason, where there is no Chromium or no Selenium.
 
 import itertools
 import json
-import shutil
 import time
 
+import matplotlib.image
 import pytest
 from page_factory import CHILD, DEAD, HOSTILE, N_LATENTS, PARENT, flags, write_world
 
 import browse
+from studies import screenshots
+from studies.screenshots import chromium, why_not
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="Selenium is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="there is no chromium, or no chromedriver, on the PATH"
-)
-CHROMIUM_FLAGS = (
-    *("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update", "--window-size=1200,900"),
-)
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"no browser: {why_not()}")
 SECONDS = 20  # to wait at most
 
 
@@ -35,24 +28,18 @@ def page(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*CHROMIUM_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('user')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+def driver():
+    with chromium() as driver:
+        yield driver
 
 
 @pytest.fixture
-def tab(chromium, page):
+def tab(driver, page):
     """The page, freshly opened; after the test nothing may be on the console."""
-    tab = Tab(chromium, page)
+    tab = Tab(driver, page)
     tab.open("")
     yield tab
-    assert [entry["message"] for entry in chromium.get_log("browser")] == []
+    assert [entry["message"] for entry in driver.get_log("browser")] == []
 
 
 class Tab:
@@ -336,3 +323,14 @@ def test_a_phone_needs_no_sideways_scrolling(tab):
             assert tab.do("document.documentElement.scrollWidth") <= 360
     finally:
         tab.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_pictures_are_of_the_page(page, tmp_path):
+    folder = page.removeprefix("file://").removesuffix("/index.html")
+    flags = ["--page", folder, "--latent", f"matryoshka/{CHILD}", "--open", str(PARENT)]
+    screenshots.main([*flags, "--to", str(tmp_path), "--height", "700"])
+    for name in ("latent.png", "tree.png"):
+        picture = matplotlib.image.imread(tmp_path / name)
+        assert picture.shape[1] == 1100
+        assert picture.shape[0] <= 700
+        assert picture[..., :3].std() > 0.05, "something is drawn"

@@ -22,7 +22,7 @@ function start() {
   show();
 }
 
-// "#/SAE/12", "#/SAE/tree", "#/SAE?sort=density", or nothing.
+// "#/SAE/12", "#/SAE/tree?open=3,17", "#/SAE?sort=density", or nothing.
 function route() {
   const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?");
   const [name = "", what = ""] = path.split("/").map(decoded);
@@ -44,7 +44,7 @@ async function viewOf({ name, k, what, query }) {
     return { title: "No such SAE", view: [make("h1", {}, "No such SAE"), make("p", {}, `There is no SAE ${name} here, only ${names}.`)] };
   }
   if (what === "") return showList(k, query);
-  if (what === "tree") return showTree(k);
+  if (what === "tree") return showTree(k, query);
   return /^\d+$/.test(what) ? showLatent(k, Number(what)) : notThere(k, what);
 }
 

@@ -35,7 +35,7 @@ const tokenBox = (token) => make("span", { class: "token" }, visible(textOf(toke
 function table(caption, headers, rows) {
   const head = make("tr", {}, headers.map((h) => make("th", { scope: "col" }, h)));
   const body = rows.map((row) => make("tr", {}, row.map((cell) => make("td", {}, cell))));
-  return make("div", { class: "scroll" }, make("table", {},
+  return make("div", { class: "scroll", tabindex: 0 }, make("table", {},
     caption && make("caption", {}, caption), make("thead", {}, head), make("tbody", {}, body)));
 }
 

@@ -130,7 +130,7 @@ function resultTable(k, list, state, found, update) {
   more.addEventListener("click", add);
   add();
   if (!found.length) return make("p", {}, "No latent is like that.");
-  return make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {}, heads)), body), more);
+  return make("div", { class: "scroll", tabindex: 0 }, make("table", {}, make("thead", {}, make("tr", {}, heads)), body), more);
 }
 
 const wide = (name) => (["largest", "parent"].includes(name) ? "wide" : null);

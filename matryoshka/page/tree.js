@@ -11,7 +11,7 @@ function treeNode(k, j, list, open, current = -1) {
   const note = make("small", {}, ` ${percent(list.fired[j] / browse.about.n_tokens)} of tokens${given}`);
   if (!children.length) return make("li", { class: "leaf" }, link, note);
   const inside = make("ul", {});
-  const details = make("details", {}, make("summary", {}, link, note, make("small", {}, `, ${children.length} below`)), inside);
+  const details = make("details", {}, make("summary", {}, link, note, make("small", {}, `, ${browse.lists.get(k).children[j].length} below`)), inside);
   const fill = () => inside.children.length || addSome(inside, children, (c) => treeNode(k, c, list, open, current));
   details.addEventListener("toggle", () => details.open && fill());
   if (open(j)) {
@@ -47,13 +47,15 @@ function treeAround(k, j, list) {
   return make("ul", { class: "tree" }, treeNode(k, root, only, (i) => path.has(i), j));
 }
 
-async function showTree(k) {
+async function showTree(k, query) {
+  const opened = new Set((new URLSearchParams(query).get("open") ?? "").split(",").map(Number));
   const sae = browse.about.saes[k];
   const list = await listOf(k);
   const title = `The tree of ${sae.name}`;
   if (!sae.has_pairs) return { title, view: [make("h1", {}, title), make("p", {}, "Pairs of so many latents were not counted.")] };
   const roots = list.fired.map((_, j) => j).filter((j) => list.parent[j] < 0 && list.children[j].length);
-  roots.sort((a, b) => list.fired[b] - list.fired[a] || a - b);
+  const first = (j) => Number(opened.has(j)); // those that the address opens
+  roots.sort((a, b) => first(b) - first(a) || list.fired[b] - list.fired[a] || a - b);
   const alone = list.fired.filter((n, j) => n && list.parent[j] < 0 && !list.children[j].length).length;
   const below = list.parent.filter((parent) => parent >= 0).length;
   const tree = make("ul", { class: "tree", id: "forest" });
@@ -65,7 +67,7 @@ async function showTree(k) {
     let left = ALL_AT_ONCE;
     draw(() => left-- > 0);
   };
-  draw(() => false);
+  draw(query ? (j) => opened.has(j) : () => false);
   const view = [
     make("h1", {}, title),
     make("p", {}, `${count(roots.length)} roots, ${count(below)} latents below a parent; ${count(alone)} that fire have neither parent nor children.`),
