@@ -11,8 +11,9 @@ already is not done again: each training is written as it ends.
 
 Settings are SAELens's defaults but for three. The learning rate rises and falls as the project's
 does (100 steps up, the last fifth down to a tenth), the widths and k are the comparison's, and
-the input is scaled to a mean norm of sqrt(d_model), which `--normalize none` leaves out. The
-batches from which the scale is estimated are those that training begins with.
+the input is scaled to a mean norm of sqrt(d_model) (SAELens's expected_average_only_in). After 150
+steps at 1e-3 that gave an FVU of 0.1136 (Matryoshka) and 0.1011, SAELens's default, `--normalize
+none`, 0.1144 and 0.1026. The scale is estimated on the batches that training begins with.
 """
 
 import contextlib
