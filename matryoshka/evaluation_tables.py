@@ -16,9 +16,9 @@ def report(results: Mapping[str, Any]) -> str:
     if "absorption" in results["left_out"]:
         concepts = f"No absorption: {results['left_out']['absorption']}."
     elif n_left_out := results["concepts"]["words_left_out"]:
+        n_words = results["concepts"]["words"]
         concepts += (
-            f"\n\nOf {results['concepts']['words']:,} words, {n_left_out:,} are no single token, "
-            "and were left out."
+            f"\n\nWords that are no single token, and left out: {n_left_out:,} of {n_words:,}."
         )
     return f"{concepts}\n\n{summary(results)}"
 

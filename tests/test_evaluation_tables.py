@@ -120,5 +120,5 @@ def test_what_was_left_out_is_said():
 
 def test_words_that_were_left_out_are_counted():
     one = results(run("a"), concepts={"words": 1243, "words_left_out": 12})
-    assert "Of 1,243 words, 12 are no single token, and were left out." in report(one)
+    assert "Words that are no single token, and left out: 12 of 1,243." in report(one)
     assert "left out" not in report(results(run("a")))
