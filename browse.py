@@ -21,7 +21,7 @@ from matryoshka.cache_reader import ActivationCache
 from matryoshka.command_line import main_guard, parse, pick_device, require_not_negative, setting
 from matryoshka.contexts import Text
 from matryoshka.errors import CannotWrite, UserError
-from matryoshka.example_files import examples_of
+from matryoshka.example_files import FOLDER, examples_of
 from matryoshka.files import make_folder
 from matryoshka.language_models import LanguageModel, load_language_model
 from matryoshka.latent_data import OneSAE, Outputs, Shown, output_effects, shown_examples
@@ -73,17 +73,17 @@ def run(config: Config) -> dict[str, Any]:
     text_of = text_source(config.tokens, model)
     labels = read_labels(config.labels)
     saes = load(config, cache, device)
-    text = Text.of(cache)
     vocabulary = page_data.Vocabulary(saes[0].examples.token_counts, text_of)
+    source = page_data.Source(saes, Text.of(cache), vocabulary)
 
     def write(folder: Path) -> None:
         for k, one in enumerate(saes):
-            shown = shown_examples(one, cache, text, device)
+            shown = shown_examples(one, cache, source.text, device)
             outputs = output_effects(one.sae, model) if model and model.has_head else None
-            write_one(config, folder, saes, k, shown, text, vocabulary, outputs)
+            write_one(config, folder, source, k, shown, outputs)
         if config.to == "page":
             title = Path(config.run).resolve().name
-            page_data.write_run(folder / "data", title, saes, cache, vocabulary, labels)
+            page_data.write_run(folder / "data", title, source, cache, labels)
 
     replace_folder(config.out_folder, write)
     files = [path for path in config.out_folder.rglob("*") if path.is_file()]
@@ -97,20 +97,18 @@ def run(config: Config) -> dict[str, Any]:
 def write_one(
     config: Config,
     folder: Path,
-    saes: Sequence[OneSAE],
+    source: page_data.Source,
     k: int,
     shown: Shown,
-    text: Text,
-    vocabulary: page_data.Vocabulary,
     outputs: Outputs | None,
 ) -> None:
     """SAE number k, as a page's data or as Neuronpedia's."""
     if config.to == "page":
         if k == 0:
             shutil.copytree(STATIC, folder, dirs_exist_ok=True)
-        page_data.write_sae(folder / "data", saes, k, shown, text, vocabulary, outputs)
+        page_data.write_sae(folder / "data", source, k, shown, outputs)
     else:
-        neuronpedia.write_sae(folder / saes[k].name, saes[k], shown, text, vocabulary, outputs)
+        neuronpedia.write_sae(folder, source, k, shown, outputs)
 
 
 # ----------------------------------------------------------------------------------- what is read
@@ -137,7 +135,8 @@ def load(config: Config, cache: ActivationCache, device: torch.device) -> list[O
     found = []
     for name, sae in saes.items():
         sha256 = file_sha256(folder / f"{name}.safetensors")
-        examples = examples_of(folder, name, sae, sha256, cache, config.seed, device)
+        path = folder / FOLDER / f"{name}.safetensors"
+        examples = examples_of(path, sae, sha256, cache, config.seed, device)
         found.append(OneSAE(name, sae, sha256, *examples))
     return found
 

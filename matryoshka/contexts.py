@@ -40,6 +40,14 @@ class Text(NamedTuple):
         return start, np.minimum(tokens + lengths[:, 1] + 1, self.begins[row + 1])
 
 
+class Wanted(NamedTuple):
+    """Examples to be put in context."""
+
+    latents: Array  # int64 [n]
+    tokens: Array  # int64 [n]
+    lengths: Array  # int64 [n, 2]: how many tokens before and after
+
+
 class Windows(NamedTuple):
     """Contexts of examples, an example an item; `values` one after another."""
 
@@ -56,13 +64,11 @@ def contexts(
     sae: SAE,
     cache: ActivationCache,
     text: Text,
-    latents: Array,
-    tokens: Array,
-    lengths: Array,
+    wanted: Wanted,
     device: torch.device | str = "cpu",
 ) -> Windows:
-    """The contexts of `tokens` [n] with the activations of `latents` [n] in them: a pass over the
-    cache. lengths: how many tokens before and after, [n, 2]."""
+    """The contexts of tokens, with the activations of a latent in each: a pass over the cache."""
+    latents, tokens, lengths = wanted
     starts, stops = text.windows(tokens, lengths)
     places = np.concatenate([[0], np.cumsum(stops - starts)])
     which = np.repeat(np.arange(len(tokens)), stops - starts)

@@ -128,21 +128,20 @@ def read(path: Path) -> tuple[Examples, Relations, dict[str, Any]]:
 
 
 def examples_of(
-    run: Path,
-    name: str,
+    path: Path,
     sae: SAE,
     sae_sha256: str,
     cache: ActivationCache,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[Examples, Relations]:
-    """Those of the SAE `name` of a run, from the file in its folder, or else collected and written
-    there, with the forest as JSON beside it.
+    """Those of an SAE, from the file `path` if that is of the same SAE, cache and seed; else they
+    are collected and written there, with the forest as JSON beside it.
 
     Raises `UserError` where the cache is not one of the SAE's model, or the folder cannot be
     written to.
     """
-    path, about = run / FOLDER / f"{name}.safetensors", about_of(sae_sha256, cache, seed)
+    about = about_of(sae_sha256, cache, seed)
     if path.exists():
         examples, relations, of = read(path)
         if of == about:

@@ -144,8 +144,8 @@ def best_parent(scores: Tensor, eligible: Tensor) -> Tensor:
 def as_json(pairs: Pairs, sae: SAE, threshold: float = THRESHOLD) -> dict[str, Any]:
     """The forest of an SAE as JSON has it: "levels", and an object a latent that has a parent."""
     widths = level_widths(sae)
-    parents = forest(pairs, levels_of(widths), threshold)
-    W_dec = sae.W_dec.detach()
+    parents = forest(pairs, levels_of(widths).to(pairs.fired.device), threshold)
+    W_dec = sae.W_dec.detach().to(pairs.fired.device)
     cosines = torch.nn.functional.cosine_similarity(W_dec, W_dec[parents.clamp(min=0)])
     given, above, author = parent_given_child(pairs), excess(pairs), directed(pairs)
     edges = [

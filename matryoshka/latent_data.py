@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from matryoshka.cache_reader import ActivationCache
-from matryoshka.contexts import Text, Windows, contexts
+from matryoshka.contexts import Text, Wanted, Windows, contexts
 from matryoshka.example_files import Relations
 from matryoshka.language_models import LanguageModel
 from matryoshka.prefix_draws import expected_reach, width_reach
@@ -84,7 +84,7 @@ def shown_examples(
     kinds = [kind for _, kind, _ in chosen]
     lengths = np.array([LONG if kind == "top" else SHORT for kind in kinds]).reshape(-1, 2)
     tokens = np.array([token for _, _, token in chosen], dtype=np.int64)
-    windows = contexts(one.sae, cache, text, latents, tokens, lengths, device)
+    windows = contexts(one.sae, cache, text, Wanted(latents, tokens, lengths), device)
     first = np.searchsorted(latents, np.arange(one.sae.n_latents + 1))
     return Shown(kinds, windows, first)
 

@@ -5,37 +5,25 @@ from typing import Any
 
 import numpy as np
 
-from matryoshka.contexts import Text
 from matryoshka.files import write_json
-from matryoshka.latent_data import OneSAE, Outputs, Shown
-from matryoshka.page_data import Vocabulary, number, numbers
+from matryoshka.latent_data import Outputs, Shown
+from matryoshka.page_data import Source, Vocabulary, number, numbers
 
 
-def write_sae(
-    folder: Path,
-    one: OneSAE,
-    shown: Shown,
-    text: Text,
-    vocabulary: Vocabulary,
-    outputs: Outputs | None,
-) -> None:
-    """Writes INDEX.json for every latent of an SAE to `folder`."""
-    folder.mkdir(parents=True)
-    for latent in range(one.sae.n_latents):
-        feature = feature_of(one, shown, text, vocabulary, outputs, latent)
-        write_json(folder / f"{latent}.json", feature)
+def write_sae(folder: Path, source: Source, k: int, shown: Shown, outputs: Outputs | None) -> None:
+    """Writes NAME/INDEX.json for every latent of SAE number k, NAME, to `folder`."""
+    below = folder / source.saes[k].name
+    below.mkdir(parents=True)
+    for latent in range(source.saes[k].sae.n_latents):
+        write_json(below / f"{latent}.json", feature_of(source, k, shown, outputs, latent))
 
 
 def feature_of(
-    one: OneSAE,
-    shown: Shown,
-    text: Text,
-    vocabulary: Vocabulary,
-    outputs: Outputs | None,
-    latent: int,
+    source: Source, k: int, shown: Shown, outputs: Outputs | None, latent: int
 ) -> dict[str, Any]:
     """One latent: "modelId", "layer", "index" tell it; activations are lists of tokens and values,
     the strongest examples first, then those of quantiles and at random."""
+    one, vocabulary = source.saes[k], source.vocabulary
     about, examples = one.sae.about, one.examples
     filled = np.flatnonzero(examples.histogram[latent])
     heights = examples.histogram[latent, : filled[-1] + 1] if len(filled) else np.zeros(0)
@@ -50,7 +38,7 @@ def feature_of(
         "freq_hist_data_bar_heights": heights.astype(int).tolist(),
         "freq_hist_data_bar_values": [number((k + 0.5) * width) for k in range(len(heights))],
         **_outputs(outputs, vocabulary, latent),
-        "activations": [_activation(shown, text, vocabulary, i) for i in range(first, stop)],
+        "activations": [_activation(source, shown, i) for i in range(first, stop)],
     }
 
 
@@ -71,13 +59,13 @@ def _outputs(outputs: Outputs | None, vocabulary: Vocabulary, latent: int) -> di
     }
 
 
-def _activation(shown: Shown, text: Text, vocabulary: Vocabulary, i: int) -> dict[str, Any]:
+def _activation(source: Source, shown: Shown, i: int) -> dict[str, Any]:
     """Example i: a window of tokens and what the latent does on each."""
-    windows = shown.windows
+    windows, text = shown.windows, source.text
     start, stop = int(windows.starts[i]), int(windows.stops[i])
     values = windows.values[windows.places[i] : windows.places[i + 1]]
     return {
-        "tokens": [vocabulary.text(tok_id) for tok_id in text.tok_ids[start:stop].tolist()],
+        "tokens": [source.vocabulary.text(tok_id) for tok_id in text.tok_ids[start:stop].tolist()],
         "values": numbers(values),
         "maxValue": number(float(values.max())),
         "maxValueTokenIndex": int(values.argmax()),

@@ -12,7 +12,7 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,6 +66,14 @@ class Vocabulary:
     def texts(self) -> list[str]:
         """By number."""
         return [self.text(tok_id) for tok_id in self.ids]
+
+
+class Source(NamedTuple):
+    """What a page is made of."""
+
+    saes: Sequence[OneSAE]
+    text: Text
+    vocabulary: Vocabulary
 
 
 def _encodable(text: str) -> str:
@@ -193,17 +201,10 @@ def write_script(path: Path, function: str, *arguments: Any) -> None:
     path.write_text(f"browse.{function}({','.join(parts)});\n", encoding="utf-8")
 
 
-def write_sae(
-    folder: Path,
-    saes: Sequence[OneSAE],
-    k: int,
-    shown: Shown,
-    text: Text,
-    vocabulary: Vocabulary,
-    outputs: Outputs | None,
-) -> None:
+def write_sae(folder: Path, source: Source, k: int, shown: Shown, outputs: Outputs | None) -> None:
     """Writes the data of SAE number k to `folder`/k."""
-    one, near = saes[k], neighbours(saes, k)
+    one, text, vocabulary = source.saes[k], source.text, source.vocabulary
+    near = neighbours(source.saes, k)
     (folder / str(k)).mkdir(parents=True)
     write_script(folder / str(k) / "list.js", "list", k, list_of(one, text, vocabulary))
     for begin in range(0, one.sae.n_latents, LATENTS_A_FILE):
@@ -219,12 +220,7 @@ def write_sae(
 
 
 def write_run(
-    folder: Path,
-    title: str,
-    saes: Sequence[OneSAE],
-    cache: ActivationCache,
-    vocabulary: Vocabulary,
-    labels: Labels,
+    folder: Path, title: str, source: Source, cache: ActivationCache, labels: Labels
 ) -> None:
     """Writes what all pages need. Last: it has the text of every token that was met."""
     recipe = cache.recipe
@@ -246,9 +242,9 @@ def write_run(
                 "widths": level_widths(one.sae),
                 "has_pairs": bool(one.relations.parents.shape[1]),
             }
-            for one in saes
+            for one in source.saes
         ],
         "labels": labels,
-        "texts": vocabulary.texts,
+        "texts": source.vocabulary.texts,
     }
     write_script(folder / "run.js", "run", run)

@@ -57,13 +57,13 @@ def test_relations_are_what_the_matrices_say():
 
 def test_a_file_is_used_again_for_the_same_sae_and_cache(tmp_path, cache, monkeypatch):
     sae = random_sae(n_latents=9, d_model=8)
-    first = examples_of(tmp_path, "a", sae, "f" * 64, cache)
+    first = examples_of(tmp_path / "examples" / "a.safetensors", sae, "f" * 64, cache)
     monkeypatch.setattr(example_files, "collect", None)
-    again = examples_of(tmp_path, "a", sae, "f" * 64, cache)
+    again = examples_of(tmp_path / "examples" / "a.safetensors", sae, "f" * 64, cache)
     for kept, found in zip((*first[0], *first[1]), (*again[0], *again[1]), strict=True):
         np.testing.assert_array_equal(kept, found)
     with pytest.raises(TypeError):
-        examples_of(tmp_path, "a", sae, "e" * 64, cache)
+        examples_of(tmp_path / "examples" / "a.safetensors", sae, "e" * 64, cache)
     tree = json.loads((tmp_path / "examples" / "a.json").read_text())
     assert tree["sae_sha256"] == "f" * 64
     assert tree["widths"] == level_widths(sae)
