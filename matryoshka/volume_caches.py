@@ -83,6 +83,7 @@ class CacheJob:
     def do(self, device: torch.device) -> int:
         """Makes the shards that are missing; returns how many. Raises `UserError`."""
         source = load_source(self.config, device)
+        make_folder(self.folder, "--volume")  # a Volume may not have kept an empty one
         if self.end is None:
             return cache_all(self.folder, self.config, source)
         return cache_rows(self.folder, self.config, source, self.start, self.end)
@@ -187,13 +188,11 @@ def make_cache_jobs(config: CacheConfig, root: Path, n_parts: int) -> list[Cache
     """
     source = load_source(config, torch.device("cpu"))
     if not isinstance(source.rows, IdRows):
-        make_folder(folder_of(config, root), "--volume")
         return [CacheJob(config, folder_of(config, root))]
     config, n_rows, n_tokens = fetched(config, root, source.model.d_vocab)
     if n_tokens < config.tokens:
         print(f"the {config.split} split ends after {n_tokens:,} activations", flush=True)
     folder = folder_of(config, root)
-    make_folder(folder, "--volume")
     ranges = split_rows(n_rows, config.rows_per_shard, n_parts)
     return [CacheJob(config, folder, start, end) for start, end in ranges]
 
