@@ -32,7 +32,7 @@ from matryoshka.transformers_model import TransformersModel
 Packing = Literal["packed", "padded"]
 Begin = Literal["auto", "always", "never"]
 
-TOKENIZED_AT_ONCE = 2**20  # characters
+TOKENIZED_AT_ONCE = 2**16  # characters: more would be in vain where few tokens are asked for
 PROBE_TEXT = "The 2 quick-brown foxes didn't jump; caf\u00e9 \u6f22\u5b57\n\tOVER  it.\U0001f98a"
 
 

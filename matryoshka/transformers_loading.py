@@ -103,7 +103,7 @@ def naming_model(name: str, revision: str | None, what: str = "language model") 
                 f"{what} {name} comes with Python code of its own, which is run only with "
                 "--trust-remote-code"
             ) from None
-        if isinstance(error, pickle.UnpicklingError):
+        if any(isinstance(one, pickle.UnpicklingError) for one in causes(error)):
             raise UserError(
                 f"the weights of {name} are a pickle that holds more than tensors: it is not read"
             ) from None
@@ -114,3 +114,10 @@ def naming_model(name: str, revision: str | None, what: str = "language model") 
             f"there is no {what} {name}{at} that can be loaded ({reason}); without a network, give "
             "its folder, or HF_HUB_OFFLINE=1 and HF_HOME where it was downloaded before"
         ) from error
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised from or while handling, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -19,7 +19,7 @@ from matryoshka.errors import UserError
 from matryoshka.language_models import LanguageModel, load_language_model
 from matryoshka.sites import SITES
 from matryoshka.tiny_model import hash_of
-from matryoshka.transformers_model import TransformersModel
+from matryoshka.transformers_model import NO_LIMIT, TransformersModel, longest_row
 
 CAUSAL = [name for name in CONFIGS if name not in HEADLESS]
 # Where each architecture has its blocks, and in a block what adds to the residual stream.
@@ -247,6 +247,15 @@ def test_a_row_that_is_too_long(load: Callable[[str], TransformersModel]) -> Non
     with pytest.raises(UserError, match=f"rows of {SEQ + 1} tokens: the model has {SEQ} positions"):
         load("gpt2").residual(torch.ones(1, SEQ + 1, dtype=torch.int64), 1)
     assert load("roberta").max_seq_len == SEQ
+
+
+def test_the_models_own_limit_counts_and_else_its_tokenizers(
+    load: Callable[[str], TransformersModel],
+) -> None:
+    tokenizer = type("Tokenizer", (), {"model_max_length": 7})()
+    assert longest_row(load("gpt2").model, load("gpt2").model.config, tokenizer) == SEQ
+    assert longest_row(load("bloom").model, load("bloom").model.config, tokenizer) == 7
+    assert longest_row(load("bloom").model, load("bloom").model.config, None) == NO_LIMIT
 
 
 def test_blocks_that_scale_what_they_add_have_no_parts(tmp_path: Path) -> None:
