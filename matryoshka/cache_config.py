@@ -90,11 +90,14 @@ def load_source(config: CacheConfig, device: torch.device) -> ModelSource:
     )
     model.check_site(config.layer, config.site)
     rows: Rows
+    about: dict[str, str | None]
     if isinstance(model, TransformersModel):
         rows = text_rows(config, model)
         about = {"model_revision": config.model_revision, "model_dtype": config.model_dtype}
     else:
         rows, about = id_rows(config, model), {}
+        if config.model_revision is not None:  # that an evaluation must load, too
+            about["model_revision"] = config.model_revision
     return ModelSource(
         model, config.model, rows, config.layer, config.site, config.batch_size, about
     )

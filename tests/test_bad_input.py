@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from tiny_factory import write_dataset, write_model
 
 import cache_activations
+from matryoshka.array_files import cache_arrays
 from sae import SAE
 
 # What {NAME} stands for is made by `world`; a case may not change it.
@@ -113,6 +114,10 @@ CASES = [
     ("evaluate", "--run {W}/nan --cache {W}/cache", "not finite"),
     ("evaluate", "--run {W}/later --cache {W}/cache", "format"),
     ("evaluate", "--run {W}/empty --cache {W}/cache", "empty"),
+    ("evaluate", "--run {W}/saes --cache {W}/arrays {MODEL}", "not made of a language model"),
+    ("evaluate", "--run {W}/saes --cache {W}/arrays --tokenizer {W}/none", "no tokenizer"),
+    ("evaluate", "--run {W}/saes --cache {W}/cache --model {W}/none", "--model none"),
+    ("evaluate", "--run {W}/saes --cache {W}/cache --tokenizer {W}/text.txt", "text.txt"),
     ("refit", "--sae {W}/nothing.safetensors --cache {W}/cache", "nothing.safetensors"),
     ("refit", "--sae {W}/text.txt --cache {W}/cache", "text.txt"),
     ("refit", "--sae {W}/sae.safetensors --cache {W}/cache --ridge nan", "--ridge"),
@@ -149,6 +154,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name / "train.jsonl").write_text(row)
     cache_activations.run(config_for(folder, folder / "cache"))
     write_constant(folder / "cache", folder / "constant")
+    cache_arrays(folder / "arrays", [np.ones((9, 16))], [np.arange(9)])
     for name, shape, dtype in (
         *(("acts", (10, 16), np.float32), ("wide", (10, 17), np.float32)),
         *(("double", (10, 16), np.float64), ("ids", 9, np.int64)),

@@ -379,6 +379,22 @@ def test_a_model_or_cache_that_does_not_fit_is_refused(made, tmp_path):
     assert "its layer is 0, expected 1" in named
 
 
+def test_tiny_models_revision_is_loaded_again(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def locate(name: str, revision: str | None) -> Path:
+        asked.append(revision)
+        return Path(name)
+
+    monkeypatch.setattr("matryoshka.tiny_model.locate_weights", locate)
+    cache = write_cache(made, "validation", out=str(tmp_path / "c"), model_revision="step3")
+    asked.clear()
+    evaluate.read_inputs(config_for(made, tmp_path, cache=str(cache)), torch.device("cpu"))
+    assert asked == ["step3"]
+
+
 def test_another_dataset_is_refused(made, tmp_path):
     write_dataset(tmp_path / "other", 61, split="validation", seq=24, seed=2)
     named = refused(config_for(made, tmp_path / "out", dataset=str(tmp_path / "other")))
