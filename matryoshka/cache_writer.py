@@ -260,7 +260,8 @@ def cache_all(folder: Path, config: CacheConfig, source: Source) -> int:
     if n_rows is not None:
         n_written = cache_rows(folder, config, source, 0, n_rows)
     else:
-        n_written, n_rows = _cache_blocks(folder, config, source, 0, None)
+        recipe = recipe_of(config, source)
+        n_written, n_rows = _cache_blocks(folder, config, source, recipe, 0, None)
     if n_rows == 0:
         raise UserError(f"{source.name} holds nothing to cache")
     finish(folder, n_rows)
@@ -279,18 +280,18 @@ def cache_rows(folder: Path, config: CacheConfig, source: Source, start: int, en
     ranges = shard_ranges(start, end, config.rows_per_shard)
     if all(finished_shard(folder, rows, recipe) for rows in ranges):
         return 0
-    n_written, n_rows = _cache_blocks(folder, config, source, start, end)
+    n_written, n_rows = _cache_blocks(folder, config, source, recipe, start, end)
     if n_rows != end - start:
         raise UserError(f"{source.name} ended before row {end}: it has changed, or was cut")
     return n_written
 
 
 def _cache_blocks(
-    folder: Path, config: CacheConfig, source: Source, start: int, end: int | None
+    folder: Path, config: CacheConfig, source: Source, recipe: Recipe, start: int, end: int | None
 ) -> tuple[int, int]:
     """`cache_rows`, up to where the rows end if `end` is None: how many shards it wrote, and of
     how many rows there are shards now."""
-    recipe, first, n_written = recipe_of(config, source), start, 0
+    first, n_written = start, 0
     with (
         torch.inference_mode(),
         ThreadPoolExecutor(1) as writing,

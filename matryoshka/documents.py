@@ -55,7 +55,8 @@ class Documents:
             builder_of(path)
             return [path]
         if not os.path.isdir(self.dataset):
-            if self.dataset.count("/") > 1 or self.dataset[:1] in ("", ".", "~", "/"):
+            is_path = self.dataset.count("/") > 1 or self.dataset[:1] in ("", ".", "~", "/")
+            if is_path or builder_name(path):
                 raise UserError(
                     f"--dataset {self.dataset} is no file or folder here, and no hub dataset's name"
                 )

@@ -123,6 +123,7 @@ def documents_in(folder: Path, name: str) -> Documents:
         "folder": Documents(str(folder), "test"),
         "nowhere": Documents(str(folder / "nowhere.jsonl")),
         "nothing": Documents(""),
+        "mistyped": Documents("no_folder/train.jsonl.gz"),
         "hub": Documents("someone/stories"),
     }[name]
 
@@ -139,6 +140,7 @@ def documents_in(folder: Path, name: str) -> Documents:
         ("mixed", "holds train.jsonl and train.txt of split train: give --dataset one of them"),
         ("folder", "holds no test.jsonl, .parquet or .txt; give --split"),
         ("nowhere", "is no file or folder here, and no hub dataset's name"),
+        ("mistyped", "train.jsonl.gz is no file or folder here, and no hub dataset's name"),
         ("nothing", "--dataset  is no file or folder here"),
         ("hub", "cannot read someone/stories .*without a network.*HF_HUB_OFFLINE=1 and HF_HOME"),
     ],
