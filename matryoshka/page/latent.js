@@ -16,7 +16,7 @@ async function showLatent(k, j) {
     steps(k, j, sae),
     facts(k, j, list, sae),
     nameForm(k, j),
-    make("div", { class: "columns" }, around(k, j, list, sae), parents(k, latent)),
+    make("div", { class: "columns" }, around(k, j, list, sae), parents(k, latent, sae)),
     make("h2", {}, "Strongest tokens"),
     latent.top.length ? examples(latent.top, largest) : make("p", {}, "It fires on none of these tokens."),
     activations(list, latent, j),
@@ -87,12 +87,13 @@ function around(k, j, list, sae) {
 
 const MEASURES = ["P(parent | this)", "P(this | parent)", "above chance", "directed", "cosine"];
 
-function parents(k, latent) {
+function parents(k, latent, sae) {
+  const which = sae.widths.length > 1 ? "of an earlier level" : "that fires more widely";
   const part = make("section", {}, make("h2", {}, "Parents"));
-  if (!latent.parents.length) part.append(make("p", {}, "No latent of an earlier level fires nearly wherever it does."));
+  if (!latent.parents.length) part.append(make("p", {}, `No latent ${which} fires nearly wherever it does.`));
   else {
     const rows = latent.parents.map(([j, ...values]) => [latentLink(k, j), ...values.map(short)]);
-    part.append(table("Of an earlier level, over 0.6 above chance; the first is its parent in the tree",
+    part.append(table(`Each ${which}, over 0.6 above chance; the first is its parent in the tree`,
       ["Latent", ...MEASURES], rows));
   }
   return part;
