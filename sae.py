@@ -61,9 +61,10 @@ def seeded_generator(seed: int, *stream: int) -> torch.Generator:
 
 
 class Gate(NamedTuple):
-    """What decides which latents fire, beside their pre-activations; shapes broadcast to theirs."""
+    """What an activation function may look at beside the pre-activations, with whose shape all of
+    it broadcasts."""
 
-    norms: Tensor  # ||d_j||, [..., n_latents]
+    norms: Tensor | None  # ||d_j||, [..., n_latents]; None in training where it is not looked at
     k: float | None = None  # active latents a sample, of topk and batchtopk
     threshold: Tensor | None = None  # [..., n_latents]; of jumprelu, and of a trained batchtopk
 
@@ -79,9 +80,9 @@ def topk(preacts: Tensor, gate: Gate) -> Tensor:
     Gao et al. 2024 (arXiv 2406.04093), but that decoder rows need not be of norm 1.
     """
     acts = preacts.relu()
-    scores = acts * gate.norms
-    smallest = scores.topk(_whole(gate.k), dim=-1).values[..., -1:]
-    return torch.where(scores >= smallest, acts, 0)
+    scores = acts * _norms(gate)
+    least = scores.topk(_whole(gate.k), dim=-1).values[..., -1:]
+    return torch.where(scores >= least, acts, 0)
 
 
 def batchtopk(preacts: Tensor, gate: Gate) -> Tensor:
@@ -93,10 +94,12 @@ def batchtopk(preacts: Tensor, gate: Gate) -> Tensor:
     if gate.threshold is not None:
         return jumprelu(preacts, gate)
     acts = preacts.relu()
-    scores = acts * gate.norms
+    if not acts.numel():
+        return acts
+    scores = acts * _norms(gate)
     n = max(1, round((gate.k or 0) * acts.shape[-2]))
-    smallest = scores.flatten(-2).topk(n, dim=-1).values[..., -1:, None]
-    return torch.where(scores >= smallest, acts, 0)
+    least = scores.flatten(-2).topk(n, dim=-1).values[..., -1:, None]
+    return torch.where(scores >= least, acts, 0)
 
 
 def jumprelu(preacts: Tensor, gate: Gate) -> Tensor:
@@ -121,6 +124,11 @@ ACTIVATIONS: dict[str, Activation] = {
     "jumprelu": jumprelu,
 }
 OF_K = ("topk", "batchtopk")  # those that are given their L0
+
+
+def _norms(gate: Gate) -> Tensor:
+    assert gate.norms is not None
+    return gate.norms
 
 
 def _whole(k: float | None) -> int:

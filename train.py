@@ -176,8 +176,9 @@ OF_TEXT = ("site", "model_revision", "context", "begin", "keep_begin")
 def about(training: Training, member: MemberTraining, result: dict[str, Any]) -> dict[str, Any]:
     """What an SAE's file says of how it was trained, and on what; no path is in it."""
     config, recipe = member.config, training.cache.recipe
-    names = ["n_prefixes", "prefixes", "sparsity", "target_l0", "lr", "n_steps", "auxiliary"]
-    names += ["resample_every"] * (config.resample_every > 0)
+    names = ["n_prefixes", "prefixes", "target_l0", "lr", "n_steps", *of_activation(config)]
+    names += ["auxiliary_weight", "dead_after"] * (config.auxiliary != "none")
+    names += ["resample_every", "dead_after"] * (config.resample_every > 0)
     return {
         "name": result["sae"],
         "kind": member.member.kind,
@@ -193,6 +194,13 @@ def about(training: Training, member: MemberTraining, result: dict[str, Any]) ->
         **{name: recipe[name] for name in OF_TEXT if name in recipe},
         "torch": torch.__version__,
     }
+
+
+def of_activation(config: TrainingConfig) -> list[str]:
+    """The settings that only some activation functions use."""
+    if config.activation == "relu":
+        return ["sparsity", "sparsity_weight"]
+    return ["auxiliary", *["bandwidth", "sparsity_weight"] * (config.activation == "jumprelu")]
 
 
 def without_path(name: str | None) -> str | None:

@@ -34,10 +34,10 @@ def add_auxiliary_gradient(
 
         weight * mean ||e - e_hat||^2 / mean ||e - mean(e)||^2
 
-    Gao et al. 2024 (arXiv 2406.04093, appendix A.2), as Bussmann et al. 2025 use it. by_level: the
-    mean over the prefixes of the same, e being what a prefix leaves, and e_hat of the dead latents
-    which that prefix has and the one before it lacks. dead: bool [n_saes, n_latents]; known: the
-    activations, where they were computed already.
+    Gao et al. 2024 (arXiv 2406.04093, appendix A.2), as Bussmann et al. 2025 use it. by_level: one
+    such loss for each prefix, divided by their number: e is what that prefix leaves, and only the
+    dead latents that it adds explain it. dead: bool [n_saes, n_latents]; known: the activations,
+    where they were computed already.
     """
     for i in range(len(dead)):
         if dead[i].any():
@@ -111,9 +111,10 @@ def resample(
     A sample is drawn with a probability proportional to its squared error, without replacement; its
     error's direction becomes the latent's decoder row, at the mean norm of the other rows, and a
     fifth of the other latents' mean norm its encoder column; its bias is 0, and so are Adam's
-    moments (Bricken et al. 2023, "Towards monosemanticity", appendix). Of more dead latents than
-    there are samples, the first are taken. state: a trainer's, changed in place; dead: bool
-    [n_saes, n_latents]; generators: one an SAE.
+    moments (Bricken et al. 2023, "Towards monosemanticity", appendix). A threshold of jumprelu
+    becomes the others' mean. Of more dead latents than there are samples, the first are taken; an
+    SAE whose latents are all dead is left as it is. state: a trainer's, changed in place; dead:
+    bool [n_saes, n_latents]; generators: one an SAE.
     """
     d_model, n_latents = params.W_dec.shape[2], params.W_dec.shape[1]
     for i in range(len(dead)):
@@ -135,4 +136,7 @@ def resample(
         for name, (columns, rows) in (starts | {"adam_square": (0 * u, 0 * u)}).items():
             one = Params.of(state[name], d_model, n_latents).one(i)
             one.W_enc[index], one.W_dec[index], one.b_enc[0, index] = columns, rows, 0
+            if one.log_threshold.numel():
+                of_others = one.log_threshold[0, alive].mean() if name == "params" else 0
+                one.log_threshold[0, index] = of_others
         state["silent"][i, index] = 0

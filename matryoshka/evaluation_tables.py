@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from matryoshka.command_line import table
+from matryoshka.frontier import frontier_table, is_frontier, lines_of
 from matryoshka.reconstruction import OUTLIER
 
 NOTABLE_CHANGE = 0.1  # of FVU without outliers, as a share of FVU, above which it is printed
@@ -20,7 +21,9 @@ def report(results: Mapping[str, Any]) -> str:
         concepts += (
             f"\n\nWords that are no single token, and left out: {n_left_out:,} of {n_words:,}."
         )
-    return f"{concepts}\n\n{summary(results)}"
+    runs = results["runs"]
+    frontier = f"\n\n{frontier_table(lines_of(runs))}" if is_frontier(runs) else ""
+    return f"{concepts}{frontier}\n\n{summary(results)}"
 
 
 def summary(results: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """The frontier of SAEs of several sparsities: what each kind reaches at each L0.
 
-A point is an SAE as evaluate.py scores it, {"l0", "fvu", "loss_recovered", "absorption",
-"mean_highest_cosine"}, of which all but l0 and fvu may be None. A line is the points of one kind.
+A point is the result of one SAE in evaluation.json; l0 and fvu are there, other scores may be None.
+A line is all points of one kind, size and activation function.
 """
 
 import math
@@ -16,10 +16,15 @@ Lines = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def lines_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Scored SAEs by kind and activation function, "matryoshka, relu", in order of their L0."""
+    """Scored SAEs by kind and activation function, "matryoshka, relu", in order of their L0; with
+    the number of latents between, where that differs. SAEs that were not trained for an L0 are
+    left out."""
+    runs = [run for run in runs if run.get("target_l0") is not None]
+    several = len({run.get("n_latents") for run in runs}) > 1
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
-        name = f"{run.get('kind') or run['sae']}, {run.get('activation', 'relu')}"
+        size = f", {run['n_latents']:,} latents" if several and run.get("n_latents") else ""
+        name = f"{run.get('kind') or run['sae']}{size}, {run.get('activation', 'relu')}"
         lines.setdefault(name, []).append(run)
     return {name: sorted(points, key=lambda run: run["l0"]) for name, points in lines.items()}
 

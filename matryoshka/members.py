@@ -14,7 +14,7 @@ from matryoshka.trainer_config import TrainerConfig
 from matryoshka.training_config import TrainingConfig
 from sae import OF_K
 
-OF_ALL = ("n_steps",)  # settings that members cannot have for themselves: they share the batches
+OF_ALL = ("n_steps",)  # shared by all SAEs of a training, since they take the same batches
 OF_ONE = {field.name for field in dataclasses.fields(TrainerConfig)} - {*OF_ALL}
 OF_ONE |= {"n_latents", "activation"}
 RESERVED = ("checkpoint",)  # a file of this name has another meaning in the folder

@@ -41,5 +41,11 @@ def restart_last(
             tensor.scatter_(1, rows, torch.where(moves[..., None], row, tensor.gather(1, rows)))
         bias = part.b_enc[:, 0]
         bias.scatter_(1, last, bias.gather(1, last) * ~moves)
+        if part.log_threshold.shape[-1]:  # of jumprelu: that of the others, on average
+            threshold = part.log_threshold[:, 0]
+            start = threshold.mean(dim=1, keepdim=True) if name == "params" else 0 * worth
+            threshold.scatter_(1, last, torch.where(moves, start, threshold.gather(1, last)))
+    if "silent" in state:
+        state["silent"].scatter_(1, last, state["silent"].gather(1, last) * ~moves)
     worth = torch.where(moves, worth, state["mean_square"].gather(1, last))
     state["mean_square"].scatter_(1, last, worth)

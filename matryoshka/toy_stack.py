@@ -152,6 +152,9 @@ def _untrained(config: "Config", member: Member) -> SAE:
     settings = dataclasses.asdict(config_of(member.name, config))
     sae.about = {"seed": member.seed, "dataset": Path(config.tree).name}
     sae.about |= {name: settings[name] for name in TOLD}
+    if settings["widths"]:
+        sae.about["widths"] = config_of(member.name, config).widths_of(config.n_latents)
+        sae.about["width_weights"] = settings["width_weights"]
     return sae
 
 
@@ -305,11 +308,13 @@ def score(config: "Config", data: "ToyData", sae: SAE, member: Member) -> dict[s
 
 def toy_levels(sae: SAE) -> Tensor:
     """Each latent's level, int64 [n_latents]: one of its own, since prefixes end anywhere, and
-    there are few latents. All are of one level where the SAE was trained at one prefix."""
+    there are few latents; or that of the widths, where those are fixed. All are of one level
+    where the SAE was trained at one prefix."""
+    places, widths = torch.arange(sae.n_latents), sae.about.get("widths")
+    if widths:
+        return torch.bucketize(places, torch.tensor(widths), right=True)
     one_prefix = sae.about.get("n_prefixes") == 1
-    return (
-        torch.zeros(sae.n_latents, dtype=torch.int64) if one_prefix else torch.arange(sae.n_latents)
-    )
+    return torch.zeros_like(places) if one_prefix else places
 
 
 def matched_views(data: "ToyData", sae: SAE, seed: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,14 @@ from matryoshka.prefix_draws import STEPS_A_BLOCK, PrefixDraws, PrefixRule, Step
 from matryoshka.restart import restart_last
 from matryoshka.trainer_config import TrainerConfig, shared_settings
 from sae import ACTIVATIONS, OF_K, SAE, Gate, seeded_generator
+
+
+class Restarts(NamedTuple):
+    """Which latents may start anew after a step."""
+
+    last: bool  # the one that comes last
+    dead: bool  # all that have been silent for long
+
 
 MIN_THRESHOLD = 1e-6  # of jumprelu, for its logarithm is what is trained
 STREAM_RESAMPLE = 20  # random numbers of a seed: which samples dead latents start from
@@ -41,8 +50,8 @@ class Trainer:
         configs: TrainerConfig | Sequence[TrainerConfig],
         seeds: Sequence[int],
     ):
-        """`configs`: one for all, or one an SAE, which may differ in n_prefixes; `seeds`: one an
-        SAE, of the prefixes that it draws.
+        """`configs`: one for all, or one an SAE, which may differ in n_prefixes, widths and
+        width_weights; `seeds`: one an SAE, of the prefixes that it draws.
 
         Raises ValueError where their numbers, the SAEs' shapes, activations or devices, or the
         configs' other settings differ, or where a setting is impossible for SAEs of that size.
@@ -70,11 +79,12 @@ class Trainer:
         if self.config.watches_silence:  # activations since each latent last fired
             self._state["silent"] = flat.new_zeros(len(saes), self.n_latents)
         self._flat_grads = torch.zeros_like(flat)
+        # views of these two, into which whatever is written to them is written
         self._params = Params.of(flat, self.d_model, self.n_latents)
         self._grads = Params.of(self._flat_grads, self.d_model, self.n_latents)
         self._workspace = Workspace()
         self._graphs: dict[tuple[object, ...], CudaGraph] = {}
-        self._block_numbers = -1, flat  # of no block yet
+        self._block_numbers: tuple[int, Tensor] | None = None
         self.kernels: tuple[str, ...] = ()  # an SAE each: which computed the last gradient
         self._prefixes = PrefixDraws(
             self.n_latents,
@@ -94,13 +104,13 @@ class Trainer:
         bfloat16.
         """
         x, step = self._checked(x), self.n_steps_done
-        in_warmup = step + 1 < self.config.n_warmup_steps
-        restarts = self.config.restarts_at(step), self.config.resamples_at(step)
+        next_in_warmup = step + 1 < self.config.n_warmup_steps
+        restarts = Restarts(self.config.restarts_at(step), self.config.resamples_at(step))
         prefixes = self._prefixes.of(step)
         if self._is_replayed:
-            metrics = self._replay(x, prefixes, in_warmup, restarts)
+            metrics = self._replay(x, prefixes, next_in_warmup, restarts)
         else:
-            metrics = self._step(x, prefixes, self._schedule(step), in_warmup, restarts)
+            metrics = self._step(x, prefixes, self._schedule(step), next_in_warmup, restarts)
         self.n_steps_done += 1
         return metrics
 
@@ -109,11 +119,11 @@ class Trainer:
         x: Tensor,
         prefixes: StepPrefixes,
         schedule: Schedule,
-        in_warmup: bool,
-        restarts: tuple[bool, bool],
+        next_in_warmup: bool,
+        restarts: Restarts,
     ) -> dict[str, Tensor]:
-        """A step but for its count, of tensors alone. in_warmup is of the next step; restarts:
-        whether the last latent, and whether dead ones may start anew."""
+        """One step, without counting it; what changes from step to step comes as tensors, so that
+        a GPU can replay it. next_in_warmup: whether the next step is in the warm-up."""
         config = self.config
         x = self._input_scale.scale(x, schedule.norm_share)  # [n_saes, batch, d_model]
         objective = self._objective(x, prefixes)
@@ -126,15 +136,17 @@ class Trainer:
             self._workspace,
         )
         self.kernels = stats.kernels
-        self._watch(objective, stats, schedule)
+        self._follow_threshold(stats, schedule)
+        self._follow_silence(objective, stats)
+        self._add_auxiliary(objective, stats)
         grad_norm = torch.linalg.vector_norm(self._flat_grads, dim=1, keepdim=True)
         self._flat_grads.mul_((config.max_grad_norm / (grad_norm + 1e-6)).clamp_(max=1))
         self._adam(schedule.lr)
 
         self._state["mean_square"].lerp_(stats.mean_square, 1 - config.order_decay)
-        self._restart(objective, *restarts)
+        self._restart(objective, restarts)
         weight = self._controller.weight.clone()
-        self._controller.update(stats.l0, in_warmup, schedule.next_weight)
+        self._controller.update(stats.l0, next_in_warmup, schedule.next_weight)
         return {
             "l0": stats.l0,
             "sparsity_weight": weight,
@@ -158,32 +170,40 @@ class Trainer:
         expected = config.prefixes == "expected"
         return PrefixRule(config.n_prefixes, seed, expected, widths, config.width_weights)
 
-    def _watch(self, objective: Objective, stats: Stats, schedule: Schedule) -> None:
-        """Follows batchtopk's threshold and dead latents, whose loss is added to the gradient."""
-        if stats.smallest is not None:
-            least = self._state["least"]
-            least.lerp_(stats.smallest.nan_to_num(posinf=0.0), schedule.norm_share)
-        if not self.config.watches_silence:
-            return
-        silent, config = self._state["silent"], self.config
-        silent.add_(objective.x.shape[1]).mul_(stats.mean_square == 0)
+    def _follow_threshold(self, stats: Stats, schedule: Schedule) -> None:
+        """The running mean of the least that batchtopk let through: its threshold, once trained."""
+        if stats.least is not None:
+            least = stats.least.nan_to_num(posinf=0.0)
+            self._state["least"].lerp_(least, schedule.norm_share)
+
+    def _follow_silence(self, objective: Objective, stats: Stats) -> None:
+        """For how many activations each latent has been silent."""
+        if self.config.watches_silence:
+            silent = self._state["silent"]
+            silent.add_(objective.x.shape[1]).mul_(stats.mean_square == 0)
+
+    def _add_auxiliary(self, objective: Objective, stats: Stats) -> None:
+        """Adds the gradient of the dead latents' loss to that of the loss."""
+        config = self.config
         if config.auxiliary != "none":
             how = Auxiliary(config.auxiliary_weight, config.auxiliary == "level")
-            dead = silent >= config.dead_after
+            dead = self._state["silent"] >= config.dead_after
             add_auxiliary_gradient(self._grads, self._params, objective, dead, how, stats.acts)
 
-    def _restart(self, objective: Objective, last: bool, dead: bool) -> None:
-        """Starts latents anew: the last one, where it is worth little, and dead ones."""
+    def _restart(self, objective: Objective, restarts: Restarts) -> None:
+        """Gives the last latent, and dead ones, a new start where this step is due for it."""
         state = self._state
-        if last:
+        if restarts.last:
             restart_last(state, self._params, self.order()[:, -1:], objective)
-        if dead:
+        if restarts.dead:
             step = self.n_steps_done
             generators = [seeded_generator(seed, STREAM_RESAMPLE, step) for seed in self.seeds]
             which = state["silent"] >= self.config.dead_after
             resample(state, self._params, objective, which, generators)
 
     def _adam(self, lr: float | Tensor) -> None:
+        """Adam on all parameters of all SAEs: one tensor, of which self._params are views, W_dec
+        among them."""
         state, (beta1, beta2) = self._state, self.config.betas
         adam(
             [state["params"]],
@@ -229,7 +249,8 @@ class Trainer:
 
     @property
     def saes(self) -> list[SAE]:
-        """Copies of the SAEs as they stand, their latents in order: largest mean square first."""
+        """Copies of the SAEs as they stand, their latents in order: largest mean square first, or,
+        where widths are fixed, in their places."""
         mean_norm = self._state["mean_norm"]
         mean_norm = torch.where(mean_norm > 0, mean_norm, 1.0)  # 0: of no inputs yet but zeros
         saes = []
@@ -297,7 +318,7 @@ class Trainer:
     def _numbers(self, step: int) -> Tensor:
         """`_schedule` as a tensor on the device, where a block of steps is copied at once."""
         block, row = divmod(step, STEPS_A_BLOCK)
-        if self._block_numbers[0] != block:
+        if self._block_numbers is None or self._block_numbers[0] != block:
             steps = range(block * STEPS_A_BLOCK, (block + 1) * STEPS_A_BLOCK)
             numbers = torch.tensor([self._schedule(t) for t in steps])
             self._block_numbers = block, numbers.to(self._flat_grads.device)
@@ -321,17 +342,17 @@ class Trainer:
         self,
         x: Tensor,
         prefixes: StepPrefixes,
-        in_warmup: bool,
-        restarts: tuple[bool, bool],
+        next_in_warmup: bool,
+        restarts: Restarts,
     ) -> dict[str, Tensor]:
         """`_step`, of which there is one graph for each shape of x and phase of training."""
 
         def step(x: Tensor, reach: Tensor, numbers: Tensor, *ends: Tensor) -> dict[str, Tensor]:
             schedule = Schedule(*numbers.unbind())
-            return self._step(x, StepPrefixes(reach, ends), schedule, in_warmup, restarts)
+            return self._step(x, StepPrefixes(reach, ends), schedule, next_in_warmup, restarts)
 
         inputs = [x, prefixes.reach, self._numbers(self.n_steps_done), *prefixes.ends]
-        key = (x.shape, in_warmup, restarts)
+        key = (x.shape, next_in_warmup, restarts)
         if key not in self._graphs:
             self._graphs[key] = CudaGraph(inputs)
         return self._graphs[key](step, inputs)
@@ -354,6 +375,16 @@ def _check_stack(
             raise ValueError("SAEs that are stepped together must be on the same device")
     if any(config.gradient != "autograd" for config in configs):
         _require_slopes(first.activation)
+    for sae, config in zip(saes, configs, strict=True):
+        if sae.k is not None and sae.k != config.target_l0:
+            raise ValueError(
+                f"an SAE of k = {sae.k:g} must have that as target_l0, not {config.target_l0:g}"
+            )
+        if sae.activation == "relu" and config.auxiliary != "none":
+            raise UserError(
+                "--auxiliary does nothing for relu: a latent that is silent has no activation to "
+                "explain anything with; use --resample-every"
+            )
     if first.activation == "topk" and any(config.target_l0 % 1 for config in configs):
         raise UserError(f"topk takes a whole number as --target-l0, got {configs[0].target_l0:g}")
     for config in configs:

@@ -23,31 +23,42 @@ class TrainerConfig:
 
     n_steps: int = setting(help="training steps")
     target_l0: float = setting(
-        help="active latents a sample that the sparsity weight is adapted to reach"
+        help="active latents a sample, which the sparsity weight is adapted to reach"
     )
     n_prefixes: int = setting(10, "prefixes a step; 1 makes a vanilla SAE")
     prefixes: Literal["sampled", "expected"] = setting(
-        "sampled", "prefixes drawn each step, or the loss's exact mean over what may be drawn"
+        "sampled",
+        "sampled: other prefixes in each step; expected: the mean of the loss over all that could "
+        "be drawn, computed exactly",
     )
     widths: tuple[float, ...] = setting(
         (),
-        "prefixes of these lengths in every step, in place of drawn ones: numbers of latents, or "
-        "shares of them; the last is all, and 0 is the bias alone",
+        "the same prefix lengths in every step, in place of drawn ones: numbers of latents, or "
+        "shares if all are at most 1; the last must be all latents, and a first of 0 is the bias "
+        "alone",
     )
     width_weights: tuple[float, ...] = setting(
         (), "weights of the --widths in the loss, divided by their sum; default: all equal"
     )
     sparsity: Sparsity = setting(
-        "l1", "of relu: sparsity loss of c = a_j ||d_j||: c itself, or log((c + 0.1) / 0.1)"
+        "l1",
+        "relu only: what an activation costs, with c = a_j ||d_j||: c (l1), or "
+        "log((c + 0.1) / 0.1) (log)",
     )
     sparsity_weight: float = setting(0.2, "where the adaptive sparsity weight starts")
-    sparsity_warmup: float = setting(0.2, "share of the steps over which it rises from 0 to there")
+    sparsity_warmup: float = setting(
+        0.2, "share of the steps over which the sparsity weight rises from 0 to that"
+    )
     l0_control: L0Control = setting(
         "original", "how the sparsity weight follows L0: see SparsityController"
     )
     lr: float = setting(3e-2, "learning rate, of Adam")
-    lr_warmup_steps: int = setting(100, "steps over which it rises, at most 1/20 of all")
-    lr_decay: float = setting(0.2, "share of the steps over which it falls at the end")
+    lr_warmup_steps: int = setting(
+        100, "steps over which the learning rate rises from 0, at most 1/20 of all"
+    )
+    lr_decay: float = setting(
+        0.2, "share of the steps, at the end, over which the learning rate falls"
+    )
     lr_end: float = setting(0.1, "the last learning rate, as a share of --lr")
     betas: tuple[float, float] = setting((0.5, 0.9375), "decays of Adam's two running means")
     max_grad_norm: float = setting(1.0, "norm that an SAE's gradient is clipped to")
@@ -57,12 +68,13 @@ class TrainerConfig:
         0, "steps between chances to restart the last latent; 0: never, as in the paper"
     )
     restart_window: tuple[float, float] = setting(
-        (0.2, 0.8), "shares of the steps between which there are such chances"
+        (0.2, 0.8),
+        "shares of the steps between which --restart-every and --resample-every apply",
     )
     auxiliary: Literal["none", "all", "level"] = setting(
         "none",
-        "loss that lets dead latents explain what is left: of the whole SAE, or of each prefix by "
-        "the dead latents that it adds",
+        "a second loss, by which latents that no longer fire learn to explain the error that is "
+        "left; all: of the whole SAE; level: of each prefix, by the latents that it adds",
     )
     auxiliary_weight: float = setting(1 / 32, "weight of that loss")
     dead_after: int = setting(
@@ -76,7 +88,9 @@ class TrainerConfig:
         "--restart-window; 0: never",
     )
     bandwidth: float = setting(
-        1e-3, "of jumprelu's kernel, in activations of inputs whose mean square norm is 1"
+        1e-3,
+        "jumprelu only: how near a threshold an activation must be to move it, for inputs scaled "
+        "to a mean square norm of 1",
     )
     gradient: Gradient = setting(
         "auto",
@@ -111,7 +125,9 @@ class TrainerConfig:
         self.check_widths(n_latents)
         require_positive(self, "bandwidth", "dead_after", "auxiliary_weight")
         require_not_negative(self, "resample_every")
-        for name in ("n_prefixes", "target_l0"):
+        if self.auxiliary == "level" and self.prefixes == "expected":
+            raise UserError("--auxiliary level is of a few prefixes: not with --prefixes expected")
+        for name in ("target_l0",) if self.widths else ("n_prefixes", "target_l0"):
             value = getattr(self, name)
             if value > n_latents:
                 flag = name.replace("_", "-")
@@ -134,6 +150,14 @@ class TrainerConfig:
             raise UserError("--width-weights must be 0 or more, and not all 0")
         if not widths:
             return
+        if self.restart_every:
+            raise UserError(
+                "--restart-every needs latents in order of what they are worth: not with --widths"
+            )
+        if weights and not weights[-1]:
+            raise UserError(
+                "the last of --width-weights must be above 0: else nothing trains the last latents"
+            )
         if self.prefixes == "expected":
             raise UserError("--widths are fixed: they cannot be had with --prefixes expected")
         if any(a >= b for a, b in itertools.pairwise(widths)) or widths[0] < 0:
@@ -146,7 +170,8 @@ class TrainerConfig:
         if any(not math.isfinite(width) for width in self.widths):
             raise UserError(f"--widths must be finite, got {self.widths}")
         if self.widths and max(self.widths) <= 1:
-            # a share of few latents is one of them at least: 0 is the bias alone
+            # All at most 1: shares, so that 1 is every latent. A share of few latents is one of
+            # them at least: 0 is the bias alone.
             return [max(round(width * n_latents), int(width > 0)) for width in self.widths]
         if any(width != int(width) for width in self.widths):
             raise UserError(f"--widths must be whole numbers, or shares up to 1: {self.widths}")

@@ -33,7 +33,8 @@ class TrainingConfig(TrainerConfig):
     recipe: Literal["write-up", "paper"] = setting(
         "write-up",
         "defaults: the write-up's; or the paper's for language models, which is batchtopk, five "
-        "fixed widths, the auxiliary loss, learning rate 3e-4 and batches of 2048",
+        "fixed widths, the auxiliary loss, learning rate 3e-4 and batches of 2048 (--help shows "
+        "the write-up's)",
     )
     cache: str = setting("cache/train", "folder that cache_activations.py wrote")
     tokens: int = setting(0, "train on the cache's first so many activations; 0: on all")
@@ -46,15 +47,18 @@ class TrainingConfig(TrainerConfig):
     n_latents: int = setting(3072, "latents of an SAE")
     activation: ActivationName = setting(
         "relu",
-        "which latents fire: all over 0, for a price; or the --target-l0 largest of a sample, or "
-        "of a batch; or all over thresholds that are learnt, for a price",
+        "which latents fire; relu: all over 0, at a price; topk: the --target-l0 largest of a "
+        "sample; batchtopk: as many on average, over a batch; jumprelu: all over thresholds that "
+        "are learnt, at a price",
     )
     n_steps: int = inherited(TrainerConfig, "n_steps", default=30_000)
+    # --target-l0 fills target_l0s; target_l0 is each SAE's own, which members.py sets
     target_l0: float = inherited(TrainerConfig, "target_l0", default=30.0, is_flag=False)
     target_l0s: tuple[float, ...] = setting(
         (),
-        "active latents a sample, which the sparsity weight is adapted to reach, or batchtopk and "
-        "topk are given (default: 30); several: an SAE of every kind at each",
+        "active latents a sample (default: 30): topk and batchtopk take it as k; for relu and "
+        "jumprelu the sparsity weight is adapted until it is reached; several: an SAE of every "
+        "kind for each",
         flag="target_l0",
     )
     members: str | None = setting(

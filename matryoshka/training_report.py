@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matryoshka.command_line import table
+from sae import OF_K
 
 DEAD_AFTER = 2_000_000  # activations without firing after which training calls a latent dead
 L0_MISSED = 0.1  # off its target by more than this share, an SAE's L0 is worth a line at the end
@@ -50,14 +51,26 @@ def problems(results: Mapping[str, Any]) -> list[str]:
             direction = "higher" if r["final_l0"] > target else "lower"
             lines.append(
                 f"the {r['sae']} SAE missed its target: L0 {r['final_l0']:.3g} for {target:g}: try "
-                f"more --n-steps, or a {direction} --sparsity-weight"
+                f"{_try_for_l0(r, direction)}"
             )
         if (r["dead_share"] or 0) > MANY_DEAD:
             lines.append(
                 f"{r['dead_share']:.1%} of the {r['sae']} SAE's latents are dead: try fewer "
-                "--n-latents, or a lower --lr or --sparsity-weight"
+                f"--n-latents, a lower --lr{_try_for_dead(r)}"
             )
     return lines
+
+
+def _try_for_l0(result: Mapping[str, Any], direction: str) -> str:
+    if result.get("activation", "relu") in OF_K:
+        return "a lower --target-l0 or --lr: fewer latents have an activation than are asked for"
+    return f"more --n-steps, or a {direction} --sparsity-weight"
+
+
+def _try_for_dead(result: Mapping[str, Any]) -> str:
+    if result.get("activation", "relu") in OF_K:
+        return ", --auxiliary all or --resample-every"
+    return " or --sparsity-weight, or --resample-every"
 
 
 def is_broken(result: Mapping[str, Any]) -> bool:

@@ -115,7 +115,7 @@ def test_the_largest_are_those_that_batchtopk_keeps(seed, batch, k, shift, sprea
     assert torch.equal(dense, expected)
     assert latent.diff().ge(0).all()  # by latent
     if len(a):
-        assert found.smallest == (a * norms[latent]).min()
+        assert found.least == (a * norms[latent]).min()
 
 
 # ------------------------------------------------------------------------------------- the gradient
@@ -163,7 +163,7 @@ def test_every_kernel_has_autograds_gradient(kernel, activation, kind):
         assert_close(stats.l0, of_autograd.l0)
         assert_close(stats.mean_square, of_autograd.mean_square)
         if activation == "batchtopk":
-            assert_close(stats.smallest, of_autograd.smallest)
+            assert_close(stats.least, of_autograd.least)
 
 
 @pytest.mark.parametrize("kind", REACHES)
@@ -220,3 +220,35 @@ def test_a_bandwidth_of_nothing_moves_no_threshold():
     objective = dataclasses.replace(objective_of(x, REACHES["fixed"], "jumprelu"), bandwidth=1e-12)
     for kernel in KERNELS:
         assert not gradient(kernel, params, objective)[0].log_threshold.any()
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu"])
+@pytest.mark.parametrize("kind", ["vanilla", "fixed"])
+@pytest.mark.parametrize("kernel", ["by_prefix", "grouped", "sparse"])
+def test_what_a_kernel_hands_on_are_the_activations(kernel, kind, activation):
+    """They are read again, by the auxiliary loss, after the gradient is written."""
+    params, x = case(6, activation)
+    objective = objective_of(x, REACHES[kind], activation)
+    _, stats = gradient(kernel, params, objective)
+    one = params.one(0)
+    threshold = one.log_threshold[0].exp() if activation == "jumprelu" else None
+    gate = Gate(one.W_dec.norm(dim=1), K, threshold)
+    expected = ACTIVATIONS[activation](x[0] @ one.W_enc.T + one.b_enc, gate)
+    (acts,) = stats.acts
+    if acts.dense is not None:
+        assert_close(acts.dense.T, expected)
+    else:
+        latent, sample, a = acts.firing
+        dense = torch.zeros_like(expected)
+        dense[sample, latent] = a
+        assert_close(dense, expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS[:-1])
+def test_one_width_beside_the_bias_alone(kernel):
+    params, x = case(7, "relu")
+    objective = objective_of(x, width_reach(N_LATENTS, [0, N_LATENTS]), "relu")
+    expected, _ = gradient("autograd", params, objective)
+    ours, _ = gradient(kernel, params, objective)
+    for one, other in zip(ours, expected, strict=True):
+        assert_close(one, other, rtol=1e-9, atol=1e-12)

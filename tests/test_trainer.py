@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from matryoshka import trainer as trainer_module
 from matryoshka.controls import Schedule
+from matryoshka.errors import UserError
 from matryoshka.kernels import Params
 from matryoshka.kernels.autograd import loss_of
 from matryoshka.prefix_draws import StepPrefixes
-from matryoshka.trainer import Trainer
+from matryoshka.trainer import Restarts, Trainer
 from matryoshka.trainer_config import TrainerConfig
 from sae import ACTIVATIONS, OF_K, SAE, matryoshka_loss, sample_prefixes, seeded_generator
 
@@ -148,7 +149,7 @@ def test_a_step_reads_nothing_back_to_the_host():
     x = trainer._checked(batches(1)[0])
     with Recorder() as recorder, torch.inference_mode():
         schedule = Schedule.of(trainer.config, 1)
-        trainer._step(x, trainer._prefixes.of(1), schedule, True, (False, False))
+        trainer._step(x, trainer._prefixes.of(1), schedule, True, Restarts(False, False))
     assert any("bmm" in name for name in recorder.names)
     reads = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::equal"}
     assert not reads & set(recorder.names)
@@ -517,6 +518,7 @@ DEAD = {"dead_after": 2 * BATCH, "resample_every": 4, "restart_window": (0.7, 0.
 @pytest.mark.parametrize("n_latents", [N_LATENTS, 300])
 def test_resuming_is_exact_whatever_the_activation(activation, auxiliary, n_latents):
     """With the auxiliary loss and resampling, which follow how long each latent was silent."""
+    auxiliary = "none" if activation == "relu" else auxiliary  # it has nothing to learn there
     config = DEAD | {"auxiliary": auxiliary, "widths": (0.25, 1.0)}
     xs, k = batches(40), 2.0 if activation in OF_K else None
     sae = SAE(D_MODEL, n_latents, 0, activation, k)
@@ -551,3 +553,15 @@ def test_dead_latents_start_anew_when_it_is_time():
     assert biases[8] == 0.0, "step 8 is 0.2 of 40, and a multiple of 4"
     late = train_one(sae=sae, n_steps=40, **config | {"restart_window": (0.9, 1.0)}, xs=batches(36))
     assert float(Params.of(late.state_dict()["params"], D_MODEL, N_LATENTS).b_enc[0, 0, 3]) < -9e3
+
+
+def test_an_auxiliary_loss_of_relu_is_refused():
+    config = TrainerConfig(n_steps=9, target_l0=2.0, n_prefixes=2, auxiliary="all")
+    with pytest.raises(UserError, match="--auxiliary does nothing for relu"):
+        Trainer([SAE(D_MODEL, N_LATENTS)], config, [0])
+
+
+def test_an_sae_of_another_k_than_the_target_is_refused():
+    config = TrainerConfig(n_steps=9, target_l0=3.0, n_prefixes=2)
+    with pytest.raises(ValueError, match=r"k = 2 must have that as target_l0, not 3"):
+        Trainer([SAE(D_MODEL, N_LATENTS, 0, "batchtopk", 2.0)], config, [0])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from matryoshka.kernels import jumprelu
-from matryoshka.kernels.encode import smallest_let_through
+from matryoshka.kernels.encode import least_let_through
 from matryoshka.kernels.layout import (
     MIN_NORM,
     Objective,
@@ -26,7 +26,8 @@ def write(grads: Params, params: Params, objective: Objective) -> Stats:
     activation, bandwidth = objective.activation, objective.bandwidth
     x, batch = objective.x, objective.x.shape[1]
     ones = x.new_ones(len(x), 1, batch)  # sums over the batch are products: no copies
-    reach = objective.reach[..., None] * (2 / batch)  # [n_saes, n_latents, 1]
+    # [n_saes, n_latents, 1] each; 2 / batch is in the reach, and so in `shared`
+    reach = objective.reach[..., None] * (2 / batch)
     price = objective.price[..., None] / batch
 
     preacts = torch.baddbmm(b_enc, x, W_enc.mT)
@@ -67,7 +68,7 @@ def write(grads: Params, params: Params, objective: Objective) -> Stats:
     mean_square = correlation.diagonal(dim1=1, dim2=2) * norms.square() / batch
     least = None
     if activation == "batchtopk":
-        least = smallest_let_through(acts.mT, norms[..., None])
+        least = least_let_through(acts.mT, norms[..., None])
     return Stats(l0, mean_square, ("all_pairs",) * len(x), least)
 
 

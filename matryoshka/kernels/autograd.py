@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from matryoshka.kernels.encode import smallest_let_through
+from matryoshka.kernels.encode import least_let_through
 from matryoshka.kernels.jumprelu import count, jump
 from matryoshka.kernels.layout import Objective, Params, Stats
 from sae import ACTIVATIONS, Sparsity, matryoshka_loss
@@ -15,12 +15,12 @@ def write(grads: Params, params: Params, objective: Objective) -> Stats:
     """Writes the gradient; see `write_gradient`."""
     l0s, mean_squares, least = [], [], []
     for i in range(len(objective.x)):
-        parts, l0, mean_square, smallest = _gradient(i, params.one(i), objective)
+        parts, l0, mean_square, of_sae = _gradient(i, params.one(i), objective)
         for grad, part in zip(grads.one(i), parts, strict=True):
             grad.copy_(part)
         l0s.append(l0)
         mean_squares.append(mean_square)
-        least.append(smallest)
+        least.append(of_sae)
     kernels = ("autograd",) * len(l0s)
     of_batchtopk = torch.stack(least) if objective.activation == "batchtopk" else None
     return Stats(torch.stack(l0s), torch.stack(mean_squares), kernels, of_batchtopk)
@@ -81,5 +81,5 @@ def _gradient(
         loss, acts = loss_of(leaves, objective.x[i], i, objective)
         parts = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     acts, norms = acts.detach(), leaves.W_dec.detach().norm(dim=1)
-    mean_square, least = (acts * norms).square().mean(0), smallest_let_through(acts, norms)
+    mean_square, least = (acts * norms).square().mean(0), least_let_through(acts, norms)
     return parts, (acts > 0).sum().to(acts.dtype) / len(acts), mean_square, least

@@ -52,7 +52,8 @@ def write(task: Task, dtype: torch.dtype, grouped: bool) -> Tensor:
     grads.W_dec[where] = g_W_dec
     grads.b_dec[0] = total
     mean_square = torch.empty_like(task.reach)
-    mean_square[where] = acts.square_().sum(1) / batch * norms.square()
+    sums = torch.linalg.vector_norm(acts, dim=1).square()  # acts may be the caller's: not in place
+    mean_square[where] = sums / batch * norms.square()
     return mean_square
 
 
@@ -96,19 +97,22 @@ class Blocks:
         return residuals[0].sum(0) + self.of_bias_alone()
 
     def add_grouped(self, g_acts: Tensor, g_W_dec: Tensor) -> Tensor:
-        """All blocks at once: r_k = sum_q min(s_k, s_q) (what block q decodes to), x taken off
-        the first block, which every other shares prefixes with at its own reach."""
+        """All blocks at once. Residual k is sum_q min(s_k, s_q) D_q, with D_q what block q decodes
+        to; x is taken off D_0 alone, which is enough since min(s_k, s_0) = s_k."""
         batch, n_blocks = len(self.minus_x), len(self.ends)
         ends = self.ends.to(self.acts.device, torch.int32)
         residuals = grouped_mm(self.acts.T, self.W_dec, offs=ends)  # [n_blocks, batch, d_model]
         residuals[0] += self.minus_x
         if n_blocks > 1:
-            # Reaches are counted in prefixes: whole numbers where those are sampled, not rounded.
+            # Reaches times the number of prefixes: whole numbers for sampled prefixes, and for
+            # equal widths, which bfloat16 holds exactly.
             counts = self.ranked[ends - 1] * n_blocks
             shared = torch.minimum(counts, counts[:, None]).to(self.acts.dtype)
             mixed = self.workspace.empty("mixed", self.acts, *residuals.shape)
             torch.mm(shared, residuals.flatten(1), out=mixed.flatten(1))
             residuals = mixed
+        else:
+            residuals *= self.ranked[0].to(residuals.dtype)
         scale = 2 / (batch * n_blocks)
         g_acts.add_(grouped_mm(self.W_dec, residuals.mT, offs=ends), alpha=scale)
         g_W_dec.add_(grouped_mm(self.acts, residuals, offs=ends), alpha=scale)

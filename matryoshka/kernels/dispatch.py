@@ -44,7 +44,7 @@ def write_gradient(
     is_small = gradient in ("auto", "dense") and n_latents <= MAX_LATENTS_OF_ALL_PAIRS
     if gradient == "all_pairs" or is_small:
         return all_pairs.write(grads, params, objective)
-    l0s, mean_squares, smallest, kernels, acts = [], [], [], list[str](), []
+    l0s, mean_squares, least, kernels, acts = [], [], [], list[str](), []
     for i in range(n_saes):
         task = task_of(i, grads, params, objective, matmul_dtype, workspace or Workspace())
         n_active = count_active(task.acts, task.workspace)
@@ -58,12 +58,13 @@ def write_gradient(
             mean_square = write_one(kernel, task, matmul_dtype)
         l0s.append(l0)
         mean_squares.append(mean_square)
-        smallest.append(l0 if task.acts.smallest is None else task.acts.smallest)
+        if task.acts.least is not None:
+            least.append(task.acts.least)
         kernels.append(kernel)
         acts.append(task.acts)
-    least = torch.stack(smallest) if objective.activation == "batchtopk" else None
     means = torch.stack(l0s), torch.stack(mean_squares)
-    return Stats(*means, tuple(kernels), least, tuple(acts))
+    known = tuple(acts) if n_saes == 1 else ()
+    return Stats(*means, tuple(kernels), torch.stack(least) if least else None, known)
 
 
 def write_one(kernel: Kernel, task: Task, matmul_dtype: MatmulDtype) -> Tensor:

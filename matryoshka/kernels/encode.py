@@ -1,6 +1,6 @@
-"""The activations of one SAE that is too large for `all_pairs`, a row a latent.
+"""The activations of one SAE that is too large for `all_pairs`, as [n_latents, batch].
 
-What belongs to one latent lies together, and can be read out of order.
+A latent's activations lie side by side, so that latents can be read in any order.
 """
 
 import torch
@@ -10,8 +10,7 @@ from matryoshka.kernels import jumprelu
 from matryoshka.kernels.layout import Acts, Firing, MatmulDtype, Objective, Params, Workspace
 from sae import ACTIVATIONS
 
-# Of `batchtopk`: what is sampled to guess the smallest activation that is let through, and how
-# many more than are wanted the guess is made for.
+# `largest` guesses what it looks for from every 61st score, for 1.25 times as many as are wanted.
 SAMPLE_EVERY, MARGIN = 61, 1.25
 
 
@@ -22,14 +21,18 @@ def encode(
     preacts = pre_activations(params, x, matmul_dtype, workspace)
     activation = objective.activation
     if activation == "batchtopk" and preacts.device.type == "cpu":
-        return largest(preacts, params.W_dec.norm(dim=1), round(objective.k * len(x)), workspace)
+        # a sort of all n_latents x batch scores would take longer than the step
+        n = max(1, round(objective.k * len(x)))
+        return largest(preacts, params.W_dec.norm(dim=1), n, workspace)
     near = None
     if activation == "jumprelu":
         near = jumprelu.near(preacts, params.log_threshold.T.exp(), objective.bandwidth)
     gate = params.gate(activation, objective.k)
     acts = ACTIVATIONS[activation](preacts.T, gate).T
-    smallest = smallest_let_through(acts, gate.norms.T) if activation == "batchtopk" else None
-    return Acts(acts.shape, acts, None, near, smallest)
+    least = None
+    if activation == "batchtopk" and gate.norms is not None:
+        least = least_let_through(acts, gate.norms.T)
+    return Acts(acts.shape, acts, None, near, least)
 
 
 def pre_activations(
@@ -58,12 +61,12 @@ def largest(preacts: Tensor, norms: Tensor, n: int, workspace: Workspace) -> Act
     if len(a) < n and bound > 0:
         latent, sample, a = over(preacts, torch.zeros_like(norms), workspace)
     scores = a * norms[latent]
-    smallest = scores.topk(n, sorted=False).values.amin() if len(a) > n else scores.new_zeros(())
-    kept = ((scores >= smallest) & (scores > 0)).nonzero()[:, 0]
+    least = scores.topk(n, sorted=False).values.amin() if len(a) > n else scores.new_zeros(())
+    kept = ((scores >= least) & (scores > 0)).nonzero()[:, 0]
     latent, sample, a = (part.index_select(0, kept) for part in (latent, sample, a))
     scores = scores.index_select(0, kept)
-    smallest = scores.amin() if len(scores) else smallest
-    return Acts(preacts.shape, None, Firing(latent, sample, a), None, smallest)
+    least = scores.amin() if len(scores) else least
+    return Acts(preacts.shape, None, Firing(latent, sample, a), None, least)
 
 
 def guess(preacts: Tensor, norms: Tensor, n: int) -> Tensor:
@@ -84,8 +87,8 @@ def over(preacts: Tensor, bounds: Tensor, workspace: Workspace) -> Firing:
     return Firing(latent, index - latent * preacts.shape[1], preacts.view(-1)[index])
 
 
-def smallest_let_through(acts: Tensor, norms: Tensor) -> Tensor:
-    """The least a_j ||d_j|| that is not 0, of acts [..., n_latents, batch], or the other way about,
-    with norms that broadcast to them: [...]."""
+def least_let_through(acts: Tensor, norms: Tensor) -> Tensor:
+    """The smallest a_j ||d_j|| that is not 0, of acts [..., n_latents, batch] or transposed, with
+    norms that broadcast to them: [...]."""
     scores = torch.where(acts > 0, acts * norms, torch.inf)
     return scores.amin(dim=(-2, -1))

@@ -10,7 +10,8 @@ so with G_j = d loss / d a_j and p_j the price of an active latent, both as mean
 
     d loss / d t_j = -(1 / b) sum over samples with |z_j - t_j| < b / 2 of (t_j G_j + p_j)
 
-What is trained is log t_j. `jump` and `count` are the same for autograd.
+log t_j is what is trained, so that t_j stays positive. `jump` and `count` are these functions with
+these slopes, for autograd.
 """
 
 from typing import Any

@@ -8,10 +8,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sae import OF_K, Gate, Sparsity
+from sae import Gate, Sparsity
 
 MatmulDtype = Literal["float32", "bfloat16"]
 Price = Sparsity | Literal["l0"]  # what an active latent costs; l0, of jumprelu: 1
+
+WITHOUT_NORMS = ("relu", "jumprelu")  # activation functions that do not look at ||d_j||
 
 # The least length that a decoder row is divided by. A row of zeros has no direction: its part of
 # the sparsity loss then has gradient 0, as autograd has it, and not NaN.
@@ -19,7 +21,10 @@ MIN_NORM = 1e-12
 
 
 class Params(NamedTuple):
-    """What is learnt, or its gradient: views of one flat tensor [n_saes, n_params]."""
+    """What is learnt, or its gradient: views of one flat tensor [n_saes, n_params].
+
+    W_enc is the transpose of the SAE's.
+    """
 
     W_enc: Tensor  # [n_saes, n_latents, d_model]: a row a latent, as in W_dec
     b_enc: Tensor  # [n_saes, 1, n_latents]
@@ -47,14 +52,15 @@ class Params(NamedTuple):
     def gate(self, activation: str, k: float) -> Gate:
         """What `activation` needs in training, of a stack, [n_saes, 1, n_latents] each, or of one
         SAE, [1, n_latents] each."""
-        norms = self.W_dec.norm(dim=-1)[..., None, :] if activation in OF_K else self.b_enc
+        needs_norms = activation not in WITHOUT_NORMS
+        norms = self.W_dec.norm(dim=-1)[..., None, :] if needs_norms else None
         threshold = self.log_threshold.exp() if activation == "jumprelu" else None
         return Gate(norms, k, threshold)
 
 
 class Firing(NamedTuple):
-    """Activations one by one, by latent: those that are not 0; of jumprelu, also those below its
-    threshold by less than half of the bandwidth, which are 0."""
+    """A list of activations, sorted by latent: all that are not 0. For jumprelu also the zeros
+    just below their threshold, since these move it."""
 
     latent: Tensor  # int64 [n]
     sample: Tensor  # int64 [n]
@@ -69,17 +75,19 @@ class Acts:
     dense: Tensor | None  # None: only `firing` is known
     firing: Firing | None  # None: only `dense` is known
     near: Tensor | None = None  # bool: of jumprelu, less than half a bandwidth from the threshold
-    smallest: Tensor | None = None  # []: the least a_j ||d_j|| that batchtopk let through
+    least: Tensor | None = None  # []: the smallest a_j ||d_j|| that batchtopk let through
 
 
 class Stats(NamedTuple):
-    """What a step learns of the activations on its way."""
+    """What computing a gradient tells of the activations."""
 
     l0: Tensor  # [n_saes], active latents a sample
     mean_square: Tensor  # [n_saes, n_latents], of a_j ||d_j||
     kernels: tuple[str, ...] = ()  # an SAE each: how its gradient was computed
-    smallest: Tensor | None = None  # [n_saes], of the a_j ||d_j|| that batchtopk let through
-    acts: tuple[Acts, ...] = ()  # an SAE each, where the kernel had them; valid until the next step
+    least: Tensor | None = None  # [n_saes], of the a_j ||d_j|| that batchtopk let through
+    # The activations, where the kernel had them and there is one SAE, since the next one's
+    # overwrite them. Valid until the next step.
+    acts: tuple[Acts, ...] = ()
 
 
 class Workspace:
@@ -107,10 +115,12 @@ class Objective:
     """What a stack of SAEs is asked for on one batch."""
 
     x: Tensor  # [n_saes, batch, d_model], scaled
-    reach: Tensor  # [n_saes, n_latents], of the latents as they are stored; its maximum is 1
+    # [n_saes, n_latents], of the latents as they are stored; at most 1, and what the largest lacks
+    # of 1 is the weight of the bias alone
+    reach: Tensor
     price: Tensor  # [n_saes, n_latents]: sparsity_weight * reach
-    # Of each SAE, how many latents have each reach or a higher one, from the highest down: int64
-    # [n_reaches]. None counts them, for which a GPU has to be waited for.
+    # For each SAE int64 [n_reaches]: how many latents have the highest reach, the highest two, and
+    # so on. None: they are counted, which waits for a GPU.
     ends: Sequence[Tensor] | None = None
     sparsity: Price = "l1"
     activation: str = "relu"
@@ -179,7 +189,8 @@ def count_ends(reach: Tensor) -> Tensor:
 def sparsity_slopes(acts: Tensor, norms: Tensor, sparsity: Price) -> tuple[Tensor, Tensor]:
     """f'(a ||d||) and a f'(a ||d||), for f the identity or the logarithm; shapes broadcast.
 
-    Both are 0 for "l0", whose price only the threshold's gradient has.
+    Both are 0 for "l0", whose price only the threshold's gradient has. The second, summed over the
+    batch, is what draws a decoder row's length down: `shrink` in the kernels.
     """
     if sparsity == "l0":
         return torch.zeros_like(norms), norms.new_zeros(()).expand_as(acts)

@@ -69,7 +69,7 @@ class Active:
     @classmethod
     def of(cls, task: Task) -> "Active":
         """Those of the task."""
-        latent, sample, a = task.firing()  # by latent, for now
+        latent, sample, a = task.firing()  # sorted by latent, until they are sorted by sample below
         reach, device, (n_latents, batch) = task.reach, task.reach.device, task.acts.shape
         rank = torch.empty_like(reach, dtype=torch.int64)
         rank[reach.argsort(descending=True, stable=True)] = torch.arange(n_latents, device=device)
