@@ -43,10 +43,11 @@ class Launch:
             is_path = value.startswith((".", "~", "/")) and not value.startswith("/volume/")
             is_file = flag == "--members" and not value.startswith("/volume/")
             if is_file or (flag in ("--model", "--dataset", "--tokenizer") and is_path):
+                name = Path(value).name
                 raise UserError(
                     f"{flag} {value}: a container has none of this machine's files; put them on "
-                    f"the Volume, modal volume put {self.volume} {value} data, and give {flag} "
-                    "/volume/data"
+                    f"the Volume, modal volume put {self.volume} {value} {name}, and give {flag} "
+                    f"/volume/{name}"
                 )
 
 
@@ -62,7 +63,9 @@ HELP = {
 
 def launch_parser() -> argparse.ArgumentParser:
     """The parser of `Launch`'s own flags."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS, exit_on_error=False
+    )
     group = parser.add_argument_group("flags of Modal's")
     for field in dataclasses.fields(Launch)[:-1]:
         flag, text = "--" + field.name.replace("_", "-"), HELP[field.name]
@@ -76,10 +79,13 @@ def launch_parser() -> argparse.ArgumentParser:
 
 
 def launch_of(words: Sequence[str], **defaults: Any) -> Launch:
-    """A command line as a checked `Launch`, with other defaults."""
+    """A command line as a checked `Launch`, with other defaults. Raises `UserError`."""
     parser = launch_parser()
     parser.set_defaults(**defaults)
-    known, others = parser.parse_known_args(words)
+    try:
+        known, others = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
     launch = Launch(**vars(known), words=tuple(others))
     launch.check()
     return launch
@@ -107,16 +113,22 @@ def one_line_errors() -> Iterator[None]:
 def download(source: Any, folder: PurePosixPath, out: Path) -> None:
     """Copies the files below `folder` of the Volume `source` to `out`; each whole or not at all.
 
-    Hidden ones are locks, and what killed containers have left half written.
+    Hidden ones are locks, and what killed containers have left half written. Raises `UserError`
+    where one cannot be written.
     """
     for entry in source.listdir(str(folder), recursive=True):
         name = PurePosixPath(entry.path.lstrip("/")).relative_to(folder)
-        if entry.type.name != "FILE" or name.name.startswith("."):
-            continue
-        path = out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        with part.open("wb") as file:
-            for chunk in source.read_file(entry.path):
-                file.write(chunk)
-        os.replace(part, path)
+        if entry.type.name == "FILE" and not name.name.startswith("."):
+            try:
+                _download_file(source, entry.path, out / name)
+            except OSError as error:
+                raise UserError(f"--out: cannot write {out / name} ({error.strerror})") from None
+
+
+def _download_file(source: Any, name: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        for chunk in source.read_file(name):
+            file.write(chunk)
+    os.replace(part, path)

@@ -43,8 +43,8 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service
 
 
 def without_figures(folder: Path, call_id: str) -> None:
-    """In a container: figures take most of a tiny comparison's time. Steps are counted, and an
-    evaluation leaves a mark."""
+    """In a container: figures take most of a tiny comparison's time. Steps are counted; training
+    and evaluating leave a mark."""
     modal_tinystories.parts.draw = lambda *_: None  # type: ignore[assignment]
     evaluate.draw = lambda *_: None  # type: ignore[assignment]
     step, score = Training.step, evaluate.run
@@ -52,6 +52,7 @@ def without_figures(folder: Path, call_id: str) -> None:
     def counted(self: Training, x: Any) -> Any:
         with (folder / f"{self.out.name}.steps").open("ab") as file:
             file.write(b".")
+        (folder / f"{call_id}.trains").touch()
         return step(self, x)
 
     def marked(config: evaluate.Config) -> Any:
@@ -105,12 +106,12 @@ def made(volume: Path) -> dict[str, bytes]:
 
 
 def running(service: Service, kind: str) -> list[str]:
-    """The calls at work of cache_part, train_one, compare, or "evaluate", a part of train_one."""
-    if kind != "evaluate":
+    """The calls at work of cache_part, train_one, compare; or of train_one those that train, or
+    evaluate."""
+    if kind not in ("trains", "evaluates"):
         return [call for call in list(service.processes) if call.startswith(kind)]
-    return [
-        c for c in running(service, "train_one") if (service.folder / f"{c}.evaluates").exists()
-    ]
+    marks = {call: service.folder / f"{call}.{kind}" for call in running(service, "train_one")}
+    return [call for call, mark in marks.items() if mark.exists()]
 
 
 def kill_some(service: Service, kind: str, rng: random.Random, is_over: Callable[[], bool]) -> int:
@@ -118,8 +119,10 @@ def kill_some(service: Service, kind: str, rng: random.Random, is_over: Callable
     n_killed = 0
     while n_killed < N_KILLS and not is_over():
         calls = running(service, kind)
-        time.sleep(rng.uniform(0.0, 0.2))
-        n_killed += bool(calls) and service.kill(rng.choice(calls))
+        time.sleep(rng.uniform(0.0, 0.1))
+        if calls and service.kill(call := rng.choice(calls)):
+            n_killed += 1
+            (service.folder / f"{call}.{kind}").unlink(missing_ok=True)  # it begins again
     return n_killed
 
 
@@ -142,7 +145,7 @@ def test_kills_at_random_moments_and_two_commands_at_once(
             service, kind, rng, lambda: not any(thread.is_alive() for thread in commands)
         )
 
-    kinds = ("cache_part", "train_one", "evaluate", "compare")
+    kinds = ("compare", "cache_part", "train_one", "trains", "evaluates")
     killers = at_once(*(functools.partial(kill, kind) for kind in kinds))
     for thread in [*commands, *killers]:
         thread.join(600)
@@ -150,7 +153,7 @@ def test_kills_at_random_moments_and_two_commands_at_once(
     assert len(outcomes) == 2, service.logs()
     assert all(isinstance(outcome, dict) for outcome in outcomes), outcomes
     assert made(service.volume) == made(undisturbed)
-    n_steps, n_killed = n_steps_in(service), killed["train_one"] + killed["evaluate"]
+    n_steps, n_killed = n_steps_in(service), sum(killed.values())
     assert n_steps <= 2 * STEPS + CHECKPOINT_EVERY * n_killed, "something was trained twice"
     # The same command once more evaluates, and trains nothing.
     again = command(launch, service)

@@ -141,9 +141,12 @@ def test_without_a_token_there_is_one_line(tmp_path: Path) -> None:
     [
         ("--gpu H1000", "--gpu H1000 is none of T4, "),
         ("--cache-workers 0", "--cache-workers is 0"),
+        ("--cache-workers many", "argument --cache-workers: invalid int value: 'many'"),
+        ("--secret", "argument --secret: expected one argument"),
         ("--volume a/b", "--volume a/b is no name"),
         ("--model ./here", "--model ./here: a container has none of this machine's files"),
         ("--dataset=/x/y", "--dataset /x/y: a container has none"),
+        ("--members saes.toml", "--members saes.toml: a container has none"),
         ("--lr 0", "matryoshka: --lr is 0"),
         ("--step 3", "unrecognized arguments: --step 3"),
     ],
@@ -162,8 +165,13 @@ def test_a_wrong_setting_is_refused_before_modal_is_asked(
     assert captured.out == ""
 
 
-def test_what_lies_on_the_volume_is_accepted() -> None:
+def test_what_lies_on_the_volume_is_accepted_and_the_advice_leads_there() -> None:
     launch_of(["--model", "/volume/data/m.pt", "--dataset=/volume/data"]).check_for_modal()
+    with pytest.raises(UserError) as refused:
+        launch_of(["--model", "../weights/m.pt"]).check_for_modal()
+    advice = str(refused.value).split("give ")[1]
+    assert advice == "--model /volume/m.pt"
+    launch_of(advice.split()).check_for_modal()
 
 
 WITHOUT_TORCH = """
@@ -613,6 +621,15 @@ def test_the_entrypoint_fails_in_one_line(
     assert error.startswith("error: ")
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_download_that_cannot_be_written_is_named(
+    finished: tuple[Launch, dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    volume = FakeVolume(Path(finished[0].volume))
+    with pytest.raises(UserError, match=r"--out: cannot write .*out/"):
+        modal_launch.download(volume, PurePosixPath("runs/tiny"), tmp_path / "out")
 
 
 def test_downloads_stay_in_their_folder(tmp_path: Path) -> None:
