@@ -27,6 +27,7 @@ from modal_cases import files, launch_for, write_data
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from tiny_factory import write_model
+from transformers_factory import make_documents, save_model, save_tokenizer, write_documents
 
 import cache_activations
 import evaluate
@@ -420,6 +421,22 @@ def test_several_l0s_are_one_pass_a_kind_and_a_frontier(
     assert {path.stem for path in out.glob("*/*_l0_*.safetensors")} == names
     assert (out / "frontier.png").stat().st_size > 5_000
     assert all(name in results["table"] for name in names)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_any_model_and_text(tmp_path: Path) -> None:
+    folder = save_model("gpt2", tmp_path)
+    save_tokenizer(folder)
+    for split in ("train", "validation"):
+        write_documents(tmp_path / "text" / f"{split}.jsonl", make_documents(60))
+    of_text = {"context": 16, "layer": 2, "tokens": 400, "validation_tokens": 200, "n_steps": 5}
+    launch = launch_for(tmp_path / "text", tmp_path, model=folder, **of_text)
+    results = modal_tinystories.run(launch)
+    for run in results["runs"]:
+        assert run["evaluation"]["cross_entropy"]["clean"] > 0
+    caches_before = [files(folder) for folder in caches(launch)]
+    modal_tinystories.run(launch)
+    assert [files(folder) for folder in caches(launch)] == caches_before
 
 
 @pytest.mark.usefixtures("no_figures")
