@@ -79,7 +79,7 @@ def write(sae: SAE, folder: Path, widths: Sequence[int] | None = None) -> list[s
     weights = unit_rows(weights_of(sae))
     name, threshold = class_of(sae, weights, widths)
     notes = ["activations are a_j ||d_j|| there, in the units of the data"]
-    notes += [f"{n_zero} latents with decoder rows of zeros never fire there"] * (n_zero > 0)
+    notes += [f"latents with decoder rows of zeros ({n_zero}) never fire there"] * (n_zero > 0)
     notes += _prefix_notes(sae, name)
     if name not in NOT_CENTRED:
         weights = centred(weights)

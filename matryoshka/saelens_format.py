@@ -57,7 +57,7 @@ def write(sae: SAE, folder: Path) -> list[str]:
         n_zero = int((weights.norms == 0).sum())
         weights = unit_rows(weights)
         notes.append("activations are a_j ||d_j|| there, in the units of the data")
-        notes += [f"{n_zero} latents with decoder rows of zeros never fire there"] * (n_zero > 0)
+        notes += [f"latents with decoder rows of zeros ({n_zero}) never fire there"] * (n_zero > 0)
     if sae.activation == "batchtopk":
         notes.append("there it is a JumpReLU SAE: k is in the metadata only")
     config = {

@@ -51,7 +51,7 @@ def test_what_a_target_cannot_express_is_said(tmp_path):
     notes = convert.export(sae, "saelens", tmp_path / "a", inputs(sae, 1))["notes"]
     assert any("prefix" in note for note in notes)
     assert any("||d_j||" in note for note in notes)
-    assert "1 latents with decoder rows of zeros never fire there" in notes
+    assert "latents with decoder rows of zeros (1) never fire there" in notes
     sae.about = {}
     notes = convert.export(sae, "saelens", tmp_path / "b", inputs(sae, 1))["notes"]
     assert not any("prefix" in note for note in notes)

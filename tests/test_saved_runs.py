@@ -11,6 +11,7 @@ import torch
 from run_factory import D_MODEL, write_cache, write_run
 from tiny_factory import write_model
 
+from matryoshka import convert
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.errors import UserError
 from matryoshka.saved_runs import (
@@ -323,3 +324,16 @@ def test_a_cache_that_does_not_fit_is_refused(made, tmp_path):
         with pytest.raises(UserError, match=named):
             check_cache(ActivationCache(folder), saes, trained)
         shutil.rmtree(out)
+
+
+def test_folders_of_other_tools_are_saes_of_a_folder_or_the_folder_itself(tmp_path):
+    sae = SAE(D_MODEL, 8, seed=1).requires_grad_(False)
+    x = torch.randn(20, D_MODEL, generator=torch.Generator().manual_seed(0))
+    for target in convert.TARGETS:
+        convert.export(sae, target, tmp_path / target, x)
+    sae.save(tmp_path / "ours.safetensors")
+    saes = load_saes(tmp_path, CPU, {})
+    assert list(saes) == ["ours", "dictionary-learning", "saelens"]
+    for found in saes.values():
+        torch.testing.assert_close(found(x), sae(x))
+    assert list(load_saes(tmp_path / "saelens", CPU, {})) == ["saelens"]
