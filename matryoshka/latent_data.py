@@ -17,7 +17,7 @@ from matryoshka.top_examples import N_A_QUANTILE, N_QUANTILES, N_TOP, Examples, 
 from sae import SAE
 
 N_RANDOM = 5  # firings at random
-LONG, SHORT = (12, 7), (7, 4)  # tokens before and after: of the strongest, and of the others
+LONG, SHORT = (12, 7), (6, 3)  # tokens before and after: of the strongest, and of the others
 N_TOKENS = 5  # most characteristic tokens
 N_SIMILAR = 10
 N_OUTPUTS, N_OUTPUT_BINS = 10, 40

@@ -31,7 +31,7 @@ from matryoshka.latent_data import (
 )
 from matryoshka.top_examples import N_QUANTILES
 
-LATENTS_A_FILE = 32
+LATENTS_A_FILE = 16
 DIGITS = 3  # significant ones of a number on the page
 
 Array = np.ndarray

@@ -1,6 +1,6 @@
 """What browsing costs: the statistics against the encoder's own pass, the page's size, its speed.
 
-    python -m studies.bench_browse                                     # the ratio, at full size
+    python -m studies.bench_browse --no-page                           # the ratio, at full size
     python -m studies.bench_browse --d-model 64 --tokens 500000        # the memory
     python -m studies.bench_browse --d-model 64 --n-latents 65536 --tokens 20000 --repeats 0
 
@@ -49,6 +49,7 @@ class Config:
     tokens: int = setting(100_000, "activations in the cache")
     l0: float = setting(30.0, "latents that fire on a token")
     repeats: int = setting(3, "rounds of the two passes; 0: they are not timed")
+    page: bool = setting(True, "write the page, and open it where there is a Chromium")
     out: str = setting("runs/bench", "folder for browse.json")
 
 
@@ -114,6 +115,16 @@ def opened(page: Path, n_latents: int) -> dict[str, Any]:
     return {"first view": statistics.median(seconds), "a latent": statistics.median(latents)}
 
 
+def written_page(folder: Path, n_latents: int) -> dict[str, Any]:
+    """Megabytes and seconds of the page of `folder`'s run on its cache, and how fast it opens."""
+    start, page = time.perf_counter(), folder / "page"
+    run, cache = str(folder / "run"), str(folder / "cache")
+    wrote = browse.run(browse.Config(run=run, cache=cache, out=str(page), device="cpu"))
+    seconds = time.perf_counter() - start
+    of_page = {"megabytes": wrote["megabytes"], "seconds to write": seconds}
+    return of_page | opened(page, n_latents)
+
+
 def run(config: Config) -> dict[str, Any]:
     """Measures, and writes browse.json to `config.out`."""
     require_positive(config, "n_latents", "d_model", "tokens", "l0")
@@ -129,15 +140,8 @@ def run(config: Config) -> dict[str, Any]:
         results: dict[str, Any] = {"config": dataclasses.asdict(config)}
         if config.repeats:
             results["passes"] = timed_passes(sae, cache, config.repeats)
-        start, page = time.perf_counter(), folder / "page"
-        wrote = browse.run(
-            browse.Config(run=f"{made}/run", cache=f"{made}/cache", out=str(page), device="cpu")
-        )
-        results["page"] = {
-            "megabytes": wrote["megabytes"],
-            "seconds to write": time.perf_counter() - start,
-            **opened(page, config.n_latents),
-        }
+        if config.page:
+            results["page"] = written_page(folder, config.n_latents)
         results["l0"] = float((sae.encode(cache.acts(0, 4096)) > 0).sum(1).double().mean())
     results["peak_memory"] = peak_memory(torch.device("cpu"))
     results["environment"] = environment(torch.device("cpu"))

@@ -24,6 +24,7 @@ from page_factory import (
 )
 
 import browse
+from matryoshka.array_files import cache_arrays
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.contexts import Text
 from matryoshka.example_files import read
@@ -268,6 +269,15 @@ def test_without_a_model_or_its_head_there_are_no_outputs(world, tmp_path):
     browse.main(flags(world, tmp_path / "page", model="none"))
     path = tmp_path / "page" / "data" / "0" / "latents_0.js"
     assert "promoted" not in script_arguments(path)[2][0]
+
+
+def test_a_cache_of_arrays_without_token_ids_has_a_page_too(world, tmp_path):
+    cache_arrays(tmp_path / "arrays", [torch.randn(300, D_MODEL, generator=torch.Generator())])
+    browse.main(flags(world, tmp_path / "page", cache=tmp_path / "arrays"))
+    (about,) = script_arguments(tmp_path / "page" / "data" / "run.js")
+    assert about["texts"] == []
+    _, _, latents = script_arguments(tmp_path / "page" / "data" / "0" / "latents_0.js")
+    assert set(latents[3]["top"][0][3]) == {-1}
 
 
 BAD = [
