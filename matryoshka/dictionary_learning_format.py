@@ -104,7 +104,7 @@ def write(sae: SAE, folder: Path, widths: Sequence[int] | None = None) -> list[s
 
 def require_widths(sae: SAE, widths: Sequence[int] | None) -> list[int]:
     """The prefixes to keep, [] for none. Raises `UserError` where they are not prefixes."""
-    widths = list(widths or sae.about.get("widths") or [])
+    widths = list(widths or _groups_of(sae.about))
     if not widths:
         return []
     if widths != sorted(set(widths)) or widths[0] < 1 or widths[-1] != sae.n_latents:
@@ -113,6 +113,11 @@ def require_widths(sae: SAE, widths: Sequence[int] | None) -> list[int]:
             f"got {' '.join(map(str, widths))}"
         )
     return widths
+
+
+def _groups_of(about: Mapping[str, Any]) -> list[int]:
+    """The widths that an SAE was trained at but for 0, its bias alone."""
+    return [width for width in about.get("widths") or [] if width > 0]
 
 
 def class_of(sae: SAE, weights: Weights, widths: Sequence[int]) -> tuple[str, Tensor]:
@@ -229,7 +234,9 @@ def _our_own(ours: dict[str, Any], name: str, widths: list[int] | None) -> tuple
         raise UserError(f"its settings under {OURS} contradict its dict_class, {name}")
     if not isinstance(mean_norm, float) or not mean_norm > 0:
         raise UserError(f"mean_norm under {OURS} must be a number above 0, got {mean_norm!r}")
-    return activation, ours.get("k"), mean_norm, about | ({"widths": widths} if widths else {})
+    if widths and widths != _groups_of(about):
+        about = about | {"widths": widths}
+    return activation, ours.get("k"), mean_norm, about
 
 
 def _k(trainer: dict[str, Any], tensors: Mapping[str, Tensor]) -> int:

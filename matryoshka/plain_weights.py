@@ -88,7 +88,8 @@ def sae_of(
 
 def has_prefixes(sae: SAE) -> bool:
     """Whether the SAE was trained at prefixes that are shorter than all of its latents."""
-    return sae.about.get("n_prefixes", 1) > 1 or len(sae.about.get("widths") or ()) > 1
+    shorter = [m for m in sae.about.get("widths") or () if 0 < m < sae.n_latents]
+    return bool(shorter) or sae.about.get("n_prefixes", 1) > 1
 
 
 def unit_rows(weights: Weights) -> Weights:

@@ -113,6 +113,15 @@ def test_widths_can_be_chosen_for_sampled_prefixes(tmp_path):
     assert convert.load(tmp_path / "out").about["widths"] == [1, 5, 20]
 
 
+def test_a_width_of_0_is_the_bias_alone_and_no_group(tmp_path):
+    sae = any_sae("batchtopk", 0)
+    sae.about["widths"] = [0, 4, N_LATENTS]
+    convert.export(sae, "dictionary-learning", tmp_path / "out", inputs(sae, 0))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["trainer"]["group_sizes"] == [4, N_LATENTS - 4]
+    assert convert.load(tmp_path / "out").about == sae.about
+
+
 @pytest.mark.parametrize("widths", [[5, 4, 20], [0, 20], [4, 10], [4, 4, 20]])
 def test_widths_must_rise_to_the_number_of_latents(widths, tmp_path):
     sae = any_sae("relu", 1)
