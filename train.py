@@ -1,12 +1,14 @@
 """Trains SAEs from one cache of activations: any number of them, of any kind, in one pass.
 
     python train.py --cache cache/train --n-latents 4096 --target-l0 10 20 40 80 --n-steps 20_000
+    python train.py --model gpt2 --layer 6 --dataset roneneldan/TinyStories   # without a cache
     python evaluate.py --run runs/saes --cache cache/validation
 
 All SAEs see the same batches, and each ends where it would have ended alone. `--recipe paper` has
-the paper's settings for language models. Metrics go to metrics.jsonl as training goes; checkpoints
-resume exactly: a run that was killed and resumed ends with the weights of one that was not.
-Ctrl-C and SIGTERM write one first. A folder holds one run, which is written by one process.
+the paper's settings for language models. With --model, nothing is cached: the language model runs
+beside the training. Metrics go to metrics.jsonl as training goes; checkpoints resume exactly: a run
+that was killed and resumed ends with the weights of one that was not. Ctrl-C and SIGTERM write one
+first. A folder holds one run, which is written by one process.
 """
 
 if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback; `main_guard` ends this
@@ -23,13 +25,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from matryoshka.cache_config import load_source
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.command_line import main_guard, parse, pick_device
 from matryoshka.environment import environment
 from matryoshka.errors import CannotWrite, UserError
 from matryoshka.files import make_folder, one_writer, write_json
+from matryoshka.live_activations import LiveActivations
+from matryoshka.live_config import LiveConfig
 from matryoshka.member_training import MemberTraining
+from matryoshka.members import members_of, settings_of
 from matryoshka.refit import refit_decoder
 from matryoshka.run_folder import (
     claim,
@@ -40,14 +47,14 @@ from matryoshka.run_folder import (
     sha256_of,
 )
 from matryoshka.saved_runs import CHECKPOINT, METRICS, RESULTS
-from matryoshka.training import GO_ON, Training, checkpoint, train
+from matryoshka.training import GO_ON, Activations, Training, checkpoint, train
 from matryoshka.training_config import RECIPES, TrainingConfig, check_training
 from matryoshka.training_report import closing, is_broken, problems, summary
 from sae import SAE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(TrainingConfig):
+class Config(LiveConfig):
     """Every setting."""
 
 
@@ -67,13 +74,13 @@ def run(
     at.
     """
     check_training(config)
-    cache = ActivationCache(config.cache, config.tokens or None)
+    device = pick_device(config.device)
+    cache = open_activations(config, device)
     if cache.steps_per_pass(config.batch_size) == 0:
         raise UserError(
-            f"{config.cache} holds {cache.n_tokens} activations: too few for --batch-size "
+            f"{cache.folder} holds {cache.n_tokens} activations: too few for --batch-size "
             f"{config.batch_size}"
         )
-    device = pick_device(config.device)
     with naming_memory(config):
         training = Training(config, cache, device)
     make_folder(training.out)
@@ -105,6 +112,20 @@ def run(
         return complete(training, results)
 
 
+def open_activations(config: TrainingConfig, device: torch.device) -> Activations:
+    """What SAEs are trained on: a cache, or a language model on `device`. Raises `UserError`."""
+    if isinstance(config, LiveConfig):
+        config.check_live()
+    if not isinstance(config, LiveConfig) or config.model is None:
+        return ActivationCache(config.cache, config.tokens or None)
+    claim(config.folder, settings_of(config, members_of(config)))  # before all text is counted
+    config.as_cache.check()
+    live = LiveActivations(load_source(config.as_cache, device), config.as_cache, config.buffer)
+    if live.n_tokens < config.tokens:
+        raise UserError(f"{live.folder} holds {live.n_tokens} activations, not {config.tokens}")
+    return live
+
+
 @contextlib.contextmanager
 def naming_memory(config: TrainingConfig) -> Iterator[None]:
     """Raises `UserError` where there is no memory for a run of this size."""
@@ -121,11 +142,12 @@ def naming_memory(config: TrainingConfig) -> Iterator[None]:
         ) from None
 
 
-def require_variance(cache: ActivationCache) -> None:
+def require_variance(cache: Activations) -> None:
     """Raises `UserError` where the activations are all the same: there is nothing to learn."""
-    first = cache.acts(0, 1)
-    for start in range(0, cache.n_tokens, 65_536):
-        if (cache.acts(start, start + 65_536) != first).any():
+    first: Tensor | None = None
+    for batch in cache.sequential(4096):
+        first = batch.acts[:1] if first is None else first
+        if (batch.acts != first).any():
             return
     raise UserError(f"{cache.folder}: its activations are all the same: nothing to explain")
 
@@ -248,7 +270,7 @@ def result_of(member: MemberTraining, last: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def shards_used(cache: ActivationCache) -> list[Any]:
+def shards_used(cache: Activations) -> list[Any]:
     """The shards that hold the cache's first `n_tokens` activations."""
     left, used = cache.n_tokens, []
     for shard in cache.shards:

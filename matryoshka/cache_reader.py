@@ -5,9 +5,10 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,6 +47,7 @@ class Batch(NamedTuple):
 # From a buffer's chunks and the order in it to activations [n, d_model], and the indices of those
 # to take, in turn.
 Loader = Callable[[np.ndarray, np.ndarray], tuple[Tensor, Tensor]]
+Batches = Generator[Tensor, None, None]  # [batch_size, d_model] each, float32
 
 
 class ActivationCache:
@@ -219,7 +221,7 @@ class ActivationCache:
         start_step: int = 0,
         device: str | torch.device = "cpu",
         max_resident: int | None = None,
-    ) -> Iterator[Tensor]:
+    ) -> Batches:
         """Training batches from step `start_step` on, without end: [batch_size, d_model], float32.
 
         A pass is `steps_per_pass` batches, and takes no activation twice. Fewer than one batch are
@@ -259,25 +261,11 @@ class ActivationCache:
 
     def _batches(
         self, batch_size: int, seed: int, start_step: int, device: torch.device, resident: bool
-    ) -> Iterator[Tensor]:
+    ) -> Batches:
         """`batches`, with the whole cache held on `device` or a buffer at a time."""
         load = self._resident_loader(device) if resident else self._streaming_loader(device)
         schedule = self._schedule(batch_size, seed, start_step)
-        parts: list[Tensor] = []  # of the next batch, which may span two buffers
-        n_missing = batch_size  # activations in the next batch
-        with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(load, *next(schedule))
-            while True:
-                acts, index = ahead.result()
-                ahead = pool.submit(load, *next(schedule))
-                while len(index):
-                    parts.append(acts.index_select(0, index[:n_missing]))
-                    index = index[n_missing:]
-                    n_missing -= len(parts[-1])
-                    if n_missing == 0:
-                        batch = parts[0] if len(parts) == 1 else torch.cat(parts)
-                        parts, n_missing = [], batch_size
-                        yield batch.float()
+        yield from in_batches((load(*part) for part in schedule), batch_size)
 
     def _schedule(
         self, batch_size: int, seed: int, start_step: int
@@ -294,11 +282,11 @@ class ActivationCache:
         n_buffers = max(1, round(n_chunks / CHUNKS_PER_BUFFER))  # of one size, give or take one
         for n_pass in itertools.count(start_step // steps):
             left = steps * batch_size
-            chunks = _shuffle(seed, n_pass, 0).permutation(n_chunks)
+            chunks = shuffle(seed, n_pass, 0).permutation(n_chunks)
             for b, buffer in enumerate(np.array_split(chunks, n_buffers), start=1):
                 n_used = min(left, self._buffer_size(buffer))
                 if skip < n_used:
-                    order = _shuffle(seed, n_pass, b).permutation(self._buffer_size(buffer))
+                    order = shuffle(seed, n_pass, b).permutation(self._buffer_size(buffer))
                     yield buffer, order[skip:n_used]
                 skip, left = max(0, skip - n_used), left - n_used
 
@@ -339,6 +327,35 @@ class ActivationCache:
         return load
 
 
+def in_batches(
+    buffers: Iterator[tuple[Tensor, Tensor]], batch_size: int, stopped: Event | None = None
+) -> Batches:
+    """Batches of what is taken, in turn, from `buffers` without end; a batch may span two.
+
+    A buffer is activations [n, d_model], and the indices of those to take. The next one is made in
+    a thread meanwhile. `stopped` is set when nobody wants more of them.
+    """
+    parts: list[Tensor] = []  # of the next batch
+    n_missing = batch_size  # activations in the next batch
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            ahead = pool.submit(next, buffers)
+            while True:
+                acts, index = ahead.result()
+                ahead = pool.submit(next, buffers)
+                while len(index):
+                    parts.append(acts.index_select(0, index[:n_missing]))
+                    index = index[n_missing:]
+                    n_missing -= len(parts[-1])
+                    if n_missing == 0:
+                        batch = parts[0] if len(parts) == 1 else torch.cat(parts)
+                        parts, n_missing = [], batch_size
+                        yield batch.float()
+        finally:
+            if stopped is not None:
+                stopped.set()
+
+
 def _default_max_resident(device: torch.device) -> int:
     """Bytes that a cache may take to be held on `device`."""
     if device.type != "cuda":
@@ -346,6 +363,6 @@ def _default_max_resident(device: torch.device) -> int:
     return int(RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0])
 
 
-def _shuffle(seed: int, n_pass: int, part: int) -> np.random.Generator:
+def shuffle(seed: int, n_pass: int, part: int) -> np.random.Generator:
     """The generator of a pass: of its chunks' order (part 0), or of what is in its b-th buffer."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(n_pass, part)))

@@ -154,18 +154,15 @@ def _require_representable(peak: Tensor, dtype: torch.dtype, where: str) -> None
 
 
 @contextlib.contextmanager
-def naming_memory(config: CacheConfig) -> Iterator[None]:
-    """Turns what torch says where memory ends into a `UserError` that names what takes it."""
+def naming_memory(what: str) -> Iterator[None]:
+    """A `UserError` where memory ends: there is too little for `what`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         on_cpu = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
         if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
             raise
-        raise UserError(
-            f"too little memory for a shard of {config.rows_per_shard} rows in batches of "
-            f"{config.batch_size}: give a smaller --batch-size or --rows-per-shard"
-        ) from error
+        raise UserError(f"too little memory for {what}") from error
 
 
 def write_shard(
@@ -309,7 +306,10 @@ def _cache_blocks(
                 require_same_rows(folder, shard, block, source)
             else:
                 where = f"rows {rows[0]} to {rows[1] - 1} of {source.name}"
-                with naming_memory(config):
+                with naming_memory(
+                    f"a shard of {config.rows_per_shard} rows in batches of {config.batch_size}: "
+                    "give a smaller --batch-size or --rows-per-shard"
+                ):
                     acts = compute_shard(block, source.d_model, DTYPES[config.dtype], where)
                 writer.write(acts, block.tokens, rows, recipe)
                 n_written += 1

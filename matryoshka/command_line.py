@@ -57,7 +57,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     """Descriptions as they are written; a default wherever there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_default = action.default not in (None, ())
+        has_default = action.default not in (None, (), "")
         return super()._get_help_string(action) if has_default else action.help
 
 

@@ -57,9 +57,9 @@ def require_same(config: Mapping[str, Any], saved: Mapping[str, Any], path: Path
         if name in RESUMABLE:
             continue
         if name not in saved:
+            whose = "from a cache" if name == "model" else "of an earlier version"
             raise UserError(
-                f"{path} is of a run of an earlier version, which had no --{as_flag(name)}: choose "
-                "another --out"
+                f"{path} is of a run {whose}, which had no --{as_flag(name)}: choose another --out"
             )
         if saved[name] != asked and name == "members":  # too long to be shown
             raise UserError(

@@ -1,5 +1,7 @@
-"""Training from a cache: where it stands, its records, its checkpoints, and its loop."""
+"""Training from a cache, or beside a language model: where it stands, its records, its
+checkpoints, and its loop."""
 
+import contextlib
 import functools
 import json
 import sys
@@ -14,6 +16,7 @@ from tqdm import tqdm
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.checkpoint import no_checkpoint, read_checkpoint, write_checkpoint
 from matryoshka.errors import CannotWrite, UserError
+from matryoshka.live_activations import LiveActivations
 from matryoshka.member_training import MemberTraining
 from matryoshka.members import members_of, settings_of
 from matryoshka.process import deferring_signals
@@ -25,12 +28,13 @@ from matryoshka.training_report import bar_text
 N_RECORDS = 300  # lines of metrics.jsonl an SAE, at most
 N_VALIDATION = 4096  # activations of --validation-cache that are looked at at each record
 GO_ON = "the same command with --resume goes on from the last checkpoint"
+Activations = ActivationCache | LiveActivations
 
 
 class Training:
     """Where the training of a folder's SAEs stands, and what of that is on disk."""
 
-    def __init__(self, config: TrainingConfig, cache: ActivationCache, device: torch.device):
+    def __init__(self, config: TrainingConfig, cache: Activations, device: torch.device):
         """Raises `UserError` where an SAE is impossible, or --validation-cache is another's."""
         self.config, self.out = config, config.folder
         self.cache, self.device = cache, device
@@ -124,8 +128,8 @@ class Training:
         require_same(self.settings, about["config"], path)
         if about["cache_hash"] != self.cache.content_hash:
             raise UserError(
-                f"{path} is of a run on other activations than those of --cache "
-                f"{self.config.cache}: ask for those, or choose another --out"
+                f"{path} is of a run on other activations than those of "
+                f"{self.cache.folder}: ask for those, or choose another --out"
             )
         self.metrics_bytes, self.n_steps_done = about["metrics_bytes"], about["n_steps_done"]
         self.seconds, self.waited = about["seconds"], about["waited"]
@@ -141,7 +145,7 @@ class Training:
 
 
 def validation_sample(
-    config: TrainingConfig, cache: ActivationCache, device: torch.device
+    config: TrainingConfig, cache: Activations, device: torch.device
 ) -> Tensor | None:
     """The first activations of --validation-cache, [n, d_model]; None where there is none.
 
@@ -173,6 +177,7 @@ def train(training: Training, on_checkpoint: Callable[[], object] | None = None)
         config.batch_size, config.seed, training.n_steps_done, training.device
     )
     with (
+        contextlib.closing(batches),
         deferring_signals() as stop,
         tqdm(
             total=config.n_steps,

@@ -15,6 +15,7 @@ import train
 import train_tinystories
 from matryoshka import training_report
 from matryoshka.command_line import parse
+from matryoshka.live_config import OF_MODEL
 from matryoshka.member_training import MemberTraining
 from matryoshka.members import members_of
 from train_tinystories import Config
@@ -83,9 +84,10 @@ def test_ctrl_c_during_the_imports_prints_nothing(tmp_path: Path) -> None:
 
 
 def test_what_the_write_up_does_not_name_is_as_in_train_py() -> None:
-    """The two scripts differ in where the SAEs go, and in nothing else today."""
+    """The two scripts differ in where the SAEs go, and train.py takes a language model, too."""
     ours, general = dataclasses.asdict(Config()), dataclasses.asdict(train.Config())
-    assert {name for name in general if ours[name] != general[name]} == {"out"}
+    assert {name for name in ours if ours[name] != general[name]} == {"out"}
+    assert general.keys() - ours.keys() == set(OF_MODEL)
 
 
 @pytest.mark.parametrize("flags", [["--sae", "vanilla"], ["--saes", "vanilla"], ["--sae=vanilla"]])

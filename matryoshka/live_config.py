@@ -1,0 +1,113 @@
+"""The settings of a training beside a language model, in place of a cache."""
+
+import dataclasses
+from typing import Any
+
+from matryoshka.cache_config import CacheConfig, Dtype
+from matryoshka.cache_format import whole_number
+from matryoshka.command_line import inherited, setting
+from matryoshka.errors import UserError
+from matryoshka.language_models import ModelDtype
+from matryoshka.live_activations import BUFFER
+from matryoshka.sites import Site
+from matryoshka.text_rows import Begin, Packing
+from matryoshka.training_config import TrainingConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LiveConfig(TrainingConfig):
+    """How SAEs are trained from a cache or, where `model` is given, without one."""
+
+    cache: str = inherited(
+        TrainingConfig,
+        "cache",
+        default="",
+        help="folder that cache_activations.py wrote (default: cache/train, if there is no "
+        "--model)",
+    )
+    tokens: int = inherited(
+        TrainingConfig,
+        "tokens",
+        help="train on the first so many activations; 0: on all of the cache or, of --model, on "
+        "as many as the steps take, or the text has",
+    )
+    model: str | None = inherited(
+        CacheConfig,
+        "model",
+        default=None,
+        help="in place of --cache: a language model that is run while SAEs are trained; a hub "
+        "name, a folder, or a TinyModel's file",
+    )
+    model_revision: str | None = inherited(CacheConfig, "model_revision")
+    model_dtype: ModelDtype = inherited(CacheConfig, "model_dtype")
+    trust_remote_code: bool = inherited(CacheConfig, "trust_remote_code")
+    dataset: str = inherited(CacheConfig, "dataset")
+    dataset_config: str | None = inherited(CacheConfig, "dataset_config")
+    dataset_revision: str | None = inherited(CacheConfig, "dataset_revision")
+    split: str = inherited(CacheConfig, "split")
+    text_column: str = inherited(CacheConfig, "text_column")
+    tokenizer: str | None = inherited(CacheConfig, "tokenizer")
+    context: int = inherited(CacheConfig, "context")
+    packing: Packing = inherited(CacheConfig, "packing")
+    begin: Begin = inherited(CacheConfig, "begin")
+    layer: int = inherited(CacheConfig, "layer")
+    site: Site = inherited(CacheConfig, "site")
+    dtype: Dtype = inherited(
+        CacheConfig, "dtype", help="what activations of --model are rounded to and held in"
+    )
+    keep_begin: bool = inherited(
+        CacheConfig,
+        "keep_begin",
+        help="train on [BEGIN] positions, and those of other special ids, too",
+    )
+    rows_at_once: int = inherited(CacheConfig, "batch_size")
+    buffer: int = setting(BUFFER, "activations of --model that are shuffled among each other")
+
+    def __post_init__(self) -> None:
+        if not self.cache and self.model is None:
+            default = inherited(TrainingConfig, "cache").default
+            object.__setattr__(self, "cache", default)  # as if it had been given
+
+    def as_json(self) -> dict[str, Any]:
+        """As without a language model where there is none."""
+        settings = super().as_json()
+        if self.model is not None:
+            return settings
+        return {name: value for name, value in settings.items() if name not in OF_MODEL}
+
+    def check_live(self) -> None:
+        """Raises `UserError` where what is said of a language model is impossible, or in vain."""
+        if self.model is None:
+            for name in OF_MODEL:
+                if getattr(self, name) != inherited(LiveConfig, name).default:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise UserError(
+                        f"{flag} is of a language model, and there is no --model: give one, or "
+                        "leave it out"
+                    )
+            return
+        if self.cache:
+            raise UserError(
+                f"--model {self.model} is in place of a cache: leave out --cache {self.cache}, or "
+                "--model and what is said of it"
+            )
+        for name, most in (("rows_at_once", 10**6), ("buffer", 10**9)):
+            try:
+                whole_number(f"--{name.replace('_', '-')}", getattr(self, name), 1, most)
+            except ValueError as error:
+                raise UserError(str(error)) from None
+
+    @property
+    def as_cache(self) -> CacheConfig:
+        """The cache that is not written."""
+        shared = {field.name for field in dataclasses.fields(CacheConfig)} & set(OF_MODEL)
+        settings = {name: getattr(self, name) for name in shared}
+        n_tokens = self.tokens or min(self.n_steps * self.batch_size, 10**12)
+        return CacheConfig(**settings, tokens=n_tokens, batch_size=self.rows_at_once)
+
+
+OF_MODEL = tuple(
+    field.name
+    for field in dataclasses.fields(LiveConfig)
+    if field.name not in {field.name for field in dataclasses.fields(TrainingConfig)}
+)
