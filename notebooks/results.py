@@ -230,6 +230,18 @@ text(STAND_IN.concepts, tables.concepts)
 # SAE's whole absorption that a concept makes: a few concepts of frequent tokens make most of it.
 # Which SAE absorbs more depends on the concept, and for some on the seed.
 #
+# ### Its latents, to look at
+#
+# `browse.py` writes a page of latents; here, a part of the forest of the Matryoshka SAE of seed 0.
+# docs/browse.md has five latents that show what the method claims, and five that contradict it.
+
+# %%
+png(
+    tables.RESULTS / "standin" / "tree.png",
+    alt="Full stops, said, was and commas, each with the latents that fire only where it does",
+)
+
+# %% [markdown]
 # ## 4. Speed
 #
 # A step at the write-up's size (`d_model` 768, 3,072 latents, batch 1,024), against the five dense
@@ -300,6 +312,15 @@ figure(
 for name in tables.TREES:
     text(*(made_by(f"trees/{name}_{every}.json", "train_toy.py") for every in (0, 100)))
 text(tables.trees)
+
+# %% [markdown]
+# ### Does it recover the tree?
+#
+# A parent is a latent of an earlier place that fires wherever its child does; the forest of latents is
+# held against the true tree ("-": not scored yet in that file).
+
+# %%
+text(tables.edges)
 
 # %% [markdown]
 # So the toy's result depends on the toy's tree. With graded activations it holds in every seed.

@@ -101,6 +101,7 @@ def list_of(value: Any) -> Any:
 
 
 def flag(name: str, value: Any) -> str:
+    name = "target_l0" if name == "target_l0s" else name
     words = [f"--{name.replace('_', '-')}"]
     if value is False:
         words = [f"--no-{name.replace('_', '-')}"]
@@ -121,6 +122,9 @@ def with_todays_names(config: dict[str, Any], program: str) -> dict[str, Any]:
     if "sae" in recorded:
         sae = recorded.pop("sae")
         recorded["saes"] = list(KINDS) if sae == "both" else [sae]
+    if "target_l0s" in known and "target_l0" in recorded:
+        recorded.setdefault("target_l0s", [recorded["target_l0"]])
+        del recorded["target_l0"]
     if str(recorded.get("tree", "")).startswith("trees/"):
         recorded["tree"] = f"studies/{recorded['tree']}"
     return recorded

@@ -7,3 +7,23 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Iterator  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+OF_KERNELS = ("MKL_CBWR", "ATEN_CPU_CAPABILITY")  # what `fix_kernels` sets
+(torch.ones(8, 8) @ torch.ones(8, 8)).exp()  # now this process has chosen its kernels
+
+
+@pytest.fixture(autouse=True)
+def kernels_as_chosen() -> Iterator[None]:
+    """A toy run in this process must not let later tests' processes choose other kernels."""
+    before = {name: os.environ.get(name) for name in OF_KERNELS}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

@@ -33,6 +33,8 @@ def test_the_defaults_are_the_write_ups():
         "target_l0": 1.2338,
         "n_prefixes": 10,
         "prefixes": "sampled",
+        "widths": (),
+        "width_weights": (),
         "sparsity": "l1",
         "sparsity_weight": 0.2,
         "sparsity_warmup": 0.2,
@@ -47,6 +49,11 @@ def test_the_defaults_are_the_write_ups():
         "order_decay": 0.95,
         "restart_every": 0,
         "restart_window": (0.2, 0.8),
+        "auxiliary": "none",
+        "auxiliary_weight": 1 / 32,
+        "dead_after": 250_000,
+        "resample_every": 0,
+        "bandwidth": 0.001,
         "gradient": "auto",
         "matmul_dtype": "float32",
         "seeds": 1,
@@ -97,8 +104,14 @@ OTHERS: dict[str, Any] = {
     "order_decay": 0.85,
     "restart_every": 1,
     "restart_window": (0.1, 0.9),
+    "auxiliary_weight": 0.5,
+    "dead_after": 77,
+    "resample_every": 2,
+    "bandwidth": 0.5,
     "gradient": "dense",
 }
+# bfloat16 takes more latents, the auxiliary loss another activation, and widths have a test below
+NOT_HERE = {"matmul_dtype", "auxiliary", "widths", "width_weights"}
 
 
 class Watched(Trainer):
@@ -126,7 +139,7 @@ def watched_run(tmp_path: Path, *flags: object) -> Watched:
 
 def test_every_setting_of_the_trainer_reaches_it(tmp_path):
     names = {field.name for field in dataclasses.fields(TrainerConfig)}
-    assert OTHERS.keys() == names - {"matmul_dtype"}  # bfloat16 takes more latents
+    assert OTHERS.keys() == names - NOT_HERE
     flags: list[object] = []
     for name, value in OTHERS.items():
         assert value != getattr(Config(), name)
@@ -140,6 +153,16 @@ def test_every_setting_of_the_trainer_reaches_it(tmp_path):
     assert [x.shape for x in trainer.batches] == [(4, 16, 20)] * 3
     for sae, seed in zip(trainer.start, trainer.seeds, strict=True):
         assert torch.equal(sae.W_enc, SAE(20, 20, seed).W_enc)
+
+
+def test_widths_are_the_matryoshka_saes(tmp_path):
+    trainer = watched_run(
+        tmp_path, "--steps", 2, "--widths", 5, 20, "--width-weights", 3, 1, "--seeds", 1
+    )
+    assert [config.widths for config in trainer.configs] == [(5.0, 20.0), ()]
+    assert [config.width_weights for config in trainer.configs] == [(3.0, 1.0), ()]
+    sae = SAE.load(tmp_path / "matryoshka_seed0.safetensors")
+    assert (sae.about["widths"], sae.about["width_weights"]) == ([5, 20], [3, 1])
 
 
 def test_the_prefixes_are_the_matryoshka_saes(tmp_path):

@@ -322,7 +322,7 @@ def trainers_of(config: TrainingConfig) -> dict[str, Trainer]:
 @pytest.mark.parametrize("name", OF_TRAINER)
 def test_a_setting_arrives_at_the_trainer(name: str) -> None:
     value, where = OF_TRAINER[name]
-    base = Config(n_latents=300)
+    base = Config(n_latents=300, activation="topk" if name == "auxiliary" else "relu")
     assert getattr(base, name) != value
     config = dataclasses.replace(base, **{name: value})
     trainers = trainers_of(config)
