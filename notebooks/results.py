@@ -316,8 +316,8 @@ text(tables.trees)
 # %% [markdown]
 # ### Does it recover the tree?
 #
-# A parent is a latent of an earlier place that fires wherever its child does; the forest of latents is
-# held against the true tree ("-": not scored yet in that file).
+# A parent is a latent of an earlier place that fires wherever its child does; the forest of latents
+# is held against the true tree ("-": not scored yet in that file).
 
 # %%
 text(tables.edges)

@@ -8,10 +8,10 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Iterator  # noqa: E402
+from collections.abc import Iterator
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 OF_KERNELS = ("MKL_CBWR", "ATEN_CPU_CAPABILITY")  # what `fix_kernels` sets
 (torch.ones(8, 8) @ torch.ones(8, 8)).exp()  # now this process has chosen its kernels
