@@ -127,8 +127,9 @@ class Training:
         about, tensors = read_checkpoint(path)
         require_same(self.settings, about["config"], path)
         if about["cache_hash"] != self.cache.content_hash:
+            asked = "--cache " if isinstance(self.cache, ActivationCache) else ""
             raise UserError(
-                f"{path} is of a run on other activations than those of "
+                f"{path} is of a run on other activations than those of {asked}"
                 f"{self.cache.folder}: ask for those, or choose another --out"
             )
         self.metrics_bytes, self.n_steps_done = about["metrics_bytes"], about["n_steps_done"]

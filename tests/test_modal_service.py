@@ -133,6 +133,7 @@ def at_once(*functions: Callable[[], Any]) -> list[threading.Thread]:
     return threads
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_and_two_commands_at_once(
     undisturbed: Path, data: Path, tmp_path: Path, service: Service
 ) -> None:
@@ -163,6 +164,7 @@ def test_kills_at_random_moments_and_two_commands_at_once(
         assert one["evaluation"]["runs"] == other["evaluation"]["runs"]
 
 
+@pytest.mark.slow
 def test_a_command_that_asks_for_more_waits_and_does_the_rest(
     data: Path, tmp_path: Path, service: Service
 ) -> None:
