@@ -213,6 +213,7 @@ def hub_says(status_code: int, n_times: int, folder: Path, call_id: str) -> None
     evaluate.run = evaluated  # type: ignore[assignment]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status_code", [503])
 def test_a_passing_error_of_the_hub_is_waited_for(
     data: Path, tmp_path: Path, service: Service, status_code: int
