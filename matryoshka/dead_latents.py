@@ -9,7 +9,6 @@ from torch import Tensor
 from matryoshka.kernels import Objective, Params
 from matryoshka.kernels.layout import Acts
 from matryoshka.kernels.sparse import csr, starts_of
-from sae import ACTIVATIONS
 
 
 class Auxiliary(NamedTuple):
@@ -52,9 +51,7 @@ def add_auxiliary_gradient(
 
 def _acts(objective: Objective, params: Params, i: int) -> Acts:
     """One SAE's activations on the batch."""
-    gate = params.gate(objective.activation, objective.k)
-    preacts = objective.x[i] @ params.W_enc.T + params.b_enc
-    acts = ACTIVATIONS[objective.activation](preacts, gate).T
+    acts = objective.acts(params, objective.x[i] @ params.W_enc.T + params.b_enc).T
     return Acts(acts.shape, acts, None)
 
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from matryoshka.kernels import Objective, Params
-from sae import ACTIVATIONS
 
 
 def restart_last(
@@ -24,10 +23,9 @@ def restart_last(
     state: a trainer's, changed in place; params: views of its parameters; last [n_saes, 1]: the
     latents that come last; objective: the step's.
     """
-    x, activation = objective.x, objective.activation
+    x = objective.x
     d_model, n_latents = x.shape[2], state["mean_square"].shape[1]
-    preacts = torch.baddbmm(params.b_enc, x, params.W_enc.mT)
-    acts = ACTIVATIONS[activation](preacts, params.gate(activation, objective.k))
+    acts = objective.acts(params, torch.baddbmm(params.b_enc, x, params.W_enc.mT))
     residual = x - params.b_dec - torch.bmm(acts, params.W_dec)  # [n_saes, batch, d_model]
     size, worst = residual.norm(dim=2).max(dim=1)  # [n_saes]
     u = residual.take_along_dim(worst[:, None, None], dim=1) / size[:, None, None]

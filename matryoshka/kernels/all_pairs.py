@@ -17,13 +17,11 @@ from matryoshka.kernels.layout import (
     sparsity_slopes,
     zero_where_silent,
 )
-from sae import ACTIVATIONS
 
 
 def write(grads: Params, params: Params, objective: Objective) -> Stats:
     """Writes the gradient; see `write_gradient`."""
-    W_enc, b_enc, W_dec, b_dec, log_threshold = params
-    activation, bandwidth = objective.activation, objective.bandwidth
+    W_enc, b_enc, W_dec, b_dec, _ = params
     x, batch = objective.x, objective.x.shape[1]
     ones = x.new_ones(len(x), 1, batch)  # sums over the batch are products: no copies
     # [n_saes, n_latents, 1] each; 2 / batch is in the reach, and so in `shared`
@@ -31,11 +29,9 @@ def write(grads: Params, params: Params, objective: Objective) -> Stats:
     price = objective.price[..., None] / batch
 
     preacts = torch.baddbmm(b_enc, x, W_enc.mT)
-    gate = params.gate(activation, objective.k)
-    near = None
-    if activation == "jumprelu":
-        near = jumprelu.near(preacts, log_threshold.exp(), bandwidth)
-    acts = ACTIVATIONS[activation](preacts, gate)  # [n_saes, batch, n_latents]
+    gate = objective.gate(params)
+    near = jumprelu.near(preacts, gate.threshold, objective.bandwidth)
+    acts = objective.acts(params, preacts, gate)  # [n_saes, batch, n_latents]
     x_centred = x - b_dec
     shared = torch.minimum(reach, reach.mT)  # [n_saes, n_latents, n_latents]
     gram = torch.bmm(W_dec, W_dec.mT)
@@ -48,10 +44,10 @@ def write(grads: Params, params: Params, objective: Objective) -> Stats:
 
     g_acts = torch.baddbmm(slope, acts, gram * shared)
     g_acts.baddbmm_(x_centred, W_dec_reached.mT, alpha=-1)
-    if near is not None:
-        threshold, near = log_threshold.exp(), near.to(x.dtype)
-        slopes = threshold * torch.bmm(ones, g_acts * near) + price.mT * torch.bmm(ones, near)
-        gradient = jumprelu.log_threshold_gradient(slopes, threshold, bandwidth)
+    if near is not None and gate.threshold is not None:
+        near = near.to(x.dtype)
+        slopes = gate.threshold * torch.bmm(ones, g_acts * near) + price.mT * torch.bmm(ones, near)
+        gradient = jumprelu.log_threshold_gradient(slopes, gate.threshold, objective.bandwidth)
         grads.log_threshold.copy_(gradient)
     zero_where_silent(g_acts, acts)
     torch.bmm(g_acts.mT, x, out=grads.W_enc)
@@ -67,7 +63,7 @@ def write(grads: Params, params: Params, objective: Objective) -> Stats:
     l0 = torch.linalg.vector_norm(acts, ord=0, dim=(1, 2)) / batch
     mean_square = correlation.diagonal(dim1=1, dim2=2) * norms.square() / batch
     least = None
-    if activation == "batchtopk":
+    if objective.activation == "batchtopk":
         least = least_let_through(acts.mT, norms[..., None])
     return Stats(l0, mean_square, ("all_pairs",) * len(x), least)
 
@@ -76,8 +72,7 @@ def loss_of(params: Params, x: Tensor, i: int, objective: Objective) -> Tensor:
     """SAE i's loss on x [batch, d_model], a mean over the batch: [], by the form in the head of
     kernels/__init__.py. Its cost does not grow with the number of prefixes, but [n_latents,
     n_latents] has to fit in memory."""
-    gate = params.gate(objective.activation, objective.k)
-    acts = ACTIVATIONS[objective.activation](x @ params.W_enc.T + params.b_enc, gate)
+    acts = objective.acts(params, x @ params.W_enc.T + params.b_enc)
     x_centred, reach = x - params.b_dec, objective.reach[i]
     shared = torch.minimum(reach[:, None], reach) * (params.W_dec @ params.W_dec.T)
     fit = torch.addmm((x_centred @ params.W_dec.T) * (-2 * reach), acts, shared).mul_(acts).sum()

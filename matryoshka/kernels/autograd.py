@@ -8,7 +8,7 @@ from torch import Tensor
 from matryoshka.kernels.encode import least_let_through
 from matryoshka.kernels.jumprelu import count, jump
 from matryoshka.kernels.layout import Objective, Params, Stats
-from sae import ACTIVATIONS, Sparsity, matryoshka_loss
+from sae import Sparsity, matryoshka_loss
 
 
 def write(grads: Params, params: Params, objective: Objective) -> Stats:
@@ -51,13 +51,12 @@ def activations(
     params: Params, x: Tensor, objective: Objective
 ) -> tuple[Tensor, Tensor | Sparsity]:
     """Activations [batch, n_latents], and what matryoshka_loss takes as their sparsity."""
-    preacts, activation = x @ params.W_enc.T + params.b_enc, objective.activation
-    if activation == "jumprelu":
+    preacts = x @ params.W_enc.T + params.b_enc
+    if objective.activation == "jumprelu":
         threshold, bandwidth = params.log_threshold[0].exp(), objective.bandwidth
         return jump(preacts, threshold, bandwidth), count(preacts, threshold, bandwidth)
     assert objective.sparsity != "l0"
-    gate = params.gate(activation, objective.k)
-    return ACTIVATIONS[activation](preacts, gate), objective.sparsity
+    return objective.acts(params, preacts), objective.sparsity
 
 
 def length_weights(ranked: Tensor, ends: list[int]) -> list[float]:

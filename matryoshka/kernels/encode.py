@@ -8,7 +8,6 @@ from torch import Tensor
 
 from matryoshka.kernels import jumprelu
 from matryoshka.kernels.layout import Acts, Firing, MatmulDtype, Objective, Params, Workspace
-from sae import ACTIVATIONS
 
 # `largest` guesses what it looks for from every 61st score, for 1.25 times as many as are wanted.
 SAMPLE_EVERY, MARGIN = 61, 1.25
@@ -19,20 +18,18 @@ def encode(
 ) -> Acts:
     """Those of one SAE on x [batch, d_model], in x's dtype."""
     preacts = pre_activations(params, x, matmul_dtype, workspace)
-    activation = objective.activation
-    if activation == "batchtopk" and preacts.device.type == "cpu":
+    is_batchtopk = objective.activation == "batchtopk"
+    if is_batchtopk and preacts.device.type == "cpu":
         # a sort of all n_latents x batch scores would take longer than the step
         n = max(1, round(objective.k * len(x)))
         return largest(preacts, params.W_dec.norm(dim=1), n, workspace)
-    near = None
-    if activation == "jumprelu":
-        near = jumprelu.near(preacts, params.log_threshold.T.exp(), objective.bandwidth)
-    gate = params.gate(activation, objective.k)
-    acts = ACTIVATIONS[activation](preacts.T, gate).T
+    gate = objective.gate(params)
+    near = jumprelu.near(preacts.T, gate.threshold, objective.bandwidth)
+    acts = objective.acts(params, preacts.T, gate).T
     least = None
-    if activation == "batchtopk" and gate.norms is not None:
+    if is_batchtopk and gate.norms is not None:
         least = least_let_through(acts, gate.norms.T)
-    return Acts(acts.shape, acts, None, near, least)
+    return Acts(acts.shape, acts, None, None if near is None else near.T, least)
 
 
 def pre_activations(

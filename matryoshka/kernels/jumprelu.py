@@ -20,8 +20,13 @@ import torch
 from torch import Tensor
 
 
-def near(preacts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """Whether K is 1: bool, of the shape of preacts; threshold broadcasts."""
+def near(preacts: Tensor, threshold: Tensor | None, bandwidth: float) -> Tensor | None:
+    """Whether K is 1: bool, of the shape of preacts; threshold broadcasts. None where there is
+    none."""
+    return None if threshold is None else _near(preacts, threshold, bandwidth)
+
+
+def _near(preacts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     return (preacts - threshold).abs_() < bandwidth / 2
 
 
@@ -54,7 +59,7 @@ class _Jump(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (grad,), (preacts, threshold) = grads, ctx.saved_tensors
-        is_near = near(preacts, threshold, ctx.bandwidth)
+        is_near = _near(preacts, threshold, ctx.bandwidth)
         slope = -(grad * is_near).sum(0) * threshold / ctx.bandwidth
         return torch.where(preacts > threshold, grad, 0), slope, None
 
@@ -71,5 +76,5 @@ class _Count(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
         (grad,), (preacts, threshold) = grads, ctx.saved_tensors
-        is_near = near(preacts, threshold, ctx.bandwidth)
+        is_near = _near(preacts, threshold, ctx.bandwidth)
         return None, -(grad * is_near).sum(0) / ctx.bandwidth, None

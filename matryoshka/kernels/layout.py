@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sae import Gate, Sparsity
+from sae import ACTIVATIONS, Gate, Sparsity
 
 MatmulDtype = Literal["float32", "bfloat16"]
 Price = Sparsity | Literal["l0"]  # what an active latent costs; l0, of jumprelu: 1
@@ -48,14 +48,6 @@ class Params(NamedTuple):
     def one(self, i: int) -> "Params":
         """SAE i by itself: tensors without the leading dimension."""
         return Params(*(tensor[i] for tensor in self))
-
-    def gate(self, activation: str, k: float) -> Gate:
-        """What `activation` needs in training, of a stack, [n_saes, 1, n_latents] each, or of one
-        SAE, [1, n_latents] each."""
-        needs_norms = activation not in WITHOUT_NORMS
-        norms = self.W_dec.norm(dim=-1)[..., None, :] if needs_norms else None
-        threshold = self.log_threshold.exp() if activation == "jumprelu" else None
-        return Gate(norms, k, threshold)
 
 
 class Firing(NamedTuple):
@@ -139,6 +131,19 @@ class Objective:
         ends = None if self.ends is None else [end.clone() for end in self.ends]
         x, reach, price = self.x.clone(), self.reach.clone(), self.price.clone()
         return replace(self, x=x, reach=reach, price=price, ends=ends)
+
+    def gate(self, params: Params) -> Gate:
+        """What the activation function needs in training, of a stack, [n_saes, 1, n_latents] each,
+        or of one SAE, [1, n_latents] each."""
+        needs_norms = self.activation not in WITHOUT_NORMS
+        norms = params.W_dec.norm(dim=-1)[..., None, :] if needs_norms else None
+        threshold = params.log_threshold.exp() if self.activation == "jumprelu" else None
+        return Gate(norms, self.k, threshold)
+
+    def acts(self, params: Params, preacts: Tensor, gate: Gate | None = None) -> Tensor:
+        """Activations of pre-activations [..., batch, n_latents], which may be overwritten; gate:
+        that of `params`, where it is at hand."""
+        return ACTIVATIONS[self.activation](preacts, gate or self.gate(params))
 
     def ends_of(self, i: int) -> Tensor:
         """The ends of SAE i, counted where they are not given."""
