@@ -92,6 +92,10 @@ class Trainer:
             flat,
             flat.device if self._is_replayed else torch.device("cpu"),
         )
+        # of each SAE, whether its latents keep their places; and those places
+        self._keeps_places = [bool(rule.widths) for rule in self._prefixes.rules]
+        self._is_fixed = torch.tensor(self._keeps_places, device=flat.device)[:, None]
+        self._places = torch.arange(self.n_latents, device=flat.device).expand(len(saes), -1)
 
     @torch.inference_mode()
     def step(self, x: Tensor) -> dict[str, Tensor]:
@@ -241,10 +245,11 @@ class Trainer:
     def order(self) -> Tensor:
         """Which latent is in each place: [n_saes, n_latents], largest running mean square first;
         where widths are fixed, latents keep their places."""
+        if all(self._keeps_places):
+            return self._places
         order = self._state["mean_square"].sort(dim=1, descending=True, stable=True).indices
-        for i, rule in enumerate(self._prefixes.rules):
-            if rule.widths:
-                torch.arange(self.n_latents, out=order[i])
+        if any(self._keeps_places):
+            order = torch.where(self._is_fixed, self._places, order)
         return order
 
     @property
@@ -385,8 +390,6 @@ def _check_stack(
                 "--auxiliary does nothing for relu: a latent that is silent has no activation to "
                 "explain anything with; use --resample-every"
             )
-    if first.activation == "topk" and any(config.target_l0 % 1 for config in configs):
-        raise UserError(f"topk takes a whole number as --target-l0, got {configs[0].target_l0:g}")
     for config in configs:
         config.check(first.n_latents)
         config.require_eights("d_model", first.d_model)

@@ -198,13 +198,15 @@ class TrainerConfig:
 
     def restarts_at(self, step: int) -> bool:
         """Whether step `step` is followed by a chance to restart; see restart.py."""
-        begin, end = (share * self.n_steps for share in self.restart_window)
-        return self.restart_every > 0 and begin <= step <= end and step % self.restart_every == 0
+        return self._is_due(step, self.restart_every)
 
     def resamples_at(self, step: int) -> bool:
         """Whether dead latents may start anew after step `step`; see dead_latents.py."""
+        return self._is_due(step, self.resample_every)
+
+    def _is_due(self, step: int, every: int) -> bool:
+        """Whether step `step` is one of each `every` within the window; 0: never."""
         begin, end = (share * self.n_steps for share in self.restart_window)
-        every = self.resample_every
         return every > 0 and begin <= step <= end and step % every == 0
 
     def learning_rate(self, step: int) -> float:
