@@ -212,7 +212,7 @@ class ActivationCache:
 
     def steps_per_pass(self, batch_size: int) -> int:
         """Batches in one pass over the cache. Raises `ValueError` for a batch of less than one."""
-        return self.n_tokens // whole_number("batch_size", batch_size, 1)
+        return steps_in(self.n_tokens, batch_size)
 
     def batches(
         self,
@@ -237,13 +237,7 @@ class ActivationCache:
         is negative.
         """
         device = torch.device(device)
-        whole_number("seed", seed, 0)
-        whole_number("start_step", start_step, 0)
-        if self.steps_per_pass(batch_size) == 0:
-            raise UserError(
-                f"{self.folder} holds {self.n_tokens} activations: too few for one batch of "
-                f"{batch_size}"
-            )
+        check_batches(self.folder, self.n_tokens, batch_size, seed, start_step)
         if max_resident is None:
             held = self._resident is not None  # which is why there is less free memory now
             max_resident = sys.maxsize if held else _default_max_resident(device)
@@ -354,6 +348,23 @@ def in_batches(
         finally:
             if stopped is not None:
                 stopped.set()
+
+
+def steps_in(n_tokens: int, batch_size: int) -> int:
+    """Batches in one pass over `n_tokens`. Raises `ValueError` for a batch of less than one."""
+    return n_tokens // whole_number("batch_size", batch_size, 1)
+
+
+def check_batches(
+    name: str | Path, n_tokens: int, batch_size: int, seed: int, start_step: int
+) -> None:
+    """Raises what `ActivationCache.batches` says, where `name` cannot give such batches."""
+    whole_number("seed", seed, 0)
+    whole_number("start_step", start_step, 0)
+    if steps_in(n_tokens, batch_size) == 0:
+        raise UserError(
+            f"{name} holds {n_tokens} activations: too few for one batch of {batch_size}"
+        )
 
 
 def _default_max_resident(device: torch.device) -> int:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from matryoshka.cache_config import CacheConfig
 from matryoshka.cache_format import DTYPES, Recipe, Shard, whole_number
-from matryoshka.cache_reader import Batch, Batches, in_batches, shuffle
+from matryoshka.cache_reader import Batch, Batches, check_batches, in_batches, shuffle, steps_in
 from matryoshka.cache_writer import compute_shard, naming_memory, recipe_of
 from matryoshka.errors import UserError
 from matryoshka.sources import Block, Source
@@ -113,7 +113,7 @@ class LiveActivations:
 
     def steps_per_pass(self, batch_size: int) -> int:
         """Batches in one pass. Raises `ValueError` for a batch of less than one."""
-        return self.n_tokens // whole_number("batch_size", batch_size, 1)
+        return steps_in(self.n_tokens, batch_size)
 
     # ------------------------------------------------------------------------------------ batches
 
@@ -131,13 +131,7 @@ class LiveActivations:
         which goes on computes no buffer before the one that it is in. Raises `UserError` where the
         text is no longer the one that was counted, and as `compute_shard` does.
         """
-        whole_number("seed", seed, 0)
-        whole_number("start_step", start_step, 0)
-        if self.steps_per_pass(batch_size) == 0:
-            raise UserError(
-                f"{self.folder} holds {self.n_tokens} activations: too few for one batch of "
-                f"{batch_size}"
-            )
+        check_batches(self.folder, self.n_tokens, batch_size, seed, start_step)
         stopped = Event()
         n_used = self.steps_per_pass(batch_size) * batch_size  # of a pass
         buffers = self._shuffled(seed, n_used, start_step * batch_size, stopped)

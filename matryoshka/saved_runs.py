@@ -171,7 +171,12 @@ def check_cache(
         raise UserError(
             f"{cache.folder} holds {cache.manifest.n_rows} rows: too few for two halves"
         )
-    recipe = trained["cache"]["make"] if trained else {}
+    require_same_model(cache, trained["cache"]["make"] if trained else {})
+
+
+def require_same_model(cache: ActivationCache, recipe: Mapping[str, Any]) -> None:
+    """Raises `UserError` where the cache is of another layer, site, tokenizer or model than
+    `recipe`; where one of them names no model, nothing is known."""
     if "model" not in recipe or "model" not in cache.recipe:
         return
     for key, default in OF_MODEL.items():

@@ -21,7 +21,7 @@ from matryoshka.member_training import MemberTraining
 from matryoshka.members import members_of, settings_of
 from matryoshka.process import deferring_signals
 from matryoshka.run_folder import last_records, require_same
-from matryoshka.saved_runs import CHECKPOINT, METRICS
+from matryoshka.saved_runs import CHECKPOINT, METRICS, require_same_model
 from matryoshka.training_config import TrainingConfig
 from matryoshka.training_report import bar_text
 
@@ -150,13 +150,13 @@ def validation_sample(
 ) -> Tensor | None:
     """The first activations of --validation-cache, [n, d_model]; None where there is none.
 
-    Raises `UserError` where that is of another model, layer or width than the cache.
+    Raises `UserError` where that is of another model, layer, site or width than the cache.
     """
     if config.validation_cache is None:
         return None
     other = ActivationCache(config.validation_cache)
-    same = ("weights_hash", "layer", "site", "d_model")
-    other.require(**{key: cache.recipe[key] for key in same if key in cache.recipe})
+    require_same_model(other, cache.recipe)
+    other.require(d_model=cache.d_model)
     sample = other.acts(0, N_VALIDATION).to(device).float()
     if not sample.isfinite().all():
         raise UserError(f"{other.folder} holds activations that are not finite")

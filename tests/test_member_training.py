@@ -254,14 +254,16 @@ def damaged(folder: Path) -> Path:
 def test_activations_of_something_else_are_no_validation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cache = with_recipe(write_cache(tmp_path / "cache", 1_000), layer=3, weights_hash="ab")
-    layer = with_recipe(write_cache(tmp_path / "layer", 500), layer=4, weights_hash="ab")
-    model = with_recipe(write_cache(tmp_path / "model", 500), layer=3, weights_hash="cd")
-    same = {"layer": 3, "weights_hash": "ab"}
+    same = {"model": "m", "layer": 3, "weights_hash": "ab"}
+    cache = with_recipe(write_cache(tmp_path / "cache", 1_000), **same)
+    layer = with_recipe(write_cache(tmp_path / "layer", 500), **same | {"layer": 4})
+    site = with_recipe(write_cache(tmp_path / "site", 500), **same, site="mlp_out")
+    model = with_recipe(write_cache(tmp_path / "model", 500), **same | {"weights_hash": "cd"})
     wide = with_recipe(write_cache(tmp_path / "wide", 500, d_model=13), **same)
     broken = damaged(with_recipe(write_cache(tmp_path / "broken", 500), **same))
     for other, said in (
         (layer, "its layer is 4, expected 3"),
+        (site, "its site is mlp_out, expected resid_pre"),
         (model, "its weights_hash is cd, expected ab"),
         (wide, "its d_model is 13, expected 12"),
         (broken, "shard 00000 is damaged"),
