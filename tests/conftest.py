@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from matryoshka.process import threads
+
 OF_KERNELS = ("MKL_CBWR", "ATEN_CPU_CAPABILITY")  # what `fix_kernels` sets
 (torch.ones(8, 8) @ torch.ones(8, 8)).exp()  # now this process has chosen its kernels
 
@@ -27,3 +29,10 @@ def kernels_as_chosen() -> Iterator[None]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Sums of floats depend on how many threads share them: as the processes that a test starts."""
+    with threads(1):
+        yield

@@ -6,7 +6,7 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,11 @@ import train_tinystories
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.checkpoint import read_checkpoint, write_checkpoint
 from matryoshka.errors import UserError
-from matryoshka.process import threads
 from matryoshka.training import Training
 from train import run
 from train_tinystories import Config
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As the processes that are killed: sums of floats depend on how many threads share them."""
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import functools
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from matryoshka.cache_reader import ActivationCache
 from matryoshka.errors import UserError
 from matryoshka.live_activations import LiveActivations
 from matryoshka.live_config import OF_MODEL
-from matryoshka.process import threads
 from matryoshka.training import Training
 from sae import SAE
 from train import Config
@@ -32,11 +31,7 @@ from train import Config
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Sums of floats depend on how many threads share them."""
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Many SAEs in one pass: each as alone, one that diverges, held-out figures, the recipes."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from matryoshka.cache_reader import ActivationCache
 from matryoshka.command_line import parse
 from matryoshka.errors import UserError
 from matryoshka.metrics import fvu
-from matryoshka.process import threads
 from matryoshka.saved_runs import METRICS, load_saes, training_curves, training_results
 from matryoshka.training_config import RECIPES
 from matryoshka.training_report import BAR_WIDTH, bar_text
@@ -49,11 +47,7 @@ MIXED: list[dict[str, Any]] = [
 WILD = {"name": "wild", "lr": 1e30}  # diverges at once
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As the processes that are killed: sums of floats depend on how many threads share them."""
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

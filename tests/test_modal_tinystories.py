@@ -15,7 +15,6 @@ from typing import Any
 import huggingface_hub
 import modal
 import pytest
-import torch
 from modal_cases import files, launch_for, write_data
 from tiny_factory import write_model
 from transformers_factory import make_documents, save_model, save_tokenizer, write_documents
@@ -37,12 +36,7 @@ from train_tinystories import Config
 SAES = ("matryoshka", "vanilla")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ from matryoshka.cache_reader import ActivationCache
 from matryoshka.cache_writer import finish, write_shard
 from matryoshka.errors import UserError
 from matryoshka.metrics import fvu
-from matryoshka.process import threads
 from matryoshka.saved_runs import METRICS, training_curves
 from matryoshka.training import Training
 from matryoshka.training import train as train_steps
@@ -45,12 +43,7 @@ from sae import SAE
 from train import run
 from train_tinystories import Config
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As the processes that are killed: sums of floats depend on how many threads share them."""
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,6 @@ from matryoshka.member_training import MemberTraining
 from matryoshka.members import members_of
 from matryoshka.metrics import fvu
 from matryoshka.prefix_draws import expected_reach
-from matryoshka.process import threads
 from matryoshka.trainer import Trainer
 from matryoshka.training import Training
 from matryoshka.training_config import TrainingConfig, check_training
@@ -54,12 +53,7 @@ from sae import (
 from train import run
 from train_tinystories import Config
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As the processes that are killed: sums of floats depend on how many threads share them."""
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
