@@ -21,11 +21,18 @@ from matryoshka.cache_reader import ActivationCache
 from matryoshka.command_line import main_guard, parse, pick_device, require_not_negative, setting
 from matryoshka.contexts import Text
 from matryoshka.errors import CannotWrite, UserError
+from matryoshka.evaluation_inputs import NO_MODEL, Asked, is_of_model, load_model_of
 from matryoshka.example_files import FOLDER, examples_of
 from matryoshka.files import make_folder
 from matryoshka.language_models import LanguageModel, load_language_model
 from matryoshka.latent_data import OneSAE, Outputs, Shown, output_effects, shown_examples
-from matryoshka.saved_runs import check_cache, file_sha256, load_saes, training_results
+from matryoshka.saved_runs import (
+    check_cache,
+    file_sha256,
+    load_saes,
+    require_same_model,
+    training_results,
+)
 
 MARKER = "browse.json"  # what tells a folder that this script wrote
 STATIC = Path(page_data.__file__).parent / "page"  # index.html and what it loads
@@ -131,7 +138,8 @@ def load(config: Config, cache: ActivationCache, device: torch.device) -> list[O
     if not cache.n_tokens:
         raise UserError(f"{cache.folder} holds no activations: cache some text")
     check_cache(cache, saes, trained)
-    check_model(cache, {name: sae.about for name, sae in saes.items()})
+    for sae in saes.values():
+        require_same_model(cache, sae.about)
     found = []
     for name, sae in saes.items():
         sha256 = file_sha256(folder / f"{name}.safetensors")
@@ -141,18 +149,6 @@ def load(config: Config, cache: ActivationCache, device: torch.device) -> list[O
     return found
 
 
-def check_model(cache: ActivationCache, abouts: dict[str, dict[str, Any]]) -> None:
-    """Raises `UserError` where an SAE's file says that it is of another model or layer."""
-    for name, about in abouts.items():
-        for key in ("weights_hash", "layer"):
-            here, trained = cache.recipe.get(key), about.get(key)
-            if None not in (here, trained) and here != trained:
-                raise UserError(
-                    f"{cache.folder}: its {key} is {here}, and the {name} SAE was trained on "
-                    f"{trained}"
-                )
-
-
 def load_model(
     config: Config, cache: ActivationCache, device: torch.device
 ) -> LanguageModel | None:
@@ -160,13 +156,11 @@ def load_model(
 
     Raises `UserError` where it is not the one that the cache was made of.
     """
-    name = config.model or cache.recipe.get("model")
-    if name is None or name == "none":
+    if is_of_model(cache):
+        return load_model_of(cache, Asked(config.model, tokenizer=config.tokenizer), device)[0]
+    if config.model in (None, NO_MODEL):
         return None
-    model = load_language_model(name, device=device, tokenizer=config.tokenizer)
-    if "weights_hash" in cache.recipe:
-        cache.require(weights_hash=model.weights_hash)
-    return model
+    return load_language_model(config.model, device=device, tokenizer=config.tokenizer)
 
 
 def text_source(path: str | None, model: LanguageModel | None) -> Callable[[int], str]:
