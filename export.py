@@ -2,10 +2,11 @@
 
     python export.py --sae runs/x/matryoshka.safetensors --to saelens --out exported \\
         --cache cache/validation
-    python export.py --sae exported --to matryoshka --out runs/y/sae.safetensors
+    python export.py --sae exported --from saelens --out runs/y/sae.safetensors
 
---sae is a file of this project, or a folder of SAELens, dictionary_learning or sparsify: which, is
-seen from its files. What is written is read back, by SAELens too where that is installed, and
+--sae is a file of this project, or a folder of SAELens, dictionary_learning or sparsify. Which, is
+seen from its files; --from says which it must be, and leads back to a file of this project unless
+--to names another tool. What is written is read back, by SAELens too where that is installed, and
 encodes and decodes a sample of the cache in float64; without a cache, Gaussian noise. If anything
 but rounding differs, nothing is written. What the other tool cannot express is printed, and kept in
 the metadata. Python has the same as `matryoshka.convert`.
@@ -38,8 +39,13 @@ class Config:
     """What is converted, to what, and where it is written."""
 
     sae: str = setting(help="the SAE: a file of this project, or a folder of another tool")
-    to: Literal["saelens", "dictionary-learning", "matryoshka"] = setting(
-        "saelens", "whose format; matryoshka: a file of this project"
+    to: Literal["saelens", "dictionary-learning", "matryoshka"] | None = setting(
+        None,
+        "format of --out; matryoshka: a file of this project (default: saelens, or with --from "
+        "matryoshka)",
+    )
+    from_: Literal["saelens", "dictionary-learning", "sparsify"] | None = setting(
+        None, "format that --sae must be in (default: whichever it is in)", flag="from"
     )
     out: str = setting(help="the folder to write, or the file where it is of this project")
     cache: str | None = setting(None, "activations to prove it on; default: Gaussian noise")
@@ -59,21 +65,28 @@ def run(config: Config) -> dict[str, Any]:
     """Writes `config.out`; returns what is reported: "notes", "read_by", "inputs" (what it was
     proven on) and "comparison". Raises `UserError`; then nothing is written."""
     require_positive(config, "n_tokens")
+    target = config.to or ("matryoshka" if config.from_ else "saelens")
     check_push(config)
-    sae = convert.load(config.sae).requires_grad_(False)
+    if config.widths and (config.push or target != "dictionary-learning"):
+        raise UserError(
+            "--widths is for --to dictionary-learning: nothing else has prefixes to set"
+        )
+    sae = convert.load(config.sae, config.from_).requires_grad_(False)
     x, inputs = sample(config, sae)
     if config.push is not None:
         report = for_hub(config, sae, x)
-    elif config.to == "matryoshka":
+    elif target == "matryoshka":
         report = to_file(sae, Path(config.out), x)
     else:
-        report = convert.export(sae, config.to, config.out, x, config.widths)
+        report = convert.export(sae, target, config.out, x, config.widths)
     return {"inputs": inputs, **report}
 
 
 def check_push(config: Config) -> None:
     """Raises `UserError` before anything is written where nothing could be pushed."""
     if config.push is not None:
+        if config.to is not None:
+            raise UserError(f"--to {config.to} is not for --push, which uploads both forms")
         hub.require_repo_name(config.push)
         if not config.dry_run:
             hub.require_token(config.push)

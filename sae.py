@@ -287,10 +287,15 @@ class SAE(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "SAE":
-        """The SAE in a file written by `save`, of this version or an earlier one.
+        """The SAE in a file written by `save`, of this version or an earlier one; or in a folder of
+        SAELens, dictionary_learning or sparsify.
 
-        Raises ValueError where the file is no such SAE, OSError where it cannot be read.
+        Raises ValueError where there is no such SAE, OSError where it cannot be read.
         """
+        if Path(path).is_dir():
+            from matryoshka import convert  # here alone: this file needs nothing but torch
+
+            return convert.load(path).to(device)
         try:
             with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
@@ -309,6 +314,23 @@ class SAE(nn.Module):
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is not an SAE's file: {error}") from None
         return sae
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo: str,
+        name: str = "sae.safetensors",
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "SAE":
+        """The SAE in a repository on the Hugging Face hub, "OWNER/NAME".
+
+        name: a file of this project, or a folder of another tool in it. revision: a branch, a tag
+        or a commit. Raises ValueError where there is none, or the hub cannot be reached.
+        """
+        from matryoshka import hub  # here alone, as in `load`
+
+        return hub.from_pretrained(repo, name, revision).to(device)
 
 
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "mean_norm")

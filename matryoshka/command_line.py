@@ -92,7 +92,7 @@ def _argument(field: "dataclasses.Field[Any]", hint: Any) -> dict[str, Any]:
     is_required = field.default is dataclasses.MISSING
     common: dict[str, Any] = {"dest": field.name, "help": field.metadata["help"]}
     common |= {"required": True} if is_required else {"default": field.default}
-    if isinstance(hint, types.UnionType):
+    if types.NoneType in typing.get_args(hint):
         (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
     if hint is bool:
         return common | {"action": argparse.BooleanOptionalAction}

@@ -29,31 +29,44 @@ TARGETS = ("saelens", "dictionary-learning")
 N_NOISE = 1024  # inputs that a conversion is proven on where there are no activations
 
 
-def format_of(path: Path) -> str | None:
-    """Which of FORMATS a folder is in; None where it is in none of them."""
-    found = [name for name, module in FORMATS.items() if path.is_dir() and module.is_one(path)]
-    return found[0] if found else None
+def formats_of(path: Path) -> list[str]:
+    """Which of FORMATS a folder is in; none of a file, or of a folder without an SAE."""
+    return [name for name, module in FORMATS.items() if path.is_dir() and module.is_one(path)]
 
 
-def load(path: str | Path) -> SAE:
+def load(path: str | Path, expected: str | None = None) -> SAE:
     """The SAE in a file of this project, or in a folder of another tool.
 
-    Raises `UserError` where there is none that can be read.
+    expected: which of FORMATS the folder must be in. Raises `UserError` where it is in another, or
+    there is no SAE that can be read.
     """
     path = Path(path)
-    if path.is_dir():
-        name = format_of(path)
-        if name is None:
-            raise UserError(
-                f"{path} holds no SAE of a tool that is known here: {saelens_format.WEIGHTS}, "
-                f"{dictionary_learning_format.WEIGHTS} or {sparsify_format.WEIGHTS}"
-            )
-        sae: SAE = FORMATS[name].read(path)
+    if path.is_dir() or expected is not None:
+        sae: SAE = FORMATS[the_format_of(path, expected)].read(path)
         return sae
     try:
         return SAE.load(path)
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
+
+
+def the_format_of(path: Path, expected: str | None = None) -> str:
+    """The one of FORMATS that a folder is in. Raises `UserError` unless it is `expected`, or there
+    is exactly one."""
+    found = formats_of(path)
+    if expected in found:
+        return str(expected)
+    if expected is not None:
+        instead = f", but one of {' and '.join(found)}" if found else ""
+        raise UserError(f"{path} is no folder of {expected}{instead}")
+    if not found:
+        raise UserError(
+            f"{path} holds no SAE of a tool that is known here: {saelens_format.WEIGHTS}, "
+            f"{dictionary_learning_format.WEIGHTS} or {sparsify_format.WEIGHTS}"
+        )
+    if len(found) > 1:
+        raise UserError(f"{path} holds SAEs of {' and '.join(found)}: say which by --from")
+    return found[0]
 
 
 def noise(sae: SAE, n: int = N_NOISE) -> Tensor:

@@ -122,9 +122,9 @@ def loading(repo: str, n_latents: int) -> str:
     return f"""With the project that trained it, whose latents keep their prefixes:
 
 ```python
-from matryoshka.hub import from_pretrained
+from sae import SAE
 
-sae = from_pretrained("{repo}")
+sae = SAE.from_pretrained("{repo}")
 x_hat = sae(x)  # x: [..., d_model], in the units of the data
 x_hat = sae.decode(sae.encode(x), prefix={n_latents // 4})  # of the first latents alone
 ```

@@ -112,11 +112,11 @@ def load_saes(folder: Path, device: torch.device, trained: Mapping[str, Any]) ->
 def sae_paths(folder: Path) -> dict[str, Path]:
     """The SAEs in a folder, by name: files of this project, and folders of other tools; or the
     folder itself, where it is one of these."""
-    if convert.format_of(folder):
+    if convert.formats_of(folder):
         return {folder.resolve().name: folder}
     paths = {path.stem: path for path in sorted(folder.glob("[!.]*.safetensors"))}
     paths.pop(Path(CHECKPOINT).stem, None)
-    folders = (path for path in sorted(folder.glob("[!.]*")) if convert.format_of(path))
+    folders = (path for path in sorted(folder.glob("[!.]*")) if convert.formats_of(path))
     return paths | {path.name: path for path in folders}
 
 

@@ -126,6 +126,7 @@ class Inheriting(Config):
     pair: tuple[float, float] = setting((0.5, 0.9), "two numbers")
     names: tuple[str, ...] = setting(("x",), "any number of names")
     maybe: int | None = setting(None, "a number, or none")
+    either: Literal["c", "d"] | None = setting(None, "one of two, or none")
     hidden: int = setting(7, is_flag=False)
 
 
@@ -140,6 +141,7 @@ def test_every_kind_of_setting_is_a_flag() -> None:
     assert parsed("--pair", "1", "2").pair == (1.0, 2.0)
     assert parsed("--names", "x", "y").names == ("x", "y")
     assert parsed("--maybe", "3").maybe == 3
+    assert parsed("--either", "d").either == "d"
     text = command_line.parser_for(Inheriting, "").format_help()
     assert "--hidden" not in text
     for field in dataclasses.fields(Inheriting)[:-1]:
@@ -152,6 +154,7 @@ def test_every_kind_of_setting_is_a_flag() -> None:
         (["--kind", "c"], "--kind"),
         (["--pair", "1"], "--pair"),
         (["--maybe", "some"], "--maybe"),
+        (["--either", "e"], "--either"),
         (["--hidden", "1"], "--hidden"),
     ],
 )

@@ -46,6 +46,18 @@ def test_what_came_back_is_the_same_in_float32(target, activation, tmp_path):
     torch.testing.assert_close(back(x), sae(x), rtol=1e-4, atol=1e-5 * float(x.abs().max()))
 
 
+@pytest.mark.parametrize("target", convert.TARGETS)
+def test_an_sae_is_loaded_from_a_folder_as_from_a_file(target, tmp_path):
+    sae = any_sae("batchtopk", 1)
+    convert.export(sae, target, tmp_path / "out", inputs(sae, 1))
+    loaded = SAE.load(tmp_path / "out")
+    for name, tensor in convert.load(tmp_path / "out").state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert SAE.load(str(tmp_path / "out"), device="meta").W_enc.is_meta
+    with pytest.raises(UserError, match="holds no SAE"):
+        SAE.load(tmp_path)
+
+
 def test_what_a_target_cannot_express_is_said(tmp_path):
     sae = any_sae("topk", 1)
     notes = convert.export(sae, "saelens", tmp_path / "a", inputs(sae, 1))["notes"]

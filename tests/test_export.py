@@ -1,6 +1,7 @@
 """export.py as one calls it: what it prints, what it proves on, and bad input in one line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from sae_zoo import D_MODEL, N_LATENTS, any_sae
 from tiny_factory import write_dataset, write_model
 
 import export
+from matryoshka import convert
 from sae import SAE
 
 
@@ -28,6 +30,10 @@ def world(tmp_path_factory):
     SAE(D_MODEL, N_LATENTS, activation="batchtopk", k=3).save(folder / "new.safetensors")
     (folder / "text.txt").write_text("nothing")
     (folder / "empty").mkdir()
+    relu = SAE.load(folder / "relu.safetensors").requires_grad_(False)
+    convert.export(relu, "saelens", folder / "lens", convert.noise(relu))
+    shutil.copytree(folder / "lens", folder / "both")
+    (folder / "both" / "ae.pt").touch()
     (folder / "full").mkdir()
     (folder / "full" / "other").write_text("kept")
     return folder
@@ -43,7 +49,8 @@ def test_there_and_back_gives_the_same_sae(activation, world, tmp_path, capsys):
     for target in ("saelens", "dictionary-learning"):
         out = tmp_path / target
         export_line(world, out, line.replace("{T}", target) + " --cache {W}/cache/train")
-        export_line(world, out, "--sae {O}/there --to matryoshka --out {O}/back.safetensors")
+        back = f"--sae {{O}}/there --from {target} --out {{O}}/back.safetensors"
+        export_line(world, out, back)
         back = SAE.load(out / "back.safetensors")
         sae = SAE.load(world / f"{activation}.safetensors")
         assert (back.activation, back.k, back.about) == (sae.activation, sae.k, sae.about)
@@ -51,6 +58,14 @@ def test_there_and_back_gives_the_same_sae(activation, world, tmp_path, capsys):
     assert "activations of" in printed
     assert "Gaussian noise" in printed
     assert "cannot decode a prefix" in printed
+
+
+def test_from_chooses_where_a_folder_holds_two(world, tmp_path):
+    export_line(world, tmp_path, "--sae {W}/both --from saelens --out {O}/back.safetensors")
+    assert SAE.load(tmp_path / "back.safetensors").n_latents == N_LATENTS
+    line = "--sae {W}/lens --from saelens --to dictionary-learning --out {O}/there"
+    export_line(world, tmp_path, line)
+    assert convert.formats_of(tmp_path / "there") == ["dictionary-learning"]
 
 
 def test_widths_are_kept_as_groups(world, tmp_path):
@@ -73,7 +88,16 @@ BAD = [
     ("--sae {W}/relu.safetensors --out {O}/o --cache {W}/empty", "no finished cache"),
     ("--sae {W}/relu.safetensors --out {O}/o --cache {W}/wide/train", "d_model"),
     ("--sae {W}/relu.safetensors --out {O}/o --n-tokens 0", "--n-tokens"),
-    ("--sae {W}/relu.safetensors --out {O}/o --widths 4 20", "has no prefixes"),
+    ("--sae {W}/relu.safetensors --out {O}/o --widths 4 20", "--widths is for"),
+    ("--sae {W}/relu.safetensors --to matryoshka --out {O}/o --widths 4 20", "--widths is for"),
+    ("--sae {W}/relu.safetensors --push a/b --dry-run --out {O}/o --widths 4 20", "--widths is"),
+    ("--sae {W}/relu.safetensors --push a/b --dry-run --out {O}/o --to saelens", "--to saelens"),
+    ("--sae {W}/relu.safetensors --from saelens --out {O}/o", "is no folder of saelens"),
+    ("--sae {W}/nothing --from saelens --out {O}/o", "nothing is no folder of saelens"),
+    ("--sae {W}/empty --from sparsify --out {O}/o", "is no folder of sparsify"),
+    ("--sae {W}/lens --from dictionary-learning --out {O}/o", "learning, but one of saelens"),
+    ("--sae {W}/both --out {O}/o", "SAEs of saelens and dictionary-learning: say which"),
+    ("--sae {W}/lens --from gguf --out {O}/o", "--from"),
     ("--sae {W}/relu.safetensors --to dictionary-learning --out {O}/o --widths 4", "must rise"),
     ("--out {O}/o", "--sae"),
 ]

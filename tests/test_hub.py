@@ -160,16 +160,16 @@ def test_from_pretrained_reads_a_file_of_ours_or_a_folder_of_anothers(
         return str(tmp_path / "out")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    sae, x = hub.from_pretrained(REPO, revision="v1"), inputs(any_sae("relu", 1), 1)
+    sae, x = SAE.from_pretrained(REPO, revision="v1"), inputs(any_sae("relu", 1), 1)
     assert asked == [(REPO, "v1", ["sae.safetensors", "sae.safetensors/*"])]
     torch.testing.assert_close(sae(x), any_sae("relu", 1)(x))
     torch.testing.assert_close(
-        hub.from_pretrained(REPO, "saelens")(x), sae(x), rtol=1e-4, atol=1e-3
+        SAE.from_pretrained(REPO, "saelens")(x), sae(x), rtol=1e-4, atol=1e-3
     )
     with pytest.raises(UserError, match="holds no other"):
-        hub.from_pretrained(REPO, "other")
+        SAE.from_pretrained(REPO, "other")
     with pytest.raises(UserError, match="OWNER/NAME"):
-        hub.from_pretrained("../elsewhere/x")
+        SAE.from_pretrained("../elsewhere/x")
 
 
 def test_the_card_says_what_it_is_and_how_it_scored():
