@@ -30,7 +30,7 @@ from torch import Tensor
 from matryoshka.cache_config import load_source
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.command_line import main_guard, parse, pick_device
-from matryoshka.environment import environment
+from matryoshka.environment import environment, multiplies_bfloat16
 from matryoshka.errors import CannotWrite, UserError
 from matryoshka.files import make_folder, one_writer, write_json
 from matryoshka.live_activations import LiveActivations
@@ -75,6 +75,9 @@ def run(
     """
     check_training(config)
     device = pick_device(config.device)
+    if config.matmul_dtype == "bfloat16" and not multiplies_bfloat16(device):
+        slow = "this machine has no instructions for bfloat16: --matmul-dtype float32 is faster"
+        print(f"warning: {slow}", file=sys.stderr)
     cache = open_activations(config, device)
     if cache.steps_per_pass(config.batch_size) == 0:
         raise UserError(

@@ -50,6 +50,15 @@ def _cpu() -> tuple[str, list[str]]:
     return name[1].strip() if name else platform.machine(), sorted(sets)
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for products in bfloat16; without, they take many times a
+    float32 product's time. True for a CPU that does not say what it has."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    instruction_sets = _cpu()[1]
+    return not instruction_sets or any("bf16" in name for name in instruction_sets)
+
+
 @functools.cache
 def commit() -> str | None:
     """The git commit of the checkout that this file is in; None where it is in none.

@@ -12,7 +12,9 @@ At full size the data is synthetic: 3,072 known directions, 30 of them active in
 frequencies falling from common to rare. SAEs start on those directions and are trained until they
 fire 30 latents an input; where the size or the L0 varies, that would take too long, and they are
 only placed there. "Fresh" ones are as initialised: half of their latents fire. "bfloat16": with the
-matrix products' operands rounded to it, as `--matmul-dtype bfloat16` has them.
+matrix products' operands rounded to it, as `--matmul-dtype bfloat16` has them; left out where the
+machine has no instructions for it, and a product would take up to seventy times as long.
+"batchtopk" has the widths and the auxiliary loss of `train.py --recipe paper`.
 Writes a JSON file with every median, its quartiles, and where it was measured.
 """
 
@@ -37,17 +39,23 @@ from matryoshka.cache_config import load_source
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.cache_writer import cache_rows, finish
 from matryoshka.command_line import main_guard, parse, pick_device, require_positive, setting, table
-from matryoshka.environment import environment
+from matryoshka.environment import environment, multiplies_bfloat16
 from matryoshka.errors import UserError
 from matryoshka.files import make_folder, write_json
 from matryoshka.process import threads
 from matryoshka.trainer import Trainer
 from matryoshka.trainer_config import TrainerConfig
 from sae import SAE, seeded_generator
+from studies import bench_cases
 from studies.bench_cases import Case, load_original, original_step
 
 Times = dict[str, dict[str, float]]
 Prefixes = Literal["sampled", "expected"]
+# What `train.py --recipe paper` trains but for its size, its batch and its learning rate.
+BATCHTOPK: dict[str, Any] = {
+    "widths": (0.03125, 0.09375, 0.21875, 0.46875, 1.0),
+    "auxiliary": "all",
+}
 Part = Literal["all", "toy", "toy-whole", "step", "growth", "data"]
 
 
@@ -172,8 +180,10 @@ def steps_at_once(device: torch.device) -> int:
 def bench_step(repeats: int, device: torch.device, original: Any = None) -> Times:
     """A step at full size: trained and fresh, by prefixes, and its parts; with the SAEs' L0."""
     vanilla, matryoshka = Case.trained(device, 1), Case.trained(device, 10)
+    batchtopk = Case.trained(device, 5, "batchtopk", **BATCHTOPK)
+    fresh_batchtopk = Case.fresh(device, "batchtopk", bench_cases.L0)
     fresh = Case.fresh(device)
-    variants = {
+    variants: dict[str, Callable[[], object]] = {
         "five dense products": matryoshka.five_products(),
         "vanilla": vanilla.step(1),
         "matryoshka, 10 prefixes": matryoshka.step(10),
@@ -182,12 +192,20 @@ def bench_step(repeats: int, device: torch.device, original: Any = None) -> Time
         "expected prefixes": matryoshka.step(10, prefixes="expected"),
         "vanilla, fresh": fresh.step(1),
         "matryoshka, 10 prefixes, fresh": fresh.step(10),
-        "bfloat16: five dense products": matryoshka.five_products("bfloat16"),
-        "bfloat16: vanilla": vanilla.step(1, matmul_dtype="bfloat16"),
-        "bfloat16: matryoshka, 10 prefixes": matryoshka.step(10, matmul_dtype="bfloat16"),
-        "bfloat16: vanilla, fresh": fresh.step(1, matmul_dtype="bfloat16"),
-        "bfloat16: matryoshka, 10 prefixes, fresh": fresh.step(10, matmul_dtype="bfloat16"),
+        "batchtopk, 5 widths": batchtopk.step(5, **BATCHTOPK),
+        "batchtopk, 5 widths, fresh": fresh_batchtopk.step(5, **BATCHTOPK),
     }
+    if multiplies_bfloat16(device):
+        variants |= {
+            "bfloat16: five dense products": matryoshka.five_products("bfloat16"),
+            "bfloat16: vanilla": vanilla.step(1, matmul_dtype="bfloat16"),
+            "bfloat16: matryoshka, 10 prefixes": matryoshka.step(10, matmul_dtype="bfloat16"),
+            "bfloat16: batchtopk, 5 widths": batchtopk.step(
+                5, **BATCHTOPK, matmul_dtype="bfloat16"
+            ),
+            "bfloat16: vanilla, fresh": fresh.step(1, matmul_dtype="bfloat16"),
+            "bfloat16: matryoshka, 10 prefixes, fresh": fresh.step(10, matmul_dtype="bfloat16"),
+        }
     variants |= matryoshka.parts(10)
     if original is not None:
         for name, case, n_prefixes in (
@@ -205,21 +223,22 @@ def bench_step(repeats: int, device: torch.device, original: Any = None) -> Time
 def bench_growth(repeats: int, device: torch.device) -> Times:
     """Matryoshka steps and dense products, by size at L0 30, and by L0 at full size."""
     times: Times = {}
+    has_bfloat16 = multiplies_bfloat16(device)
     for n_latents in (3072, 6144, 12288, 24576, 49152):
         case = Case.placed(device, n_latents)
         sized = {
             f"{n_latents} latents": case.step(10),
-            f"{n_latents} latents, bfloat16": case.step(10, matmul_dtype="bfloat16"),
             f"{n_latents} latents, five products": case.five_products(),
         }
+        if has_bfloat16:
+            sized[f"{n_latents} latents, bfloat16"] = case.step(10, matmul_dtype="bfloat16")
         times |= alternate(sized, max(2, repeats - 2), device, steps_at_once(device))
     variants: dict[str, Callable[[], object]] = {}
     for l0 in (10, 30, 100, 300):
         case = Case.placed(device, l0=l0)
-        variants |= {
-            f"L0 {l0}": case.step(10),
-            f"L0 {l0}, bfloat16": case.step(10, matmul_dtype="bfloat16"),
-        }
+        variants[f"L0 {l0}"] = case.step(10)
+        if has_bfloat16:
+            variants[f"L0 {l0}, bfloat16"] = case.step(10, matmul_dtype="bfloat16")
     return times | alternate(variants, repeats, device, steps_at_once(device))
 
 

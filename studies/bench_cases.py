@@ -32,7 +32,7 @@ class Synthetic:
     """Inputs made of `n_latents` known directions, in units of their mean norm / sqrt(D_MODEL)."""
 
     def __init__(self, n_latents: int, l0: float):
-        self.generator = seeded_generator(0)
+        self.generator, self.l0 = seeded_generator(0), l0
         dictionary = torch.randn(n_latents, D_MODEL, generator=self.generator)
         self.dictionary = torch.nn.functional.normalize(dictionary, dim=1)
         # frequencies fall as a power of the place, none above 1/2, and sum to l0
@@ -51,9 +51,10 @@ class Synthetic:
         return self.scale * (strength @ self.dictionary + noise)
 
     @torch.no_grad()
-    def placed_sae(self, x: Tensor) -> SAE:
+    def placed_sae(self, x: Tensor, activation: str = "relu") -> SAE:
         """An SAE on the true directions whose latents fire on x as often as those are active."""
-        sae = SAE(D_MODEL, len(self.dictionary))
+        k = None if activation == "relu" else self.l0
+        sae = SAE(D_MODEL, len(self.dictionary), activation=activation, k=k)
         # rounded up or down at random: most of a large dictionary fires less than once a batch
         chance = torch.rand(len(self.dictionary), generator=self.generator)
         kept = (self.frequency * BATCH + chance).long()
@@ -72,9 +73,11 @@ class Case(NamedTuple):
     x: Tensor
 
     @classmethod
-    def fresh(cls, device: torch.device) -> "Case":
+    def fresh(
+        cls, device: torch.device, activation: str = "relu", k: float | None = None
+    ) -> "Case":
         x = torch.randn(BATCH, D_MODEL, generator=seeded_generator(0))
-        return cls(SAE(D_MODEL, N_LATENTS).to(device), x.to(device))
+        return cls(SAE(D_MODEL, N_LATENTS, activation=activation, k=k).to(device), x.to(device))
 
     @classmethod
     def placed(cls, device: torch.device, n_latents: int = N_LATENTS, l0: float = L0) -> "Case":
@@ -83,7 +86,10 @@ class Case(NamedTuple):
         return cls(data.placed_sae(x).to(device), x.to(device))
 
     @classmethod
-    def trained(cls, device: torch.device, n_prefixes: int) -> "Case":
+    def trained(
+        cls, device: torch.device, n_prefixes: int, activation: str = "relu", **settings: Any
+    ) -> "Case":
+        """settings: a `TrainerConfig`'s."""
         data = Synthetic(N_LATENTS, L0)
         config = TrainerConfig(
             n_steps=TRAINING_STEPS,
@@ -93,8 +99,9 @@ class Case(NamedTuple):
             l0_control="steady",
             sparsity_weight=3.0,
             sparsity_warmup=0.1,
+            **settings,
         )
-        trainer = Trainer([data.placed_sae(data.draw()).to(device)], config, [0])
+        trainer = Trainer([data.placed_sae(data.draw(), activation).to(device)], config, [0])
         for _ in tqdm(range(TRAINING_STEPS), f"train, {n_prefixes} prefixes", leave=False):
             trainer.step(data.draw().to(device))
         return cls(trainer.saes[0], data.draw().to(device))
@@ -106,7 +113,8 @@ class Case(NamedTuple):
 
     def trainer(self, n_prefixes: int, **settings: Any) -> Trainer:
         """A trainer whose steps change nothing. settings: a `TrainerConfig`'s."""
-        config = dataclasses.replace(UNMOVED, n_prefixes=n_prefixes, **settings)
+        settings |= {"target_l0": self.sae.k or UNMOVED.target_l0, "n_prefixes": n_prefixes}
+        config = dataclasses.replace(UNMOVED, **settings)
         return Trainer([self.sae], config, [0])
 
     def step(self, n_prefixes: int, **settings: Any) -> Callable[[], object]:

@@ -45,6 +45,21 @@ def test_an_arm_cpu_and_a_system_without_proc_have_a_name(monkeypatch: pytest.Mo
     assert sets == []
 
 
+def test_only_a_cpu_that_names_its_instructions_is_said_to_lack_bfloat16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu = torch.device("cpu")
+    for sets, expected in (
+        (["avx2", "fma"], False),
+        (["avx2", "avx512_bf16"], True),
+        (["amx_bf16"], True),
+        (["asimd", "bf16"], True),
+        ([], True),
+    ):
+        monkeypatch.setattr(environment, "_cpu", lambda sets=sets: ("a CPU", sets))
+        assert environment.multiplies_bfloat16(cpu) == expected, sets
+
+
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git here")
 def test_the_commit_is_that_of_the_checkout_and_changes_are_marked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
