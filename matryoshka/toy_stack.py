@@ -25,6 +25,7 @@ from matryoshka.metrics import (
 )
 from matryoshka.refit import refit_both, refit_decoder
 from matryoshka.trainer import Trainer
+from matryoshka.truth_scores import TruthScores
 from sae import SAE
 
 if TYPE_CHECKING:  # scripts import this module, not it them
@@ -283,9 +284,12 @@ def score(config: "Config", data: "ToyData", sae: SAE, member: Member) -> dict[s
     tree = data.tree
     features, x = data.held_out(member.seed, config.n_eval)
     acts = sae.encode(x)
-    cosines = decoder_cosines(sae.W_dec, data.directions(member.seed))
+    directions = data.directions(member.seed)
+    cosines = decoder_cosines(sae.W_dec, directions)
     best = best_cosine(cosines)
     matched = match_latents(cosines)
+    scores = TruthScores(sae.W_dec, directions)
+    scores.add(acts, features > 0, x, sae(x))
     absorbed = absorption_rate(acts, features, tree.parent, matched).tolist()
     parents = forest(pairs_of(acts * sae.W_dec.norm(dim=1)), toy_levels(sae))
     named = stands_for(cosines, matched, config.threshold)
@@ -303,6 +307,7 @@ def score(config: "Config", data: "ToyData", sae: SAE, member: Member) -> dict[s
         "dead_share": float(dead_share(acts)),
         "absorption": [None if math.isnan(rate) else round(rate, 6) for rate in absorbed],
         "edges": tree_edges(parents, named, tree.parent),
+        "truth_scores": scores.summary(),
     }
 
 

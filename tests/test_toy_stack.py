@@ -50,6 +50,10 @@ def test_an_ideal_sae_is_clean_everywhere():
     assert row["dead_share"] == 0
     assert row["absorption"] == ([None] + [0.0] * 3) * 3 + [None] * 8
     assert row["edges"] == {"found": 9, "wrong": 0, "missing": 0}
+    assert row["truth_scores"] == pytest.approx(
+        dict.fromkeys(("mcc", "f1", "precision", "recall", "uniqueness", "shrinkage"), 1.0),
+        abs=0.02,
+    )
     other_seed = score(CONFIG, DATA, ideal(3), Member("any", 4))
     assert other_seed["clean_features"] < 20
 
