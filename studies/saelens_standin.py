@@ -120,13 +120,18 @@ def one_run(
     }
 
 
-def train(config: Config, kind: str, lr: float, cache: ActivationCache) -> Any:
-    """A training SAE of SAELens, trained by its SAETrainer, the input's scale folded in."""
+def train(
+    config: Config, kind: str, lr: float, cache: ActivationCache, device: str = "cpu", **more: Any
+) -> Any:
+    """A training SAE of SAELens, trained by its SAETrainer, the input's scale folded in.
+
+    more: further settings of the SAE, by SAELens's names.
+    """
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     torch.manual_seed(config.seed)  # SAELens draws its start from the global generator
-    sae = untrained(config, kind, cache.d_model)
+    sae = untrained(config, kind, cache.d_model, device=device, **more)
     steps = SAETrainerConfig(
         total_training_samples=config.n_steps * config.batch_size,
         train_batch_size_samples=config.batch_size,
@@ -135,11 +140,12 @@ def train(config: Config, kind: str, lr: float, cache: ActivationCache) -> Any:
         lr_decay_steps=int(DECAY_SHARE * config.n_steps),
         lr_end=LR_END * lr,
         n_batches_for_norm_estimate=NORM_BATCHES,
+        device=device,
     )
-    return SAETrainer(steps, sae, batches(config, cache)).fit()
+    return SAETrainer(steps, sae, batches(config, cache, device)).fit()
 
 
-def untrained(config: Config, kind: str, d_model: int) -> Any:
+def untrained(config: Config, kind: str, d_model: int, **more: Any) -> Any:
     """A training SAE of SAELens, at its start."""
     import sae_lens
 
@@ -148,6 +154,7 @@ def untrained(config: Config, kind: str, d_model: int) -> Any:
         "d_sae": config.n_latents,
         "k": config.k,
         "normalize_activations": config.normalize,
+        **more,
     }
     if kind == "batchtopk":
         return sae_lens.BatchTopKTrainingSAE(sae_lens.BatchTopKTrainingSAEConfig(**common))
@@ -158,11 +165,12 @@ def untrained(config: Config, kind: str, d_model: int) -> Any:
     )
 
 
-def batches(config: Config, cache: ActivationCache) -> Iterator[Tensor]:
+def batches(config: Config, cache: ActivationCache, device: str = "cpu") -> Iterator[Tensor]:
     """The project's batches from the first step on, after those that the scale is estimated on."""
+    size, seed = config.batch_size, config.seed
     if config.normalize != "none":
-        yield from itertools.islice(cache.batches(config.batch_size, config.seed), NORM_BATCHES)
-    yield from cache.batches(config.batch_size, config.seed)
+        yield from itertools.islice(cache.batches(size, seed, device=device), NORM_BATCHES)
+    yield from cache.batches(size, seed, device=device)
 
 
 @torch.inference_mode()

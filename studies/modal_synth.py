@@ -1,0 +1,194 @@
+"""The published benchmark's size on Modal: samples drawn once, our SAEs beside SAELens's.
+
+    modal run -m studies.modal_synth                      # 16k, three seeds
+    modal run -m studies.modal_synth --size mini          # a smoke run, some minutes
+
+A container on an H100 draws the samples to a Volume (studies/synth_data.py); then containers train
+and score at the same time: one a seed for ours (studies/synth.py), one for SAELens's
+(studies/synth_peers.py). What a container wrote is kept: the same command goes on from the last
+checkpoint, and finds what is done. Give it once at a time: two would write the same files.
+
+**It has not been run.** By arithmetic, `16k` takes about 6 hours of an H100 in all, 3.5 by the
+clock (`estimate` below has the assumptions), and 32 GB on the Volume; its cost is 6 times Modal's
+price of an H100's hour. The Volume costs until `modal volume delete matryoshka-synth`.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import modal
+
+from matryoshka.errors import UserError
+from matryoshka.modal_calls import hands_back_refusals, reason_of
+
+# Those that studies/synth_peers.py was run with beside SAELens.
+REQUIREMENTS = (
+    *("sae-lens==6.54.12", "torch==2.13.0", "numpy==2.4.6", "scipy==1.17.1"),
+    *("safetensors==0.8.0", "tqdm==4.70.1"),
+)
+MODULES = ("matryoshka", "sae", "studies", "train")
+ROOT = "/volume"  # where the Volume is in a container
+
+image = (
+    modal.Image.debian_slim(python_version="3.11")
+    .pip_install(*REQUIREMENTS)
+    .env({"TQDM_MININTERVAL": "5"})
+    .add_local_python_source(*MODULES, ignore=["**/__pycache__"])
+)
+app = modal.App("matryoshka-synth")
+volume = modal.Volume.from_name("matryoshka-synth", create_if_missing=True)
+on_a_gpu: dict[str, Any] = {
+    "image": image,
+    "volumes": {ROOT: volume},
+    "gpu": "H100",
+    "cpu": 4.0,
+    "memory": 48 * 1024,
+    "timeout": 24 * 3600,
+    "retries": modal.Retries(max_retries=3, initial_delay=15.0, max_delay=60.0),
+    "single_use_containers": True,
+}
+
+
+def commit() -> None:
+    """Makes what was written to the Volume visible to other containers, and safe."""
+    if not modal.is_local():
+        volume.commit()
+
+
+def reload() -> None:
+    """Shows what other containers wrote to the Volume. No file on it may be open."""
+    if not modal.is_local():
+        volume.reload()
+
+
+def folder(size: str) -> Path:
+    """Where everything of that size is on the Volume."""
+    return Path(ROOT) / size
+
+
+@app.function(**on_a_gpu)
+@hands_back_refusals
+def sample(size: Any) -> dict[str, Any]:
+    """Draws the samples, or finds them; returns what is known of them."""
+    from studies import synth_data
+
+    reload()
+    try:
+        return synth_data.run(synth_data.Config(size=size, out=str(folder(size) / "data")))
+    finally:
+        commit()
+
+
+@app.function(**on_a_gpu)
+@hands_back_refusals
+def train_ours(size: Any, seed: int) -> dict[str, Any]:
+    """Trains and scores the project's SAEs of one seed; returns what studies/synth.py does."""
+    from studies import synth
+
+    reload()
+    at = folder(size)
+    config = synth.Config(
+        size=size,
+        data=str(at / "data"),
+        seeds=(seed,),
+        runs=str(at / "ours"),
+        out=str(at / f"ours_seed{seed}.json"),
+    )
+    try:
+        return synth.run(config, on_checkpoint=commit)
+    finally:
+        commit()
+
+
+@app.function(**on_a_gpu)
+@hands_back_refusals
+def train_peers(size: Any, seeds: int) -> dict[str, Any]:
+    """Trains and scores SAELens's SAEs; returns what studies/synth_peers.py does."""
+    from studies import synth_peers
+
+    reload()
+    at = folder(size)
+    config = synth_peers.Config(
+        size=size,
+        data=str(at / "data"),
+        seeds=tuple(range(seeds)),
+        runs=str(at / "saelens"),
+        out=str(at / "saelens.json"),
+    )
+    try:
+        return synth_peers.run(config, on_done=commit)
+    finally:
+        commit()
+
+
+# ------------------------------------------------------------------------ here, on your machine
+
+
+def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Results of several seeds as one: all sources, all runs. Raises `UserError` for a failure."""
+    for part in parts:
+        if reason := reason_of(part):
+            raise UserError(f"{reason}. What is finished is kept: the same command goes on")
+    return {name: [item for part in parts for item in part[name]] for name in ("sources", "runs")}
+
+
+def study(size: str, seeds: int, out: Path, call: Callable[..., Any]) -> list[Path]:
+    """Samples, then all trainings at once; writes the two results files that the table reads.
+
+    call: begins a function with arguments, and returns what waits for its result.
+    """
+    if reason := reason_of(call(sample, size)()):
+        raise UserError(reason)
+    ours = [call(train_ours, size, seed) for seed in range(seeds)]
+    peers = call(train_peers, size, seeds)
+    written = []
+    for name, waits in ((size, ours), (f"{size}_saelens", [peers])):
+        path = out / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(merged([wait() for wait in waits]), indent=1) + "\n")
+        written.append(path)
+    return written
+
+
+def begin(function: Any, *args: Any) -> Callable[[], Any]:
+    """Begins `function` in a container of its own; the result waits for it."""
+    handle = function.spawn(*args)
+    return lambda: handle.get()
+
+
+@app.local_entrypoint()
+def main(size: str = "16k", seeds: int = 3, out: str = "results/synth") -> None:
+    """`modal run`: waits for all of it, and writes the results here."""
+    try:
+        for path in study(size, seeds, Path(out), begin):
+            print(f"written: {path}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# --------------------------------------------------------------------------------- what it takes
+
+
+def estimate(
+    n_steps: int, n_latents: int, d_model: int, batch_size: int, n_samples: int, seeds: int
+) -> dict[str, float]:
+    """Hours of an H100 by part, and bytes on the Volume, by assumed rates: nothing is measured.
+
+    A step of ours is twice its five dense products at 0.4 of the 67 TFLOP/s of float32, and never
+    under 1 ms (matryoshka/modal_plan.py), for five SAEs a seed. SAELens says that a training of
+    200M samples takes 15 to 20 minutes, sampling included; here that is 17.5 for sampling as for
+    training, in proportion to the samples, and three learning rates and two seeds more of two
+    kinds. Copying and scoring: 10 minutes a container.
+    """
+    step = max(1e-3, 2 * 5 * 2 * batch_size * d_model * n_latents / (0.4 * 67e12))
+    per_sample = 17.5 / 60 / 200e6  # hours
+    return {
+        "sampling": n_samples * per_sample + 1 / 6,
+        "ours": seeds * (5 * n_steps * step / 3600 + 1 / 6),
+        "saelens": 2 * (3 + seeds - 1) * n_steps * batch_size * per_sample + 1 / 6,
+        "bytes": n_samples * (2 * d_model + 12),
+    }

@@ -1,0 +1,160 @@
+"""SAELens's own SAEs, trained by SAELens's own trainer on the samples that ours are trained on.
+
+    pip install sae-lens==6.54.12
+    python -m studies.synth_peers --size mini --data cache/synth/mini \\
+        --out results/synth/mini_saelens.json
+
+BatchTopK and MatryoshkaBatchTopK at each learning rate, on the first seed; then, at the one with
+the best F1, on the other seeds. The batches, the number of latents and of steps, k, the widths and
+the learning rate's course are those of studies/synth.py. Other settings are SAELens's defaults, but
+that the Matryoshka SAE has its auxiliary loss a level at a time (`use_matryoshka_aux_loss`), as the
+published benchmark does. What is saved is read back by SAELens, and scored with its `encode`.
+Each training is written as it ends, and not done again.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from matryoshka.cache_reader import ActivationCache
+from matryoshka.command_line import main_guard, parse, pick_device, setting, table
+from matryoshka.environment import environment
+from matryoshka.errors import UserError
+from matryoshka.files import make_folder, without_paths, write_json
+from studies import saelens_standin
+from studies.keep import results_in
+from studies.synth import HEADERS, rows_of, score
+from studies.synth_data import SIZES, SizeName, Truth, read_truth
+
+# By the name of an SAE: the kind in studies/saelens_standin.py, and settings of SAELens's own.
+PEERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "saelens_matryoshka": ("matryoshka_batchtopk", {"use_matryoshka_aux_loss": True}),
+    "saelens_batchtopk": ("batchtopk", {}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is trained, on what, and where it is written."""
+
+    size: SizeName = setting("mini", "the synthetic model: a key of SIZES in synth_data.py")
+    data: str = setting("cache/synth/mini", "folder that studies.synth_data wrote")
+    saes: tuple[str, ...] = setting(tuple(PEERS), "which SAEs, by name")
+    seeds: tuple[int, ...] = setting((0, 1, 2), "seeds of the start and of the order of batches")
+    n_steps: int = setting(0, "steps; 0: the size's own number")
+    runs: str = setting("runs/synth/mini_saelens", "folder for the SAEs, as SAELens saves them")
+    out: str = setting("runs/synth/mini_saelens/results.json", "file to write")
+    device: str = setting("auto", "torch device; auto: the GPU where there is one")
+
+
+def run(config: Config, on_done: Callable[[], object] | None = None) -> dict[str, Any]:
+    """Trains what `config.out` does not hold; returns what it then holds. Raises `UserError`.
+
+    on_done: called when a training is scored and written.
+    """
+    for name in config.saes:
+        if name not in PEERS:
+            raise UserError(f"--saes {name} is none of {', '.join(PEERS)}")
+    data = Path(config.data)
+    truth = read_truth(data)
+    train, held_out = (ActivationCache(data / split) for split in ("train", "held_out"))
+    make_folder(Path(config.out).parent)
+    results = started(config, truth)
+    for name in config.saes:
+        for seed, lr in still_to_do(config, name, results["runs"]):
+            results["runs"].append(one_run(config, name, seed, lr, (train, held_out, truth)))
+            write_json(Path(config.out), results)
+            if on_done:
+                on_done()
+    return results
+
+
+def still_to_do(
+    config: Config, name: str, runs: Sequence[dict[str, Any]]
+) -> Iterator[tuple[int, float]]:
+    """Seeds and learning rates of what is not in `runs`, which grows meanwhile: all rates on the
+    first seed, then the best of them, by F1, on the others."""
+    first, *others = config.seeds
+    lrs = SIZES[config.size].lrs
+
+    def of_seed(seed: int) -> dict[float, float]:
+        return {r["lr"]: r["f1"] for r in runs if r["sae"] == name and r["seed"] == seed}
+
+    yield from ((first, lr) for lr in lrs if lr not in of_seed(first))
+    best = max(lrs, key=lambda lr: of_seed(first)[lr])
+    yield from ((seed, best) for seed in others if best not in of_seed(seed))
+
+
+def one_run(
+    config: Config,
+    name: str,
+    seed: int,
+    lr: float,
+    data: tuple[ActivationCache, ActivationCache, Truth],
+) -> dict[str, Any]:
+    """Trains one SAE, saves it, and scores what was saved. data: to train on, held out, truth."""
+    import sae_lens
+
+    train, held_out, truth = data
+    kind, more = PEERS[name]
+    size = SIZES[config.size]
+    settings = saelens_standin.Config(
+        n_latents=size.n_latents,
+        k=round(truth.l0, 2),
+        widths=size.widths,
+        n_steps=config.n_steps or size.n_steps,
+        batch_size=size.batch_size,
+        normalize="none",
+        seed=seed,
+    )
+    began = time.perf_counter()
+    with contextlib.redirect_stdout(sys.stderr):
+        device = str(pick_device(config.device))
+        trained = saelens_standin.train(settings, kind, lr, train, device, **more)
+    seconds = round(time.perf_counter() - began, 2)
+    folder = Path(config.runs) / f"{name}_lr{lr:g}_seed{seed}"
+    trained.save_inference_model(folder)
+    figures = score(sae_lens.SAE.load_from_disk(folder, device=device), held_out, truth)
+    about = {"source": "synth_saelens", "sae": name, "lr": lr, "seed": seed}
+    return {**about, **figures, "seconds": seconds}
+
+
+def started(config: Config, truth: Truth) -> dict[str, Any]:
+    """What `config.out` holds, or no runs yet. Raises `UserError` where its settings are others."""
+    settings = dataclasses.asdict(config)
+    changeable = ("out", "saes", "seeds")  # which say what more is done
+    kept = {name: value for name, value in settings.items() if name not in changeable}
+    source = {
+        "source": "synth_saelens",
+        "command": f"python -m studies.synth_peers --size {config.size}",
+        "config": without_paths(json.loads(json.dumps(kept))),
+        "saes": {name: dict(more) for name, (_, more) in PEERS.items()},
+        "size": json.loads(json.dumps(SIZES[config.size]._asdict())),
+        "true_l0": truth.l0,
+        "environment": environment(pick_device(config.device))
+        | {"sae_lens": importlib.metadata.version("sae-lens")},
+    }
+    if not Path(config.out).exists():
+        return {"sources": [source], "runs": []}
+    results = results_in(Path(config.out))
+    for name in ("config", "size", "true_l0"):
+        if results["sources"][0][name] != source[name]:
+            raise UserError(f"{config.out} has runs of another {name}: give another --out")
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    with main_guard():
+        results = run(parse(Config, __doc__, argv))
+        print(table(HEADERS, rows_of(results["runs"])))
+
+
+if __name__ == "__main__":
+    main()
