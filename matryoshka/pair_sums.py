@@ -46,22 +46,24 @@ class PairSums:
         self.fired.index_add_(0, latent, torch.ones_like(value))
         self.squares.index_add_(0, latent, value.square())
         self.largest.scatter_reduce_(0, latent, value, "amax")
-        n_later = _n_later(firings)
+        # Latent by latent: the places of its pairs are one row of the matrices, which stays in
+        # the processor's cache. Token by token they would be all over memory.
+        firsts = latent.argsort(stable=True)
+        n_later = _n_later(firings)[firsts]
         ends = n_later.cumsum(0)
         start, n = 0, len(latent)
         while start < n:  # as many firings as make PAIRS_AT_ONCE pairs, and at least one
             done = int(ends[start - 1]) if start else 0
             limit = ends.new_tensor(done + PAIRS_AT_ONCE)
             stop = max(start + 1, int(torch.searchsorted(ends, limit, right=True)))
-            self._add_pairs(latent, value, n_later[start:stop], start)
+            self._add_pairs(latent, value, firsts[start:stop], n_later[start:stop])
             start = stop
 
-    def _add_pairs(self, latent: Tensor, value: Tensor, n_later: Tensor, start: int) -> None:
-        """Adds the pairs of firings `start` up to `start + len(n_later)` with later ones."""
-        first = torch.arange(len(n_later), device=latent.device).repeat_interleave(n_later)
+    def _add_pairs(self, latent: Tensor, value: Tensor, firsts: Tensor, n_later: Tensor) -> None:
+        """Adds the pairs of the firings `firsts` with the `n_later` ones that follow each."""
+        first = firsts.repeat_interleave(n_later)
         begins = (n_later.cumsum(0) - n_later).repeat_interleave(n_later)
-        second = first + 1 + torch.arange(len(first), device=latent.device) - begins + start
-        first += start
+        second = first + 1 + torch.arange(len(first), device=latent.device) - begins
         a, b = value[first], value[second]
         place = latent[first] * self.n_latents + latent[second]
         self._together.scatter_add_(0, place, torch.complex(torch.ones_like(a), a * b))
