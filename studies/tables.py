@@ -378,6 +378,26 @@ def data() -> str:
     return bench.show(read("bench/data.json")["sources"][0]["data"])
 
 
+def browsing() -> str:
+    """What browsing costs: a pass that collects against one that only encodes, and the page."""
+    rows = []
+    for made in read("bench/browse.json")["sources"]:
+        size, passes, page = made["config"], made.get("passes", {}), made.get("page", {})
+        cells = [
+            f"{passes['ratio']:.2f}" if passes else "-",
+            *(f"{page[name]:{form}}" if name in page else "-" for name, form in OF_A_PAGE.items()),
+            made["peak_memory"],
+        ]
+        name = f"{size['n_latents']:,} latents of width {size['d_model']}"
+        threads = f"{made['environment']['threads']}"
+        rows.append([name, f"{size['tokens']:,}", threads, *cells])
+    headers = ["", "tokens", "threads", "collect / encode", "page, MB", "first view, s"]
+    return table([*headers, "a latent, s", "peak memory"], rows)
+
+
+OF_A_PAGE = {"megabytes": ".0f", "first view": ".2f", "a latent": ".3f"}
+
+
 # By the name that a page calls a table by: the function, and the files of results/ that it shows.
 TABLES: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     "toy": (toy, ("toy/sampled.json",)),
@@ -392,6 +412,7 @@ TABLES: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     "bench": (step, ("bench/step.json",)),
     "growth": (growth, ("bench/growth.json",)),
     "data": (data, ("bench/data.json",)),
+    "browsing": (browsing, ("bench/browse.json",)),
 }
 
 
