@@ -75,9 +75,6 @@ def run(
     """
     check_training(config)
     device = pick_device(config.device)
-    if config.matmul_dtype == "bfloat16" and not multiplies_bfloat16(device):
-        slow = "this machine has no instructions for bfloat16: --matmul-dtype float32 is faster"
-        print(f"warning: {slow}", file=sys.stderr)
     cache = open_activations(config, device)
     if cache.steps_per_pass(config.batch_size) == 0:
         raise UserError(
@@ -108,6 +105,9 @@ def run(
         if not has_checkpoint:
             require_variance(cache)
             checkpoint(training, on_checkpoint)  # whatever is here from now on has one beside it
+        if config.matmul_dtype == "bfloat16" and not multiplies_bfloat16(device):
+            slow = "this machine has no instructions for bfloat16: --matmul-dtype float32 is faster"
+            print(f"warning: {slow}", file=sys.stderr)
         clear_leftovers(training.out, training.names)
         cut_metrics(training.out / METRICS, training.metrics_bytes)
         with naming_memory(config):

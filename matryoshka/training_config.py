@@ -100,5 +100,10 @@ def check_training(config: TrainingConfig) -> None:
     require_positive(config, "n_latents", "batch_size", "checkpoint_every")
     require_not_negative(config, "seed", "tokens", "checkpoint_seconds")
     check_names(config.saes)
+    if config.recipe == "paper" and config.activation == "relu":  # what Config(recipe=...) has
+        raise UserError(
+            "--recipe paper has no --activation relu (in Python, a recipe's settings are "
+            "Config(**RECIPES['paper']))"
+        )
     if config.batch_size == 1:
         raise UserError("--batch-size is 1: one activation has no variance to explain")
