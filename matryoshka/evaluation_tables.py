@@ -68,10 +68,13 @@ def loss_line(results: Mapping[str, Any]) -> str:
     if losses is None:
         return f"No cross-entropy: {results['left_out']['cross_entropy']}."
     by_sae = ", ".join(f"{run['cross_entropy']:.3f} {run['sae']}" for run in results["runs"])
-    return (
+    line = (
         f"Cross-entropy on {losses['predictions']:,} predictions: {losses['clean']:.3f} nats "
         f"clean, {losses['mean']:.3f} with the mean, {by_sae}."
     )
+    if losses["mean"] > losses["clean"]:
+        return line
+    return f"{line} The mean costs the model nothing, so that there is no loss to recover."
 
 
 def norm_line(results: Mapping[str, Any]) -> str:

@@ -51,8 +51,8 @@ def splice_losses(
         (CE_mean - CE_sae) / (CE_mean - CE_clean)
 
     which is 1 where nothing is lost, 0 where the SAE does no better than the mean. Returns "clean",
-    "mean" and "saes" in nats a token, "recovered" for each SAE (None where the mean costs nothing),
-    and two counts, "predictions" and "replaced".
+    "mean" and "saes" in nats a token, "recovered" for each SAE (None where the mean costs nothing,
+    as in a model that was never trained), and two counts, "predictions" and "replaced".
     """
     mean = mean.to(model.device, torch.float32)
     sums = torch.zeros(2 + len(saes), dtype=torch.float64, device=model.device)
@@ -77,7 +77,7 @@ def splice_losses(
         "clean": clean,
         "mean": of_mean,
         "saes": of_saes,
-        "recovered": [(of_mean - loss) / gap if gap else None for loss in of_saes],
+        "recovered": [(of_mean - loss) / gap if gap > 0 else None for loss in of_saes],
         "predictions": n,
         "replaced": replaced,
     }

@@ -72,10 +72,11 @@ def constant_sae(value: torch.Tensor) -> SAE:
 def test_splicing_is_the_plain_loop(model):
     rows = make_rows(7, seq=SEQ, seed=5)
     assert {BEGIN, PAD} <= {token for row in rows for token in row}
-    mean, sae = randn(D_MODEL, seed=8), random_sae()
+    mean, sae = 9 * randn(D_MODEL, seed=8), random_sae()
     saes = [identity_sae(), constant_sae(mean), sae]
     batches = iter([block_of(rows[:4]), block_of(rows[4:])])
     found = splice_losses(model, saes, mean, batches, LAYER)
+    assert found["mean"] > found["clean"], "there is something to recover"
 
     clean, n = loss_by_loop(model, rows, lambda x: x)
     assert found["predictions"] == n
@@ -110,6 +111,15 @@ def test_nothing_is_recovered_where_the_mean_costs_nothing():
     found = splice_losses(
         model, [random_sae()], torch.zeros(D_MODEL), [block_of(make_rows(2, seq=SEQ))], last
     )
+    assert found["mean"] == found["clean"]
+    assert found["recovered"] == [None]
+
+
+def test_nothing_is_recovered_where_the_mean_is_better_than_what_it_replaces(model):
+    """As in a model that was never trained: its predictions are worse than chance."""
+    blocks = [block_of(make_rows(7, seq=SEQ, seed=5))]
+    found = splice_losses(model, [random_sae()], torch.zeros(D_MODEL), blocks, LAYER)
+    assert found["mean"] < found["clean"]
     assert found["recovered"] == [None]
 
 
