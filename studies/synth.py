@@ -11,8 +11,9 @@ Recipes were chosen on seed 100, which the table does not show; docs/synth.md ha
 """
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,19 @@ from matryoshka.reconstruction import BATCH_SIZE, Moments
 from matryoshka.training_config import TrainingConfig
 from matryoshka.truth_scores import TruthScores
 from sae import SAE
+from studies.keep import results_in
 from studies.synth_data import SIZES, SizeName, Truth, read_truth
 
+LRS: dict[str, float] = {"mini": 3e-3, "16k": 3e-4}  # learning rates, by size
 # By the name of an SAE, its own settings; "widths" are the size's own where they are WIDTHS.
 WIDTHS = "the size's"
+REVIVED = {"auxiliary": "level", "dead_after": 50_000}  # about 50 steps
 SAES: dict[str, dict[str, Any]] = {
-    "vanilla_relu": {"kind": "vanilla", "activation": "relu"},
+    "matryoshka_batchtopk": {"activation": "batchtopk", "widths": WIDTHS, **REVIVED},
+    "vanilla_batchtopk": {"kind": "vanilla", "activation": "batchtopk", **REVIVED},
+    "sampled_batchtopk": {"activation": "batchtopk", **REVIVED},
     "matryoshka_relu": {"activation": "relu"},
-    "vanilla_batchtopk": {"kind": "vanilla", "activation": "batchtopk"},
-    "sampled_batchtopk": {"activation": "batchtopk"},
-    "matryoshka_batchtopk": {"activation": "batchtopk", "widths": WIDTHS},
+    "vanilla_relu": {"kind": "vanilla", "activation": "relu"},
 }
 
 
@@ -51,7 +55,7 @@ class Config:
     data: str = setting("cache/synth/mini", "folder that studies.synth_data wrote")
     saes: tuple[str, ...] = setting(tuple(SAES), "which SAEs, by name")
     seeds: tuple[int, ...] = setting((0, 1, 2), "seeds of the start and of the order of batches")
-    lr: float = setting(0.0, "learning rate; 0: the size's own, the first of its lrs")
+    lr: float = setting(0.0, "learning rate; 0: the size's own")
     n_steps: int = setting(0, "steps; 0: the size's own number")
     runs: str = setting("runs/synth/mini", "folder for the SAEs")
     out: str = setting("runs/synth/mini/results.json", "file to write")
@@ -59,42 +63,93 @@ class Config:
 
 
 def run(config: Config, on_checkpoint: Callable[[], object] | None = None) -> dict[str, Any]:
-    """Trains what is not trained yet, and scores all of it. Raises `UserError`.
+    """Trains and scores what `config.out` does not hold; returns what it then holds.
 
-    on_checkpoint: called after each checkpoint of a training.
+    on_checkpoint: called after each checkpoint of a training. Raises `UserError`.
     """
-    for name in config.saes:
-        if name not in SAES:
-            raise UserError(f"--saes {name} is none of {', '.join(SAES)}")
-    device, data = pick_device(config.device), Path(config.data)
+    require_names(config.saes, SAES)
+    data = Path(config.data)
     truth, held_out = read_truth(data), ActivationCache(data / "held_out")
     if truth.about["size"] != config.size:
         raise UserError(f"{data} is of size {truth.about['size']}, not {config.size}")
-    make_folder(Path(config.out).parent)
-    make_folder(Path(config.runs))
-    runs: list[dict[str, Any]] = []
-    for seed in config.seeds:
-        trained = train.run(training(config, truth, seed), on_checkpoint)
-        for one in trained["runs"]:
-            sae = SAE.load(Path(config.runs) / f"seed{seed}" / f"{one['sae']}.safetensors")
-            figures = score(sae.to(device).requires_grad_(False), held_out, truth)
-            about = {"sae": one["sae"], "lr": lr_of(config), "seed": seed}
-            runs.append({"source": "synth", **about, **figures, "seconds": trained["seconds"]})
-        results = {"sources": [source(config, truth, device)], "runs": runs}
-        write_json(Path(config.out), results)
+    results = started(Path(config.out), source(config, truth))
+    done = {(one["sae"], one["seed"]) for one in results["runs"]}
+    for seed, name in itertools.product(config.seeds, config.saes):
+        if (name, seed) not in done:
+            results["runs"] += one_run(config, name, seed, (held_out, truth), on_checkpoint)
+            write_json(Path(config.out), results)
     return results
 
 
-def training(config: Config, truth: Truth, seed: int) -> TrainingConfig:
-    """The settings of all SAEs of a seed; writes the file that says what each of them is."""
-    size, members = SIZES[config.size], Path(config.runs) / "members.json"
-    tables = []
-    for name in config.saes:
-        own = dict(SAES[name])
-        if own.get("widths") == WIDTHS:
-            own["widths"] = list(size.widths)
-        tables.append({"name": name, **own})
-    members.write_text(json.dumps({"sae": tables}, indent=2))
+def require_names(names: Sequence[str], known: Iterable[str]) -> None:
+    """Raises `UserError` where one of --saes is unknown."""
+    for name in names:
+        if name not in known:
+            raise UserError(f"--saes {name} is none of {', '.join(known)}")
+
+
+def started(out: Path, source: dict[str, Any]) -> dict[str, Any]:
+    """What the file `out` holds, or no runs yet. Raises `UserError` for runs of other settings."""
+    make_folder(out.parent)
+    if not out.exists():
+        return {"sources": [source], "runs": []}
+    results = results_in(out)
+    for name in ("config", "saes", "size", "true_l0"):
+        if results["sources"][0][name] != source[name]:
+            raise UserError(f"{out} has runs of another {name}: give another --out")
+    return results
+
+
+def source(config: Config, truth: Truth) -> dict[str, Any]:
+    """What the results file says of how it was made."""
+    about = {
+        "source": "synth",
+        "command": f"python -m studies.synth --size {config.size}",
+        "config": settings_of(config),
+        "saes": SAES,
+        "size": SIZES[config.size]._asdict(),
+        "true_l0": truth.l0,
+        "data": truth.about,
+        "environment": environment(pick_device(config.device)),
+    }
+    return dict(json.loads(json.dumps(about)))
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """Settings as a results file has them: without those that say what more is done, or where."""
+    settings = dataclasses.asdict(config)
+    others = {name: settings[name] for name in settings if name not in ("out", "saes", "seeds")}
+    return dict(without_paths(json.loads(json.dumps(others))))
+
+
+def one_run(
+    config: Config,
+    name: str,
+    seed: int,
+    data: tuple[ActivationCache, Truth],
+    on_checkpoint: Callable[[], object] | None,
+) -> list[dict[str, Any]]:
+    """Trains one SAE, or finds it; scores it, and it with its decoder refitted."""
+    held_out, truth = data
+    trained = train.run(training(config, truth, name, seed), on_checkpoint)
+    folder, device = Path(trained["config"]["out"]), pick_device(config.device)
+    about = {"source": "synth", "lr": lr_of(config), "seed": seed, "seconds": trained["seconds"]}
+    runs = []
+    for how, at in {"": folder, ", refit": folder / "refit"}.items():
+        sae = SAE.load(at / f"{name}.safetensors").to(device).requires_grad_(False)
+        runs.append({"sae": name + how, **about, **score(sae, held_out, truth)})
+    return runs
+
+
+def training(config: Config, truth: Truth, name: str, seed: int) -> TrainingConfig:
+    """The settings of one training; writes the file that says what its SAE is."""
+    size, folder = SIZES[config.size], Path(config.runs) / f"{name}_seed{seed}"
+    own = dict(SAES[name])
+    if own.get("widths") == WIDTHS:
+        own["widths"] = list(size.widths)
+    make_folder(folder.parent)
+    members = folder.with_suffix(".json")
+    write_json(members, {"sae": [{"name": name, **own}]})
     return TrainingConfig(
         cache=str(Path(config.data) / "train"),
         members=str(members),
@@ -103,17 +158,18 @@ def training(config: Config, truth: Truth, seed: int) -> TrainingConfig:
         n_steps=config.n_steps or size.n_steps,
         batch_size=size.batch_size,
         lr=lr_of(config),
-        checkpoint_seconds=60.0,
         seed=seed,
-        out=str(Path(config.runs) / f"seed{seed}"),
+        out=str(folder),
+        refit=True,
         resume=True,
+        checkpoint_seconds=60.0,
         device=config.device,
     )
 
 
 def lr_of(config: Config) -> float:
     """The learning rate of all SAEs."""
-    return config.lr or SIZES[config.size].lrs[0]
+    return config.lr or LRS[config.size]
 
 
 @torch.inference_mode()
@@ -135,21 +191,6 @@ def score(sae: Any, cache: ActivationCache, truth: Truth) -> dict[str, float]:
         "fvu": error / moments.variance,
         "l0": int(fired.sum()) / moments.n,
         "dead": int((fired == 0).sum()),
-    }
-
-
-def source(config: Config, truth: Truth, device: torch.device) -> dict[str, Any]:
-    """What the kept file says of how it was made."""
-    size = SIZES[config.size]
-    return {
-        "source": "synth",
-        "command": f"python -m studies.synth --size {config.size}",
-        "config": without_paths(json.loads(json.dumps(dataclasses.asdict(config)))),
-        "saes": {name: SAES[name] for name in config.saes},
-        "size": size._asdict(),
-        "true_l0": truth.l0,
-        "data": truth.about,
-        "environment": environment(device),
     }
 
 

@@ -25,11 +25,9 @@ from typing import Any
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.command_line import main_guard, parse, pick_device, setting, table
 from matryoshka.environment import environment
-from matryoshka.errors import UserError
-from matryoshka.files import make_folder, without_paths, write_json
+from matryoshka.files import write_json
 from studies import saelens_standin
-from studies.keep import results_in
-from studies.synth import HEADERS, rows_of, score
+from studies.synth import HEADERS, require_names, rows_of, score, settings_of, started
 from studies.synth_data import SIZES, SizeName, Truth, read_truth
 
 # By the name of an SAE: the kind in studies/saelens_standin.py, and settings of SAELens's own.
@@ -58,14 +56,11 @@ def run(config: Config, on_done: Callable[[], object] | None = None) -> dict[str
 
     on_done: called when a training is scored and written.
     """
-    for name in config.saes:
-        if name not in PEERS:
-            raise UserError(f"--saes {name} is none of {', '.join(PEERS)}")
+    require_names(config.saes, PEERS)
     data = Path(config.data)
     truth = read_truth(data)
     train, held_out = (ActivationCache(data / split) for split in ("train", "held_out"))
-    make_folder(Path(config.out).parent)
-    results = started(config, truth)
+    results = started(Path(config.out), source(config, truth))
     for name in config.saes:
         for seed, lr in still_to_do(config, name, results["runs"]):
             results["runs"].append(one_run(config, name, seed, lr, (train, held_out, truth)))
@@ -125,28 +120,19 @@ def one_run(
     return {**about, **figures, "seconds": seconds}
 
 
-def started(config: Config, truth: Truth) -> dict[str, Any]:
-    """What `config.out` holds, or no runs yet. Raises `UserError` where its settings are others."""
-    settings = dataclasses.asdict(config)
-    changeable = ("out", "saes", "seeds")  # which say what more is done
-    kept = {name: value for name, value in settings.items() if name not in changeable}
-    source = {
+def source(config: Config, truth: Truth) -> dict[str, Any]:
+    """What the results file says of how it was made."""
+    about = {
         "source": "synth_saelens",
         "command": f"python -m studies.synth_peers --size {config.size}",
-        "config": without_paths(json.loads(json.dumps(kept))),
-        "saes": {name: dict(more) for name, (_, more) in PEERS.items()},
-        "size": json.loads(json.dumps(SIZES[config.size]._asdict())),
+        "config": settings_of(config),
+        "saes": {name: more for name, (_, more) in PEERS.items()},
+        "size": SIZES[config.size]._asdict(),
         "true_l0": truth.l0,
         "environment": environment(pick_device(config.device))
         | {"sae_lens": importlib.metadata.version("sae-lens")},
     }
-    if not Path(config.out).exists():
-        return {"sources": [source], "runs": []}
-    results = results_in(Path(config.out))
-    for name in ("config", "size", "true_l0"):
-        if results["sources"][0][name] != source[name]:
-            raise UserError(f"{config.out} has runs of another {name}: give another --out")
-    return results
+    return dict(json.loads(json.dumps(about)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -63,26 +63,36 @@ def test_scores_over_batches_are_those_of_all_samples_at_once(data, monkeypatch)
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_every_sae_of_every_seed_is_trained_once(data, monkeypatch, capsys):
+def test_every_sae_of_every_seed_is_trained_once(data, monkeypatch):
+    first = synth.run(config_for(data, seeds=(0,)))
     results = synth.run(config_for(data))
+    assert results["runs"][:4] == first["runs"]
+    shown = [name + how for name in SAES for how in ("", ", refit")]
     assert [(r["sae"], r["seed"]) for r in results["runs"]] == [
-        (s, k) for k in (0, 1) for s in SAES
+        (s, k) for k in (0, 1) for s in shown
     ]
-    members = json.loads((data.parent / "runs" / "members.json").read_text())["sae"]
-    assert [m.get("widths") for m in members] == [None, [2, 12]]
-    sae = SAE.load(data.parent / "runs" / "seed0" / "matryoshka_batchtopk.safetensors")
+    runs = data.parent / "runs"
+    (member,) = json.loads((runs / "matryoshka_batchtopk_seed0.json").read_text())["sae"]
+    assert member["widths"] == [2, 12]
+    sae = SAE.load(runs / "matryoshka_batchtopk_seed0" / "matryoshka_batchtopk.safetensors")
     assert sae.k == pytest.approx(read_truth(data).l0, abs=0.01)
-    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("it was trained"))
-    again = synth.run(config_for(data))
-    assert again["runs"] == results["runs"]
-    assert json.loads((data.parent / "ours.json").read_text())["runs"] == results["runs"]
+    monkeypatch.setattr(train, "run", lambda *_: pytest.fail("it was trained"))
+    assert synth.run(config_for(data)) == results
     assert str(data.parent) not in (data.parent / "ours.json").read_text()
+
+
+def test_results_of_other_settings_are_not_added_to(data):
+    synth.run(config_for(data, seeds=(0,), saes=SAES[:1]))
+    with pytest.raises(
+        UserError, match=r"ours.json has runs of another config: give another --out"
+    ):
+        synth.run(config_for(data, n_steps=3))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"saes": ("vanilla",)}, "--saes vanilla is none of vanilla_relu, "),
+        ({"saes": ("vanilla",)}, "--saes vanilla is none of matryoshka_batchtopk, "),
         ({"data": "nowhere"}, "nowhere/truth.safetensors is not there, or damaged"),
         ({"size": "16k"}, "is of size mini, not 16k"),
     ],
