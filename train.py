@@ -204,6 +204,7 @@ def about(training: Training, member: MemberTraining, result: dict[str, Any]) ->
     names = ["n_prefixes", "prefixes", "target_l0", "lr", "n_steps", *of_activation(config)]
     names += ["auxiliary_weight", "dead_after"] * (config.auxiliary != "none")
     names += ["resample_every", "dead_after"] * (config.resample_every > 0)
+    names += ["unhedged"] * (config.unhedged > 0)
     return {
         "name": result["sae"],
         "kind": member.member.kind,

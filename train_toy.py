@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -53,6 +53,11 @@ from toy_model import STEPS_A_DRAW, FeatureTree, ToyData
 
 SEEDS_A_STACK = 10  # on a CPU: a stack whose activations stay in a core's cache is fastest a seed
 RESULTS = "results.json"
+# What each sets in place of the defaults; a flag that is given counts more.
+RECIPES: dict[str, dict[str, Any]] = {
+    "write-up": {},
+    "unhedged": {"unhedged": 0.5, "restart_every": 100},
+}
 NEW = ".new"  # a folder in --out, where a run is written before it takes the place of another
 
 
@@ -61,6 +66,11 @@ class Config(TrainerConfig):
     """Every setting of the toy comparison; those of the trainer are inherited. The defaults are the
     write-up's."""
 
+    recipe: Literal["write-up", "unhedged"] = setting(
+        "write-up",
+        "defaults: the write-up's; or unhedged, with which SAEs find the whole tree: --unhedged "
+        "0.5 and --restart-every 100 (--help shows the write-up's)",
+    )
     seeds: int = setting(1, "how many seeds; each trains one SAE of every kind")
     seed: int = setting(0, "the first seed")
     saes: tuple[str, ...] = setting(
@@ -396,7 +406,7 @@ def write(
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with main_guard():
-        config = parse(Config, __doc__ or "", argv)
+        config = parse(Config, __doc__ or "", argv, RECIPES)
         fix_kernels()
         results = run(config, report=lambda results: print(summary(results)))
         print(f"\n{results['seconds']:.0f} s; figures, SAEs and results.json are in {config.out}")

@@ -65,6 +65,7 @@ def width_reach(n_latents: int, widths: Sequence[int], weights: Sequence[float] 
 class PrefixDraws:
     """Each step's prefixes for a stack of SAEs, on the device that they train on.
 
+    `whole` is one prefix of all latents.
     A function of the seeds and of the step alone, so a resumed run draws what it would have.
     """
 
@@ -78,6 +79,8 @@ class PrefixDraws:
         self._block, self._steps = -1, list[StepPrefixes]()
         # of each SAE whose prefixes are the same in every step
         self._fixed = [rule.fixed_reach(n_latents) for rule in rules]
+        all_latents = torch.tensor([n_latents], device=ends_on)
+        self.whole = StepPrefixes(like.new_ones(len(rules), n_latents), [all_latents] * len(rules))
         self._all_fixed = self._draw(0, 1)[0] if None not in self._fixed else None
 
     def of(self, step: int) -> StepPrefixes:

@@ -153,6 +153,8 @@ def _untrained(config: "Config", member: Member) -> SAE:
     settings = dataclasses.asdict(config_of(member.name, config))
     sae.about = {"seed": member.seed, "dataset": Path(config.tree).name}
     sae.about |= {name: settings[name] for name in TOLD}
+    if settings["unhedged"]:
+        sae.about["unhedged"] = settings["unhedged"]
     if settings["widths"]:
         sae.about["widths"] = config_of(member.name, config).widths_of(config.n_latents)
         sae.about["width_weights"] = settings["width_weights"]

@@ -19,14 +19,16 @@ from matryoshka.kernels.layout import Stats
 from matryoshka.prefix_draws import STEPS_A_BLOCK, PrefixDraws, PrefixRule, StepPrefixes
 from matryoshka.restart import restart_last
 from matryoshka.trainer_config import TrainerConfig, shared_settings
+from matryoshka.unhedged import tie
 from sae import ACTIVATIONS, OF_K, SAE, Gate, seeded_generator
 
 
-class Restarts(NamedTuple):
-    """Which latents may start anew after a step."""
+class Due(NamedTuple):
+    """What a step is due for."""
 
-    last: bool  # the one that comes last
-    dead: bool  # all that have been silent for long
+    restart_last: bool  # the latent that comes last may start anew
+    restart_dead: bool  # so may all that have been silent for long
+    tied: bool  # the step is of the whole SAE with its encoder tied; see unhedged.py
 
 
 MIN_THRESHOLD = 1e-6  # of jumprelu, for its logarithm is what is trained
@@ -92,8 +94,10 @@ class Trainer:
             flat,
             flat.device if self._is_replayed else torch.device("cpu"),
         )
-        # of each SAE, whether its latents keep their places; and those places
-        self._keeps_places = [bool(rule.widths) for rule in self._prefixes.rules]
+        # Of each SAE, whether its latents keep their places; and those places. An unhedged one has
+        # found its features before there are prefixes: then these take what is worth most.
+        unhedged = self.config.unhedged > 0
+        self._keeps_places = [bool(rule.widths) and not unhedged for rule in self._prefixes.rules]
         self._is_fixed = torch.tensor(self._keeps_places, device=flat.device)[:, None]
         self._places = torch.arange(self.n_latents, device=flat.device).expand(len(saes), -1)
 
@@ -109,12 +113,11 @@ class Trainer:
         """
         x, step = self._checked(x), self.n_steps_done
         next_in_warmup = step + 1 < self.config.n_warmup_steps
-        restarts = Restarts(self.config.restarts_at(step), self.config.resamples_at(step))
-        prefixes = self._prefixes.of(step)
+        due, prefixes = self._due(step), self._prefixes_of(step)
         if self._is_replayed:
-            metrics = self._replay(x, prefixes, next_in_warmup, restarts)
+            metrics = self._replay(x, prefixes, next_in_warmup, due)
         else:
-            metrics = self._step(x, prefixes, self._schedule(step), next_in_warmup, restarts)
+            metrics = self._step(x, prefixes, self._schedule(step), next_in_warmup, due)
         self.n_steps_done += 1
         return metrics
 
@@ -124,7 +127,7 @@ class Trainer:
         prefixes: StepPrefixes,
         schedule: Schedule,
         next_in_warmup: bool,
-        restarts: Restarts,
+        due: Due,
     ) -> dict[str, Tensor]:
         """One step, without counting it; what changes from step to step comes as tensors, so that
         a GPU can replay it. next_in_warmup: whether the next step is in the warm-up."""
@@ -146,9 +149,11 @@ class Trainer:
         grad_norm = torch.linalg.vector_norm(self._flat_grads, dim=1, keepdim=True)
         self._flat_grads.mul_((config.max_grad_norm / (grad_norm + 1e-6)).clamp_(max=1))
         self._adam(schedule.lr)
+        if due.tied:
+            tie(self._params)
 
         self._state["mean_square"].lerp_(stats.mean_square, 1 - config.order_decay)
-        self._restart(objective, restarts)
+        self._restart(objective, due)
         weight = self._controller.weight.clone()
         self._controller.update(stats.l0, next_in_warmup, schedule.next_weight)
         return {
@@ -158,6 +163,14 @@ class Trainer:
             "mean_square": stats.mean_square,
         }
 
+    def _due(self, step: int) -> Due:
+        config = self.config
+        return Due(config.restarts_at(step), config.resamples_at(step), config.is_tied_at(step))
+
+    def _prefixes_of(self, step: int) -> StepPrefixes:
+        prefixes = self._prefixes
+        return prefixes.whole if self.config.is_tied_at(step) else prefixes.of(step)
+
     def _objective(self, x: Tensor, prefixes: StepPrefixes) -> Objective:
         """What the step asks for on the scaled x: the reach of a place goes to its latent."""
         reach = torch.empty_like(prefixes.reach).scatter_(1, self.order(), prefixes.reach)
@@ -166,8 +179,10 @@ class Trainer:
         sparsity = "l0" if activation == "jumprelu" else config.sparsity
         # the paper's inputs have a mean square norm of 1, and these of d_model
         bandwidth = config.bandwidth * math.sqrt(self.d_model)
-        k = config.target_l0
-        return Objective(x, reach, price, prefixes.ends, sparsity, activation, k, bandwidth)
+        k, unhedged = config.target_l0, config.unhedged > 0
+        return Objective(
+            x, reach, price, prefixes.ends, sparsity, activation, k, bandwidth, unhedged
+        )
 
     def _rule(self, config: TrainerConfig, seed: int) -> PrefixRule:
         widths = config.widths_of(self.n_latents)
@@ -194,12 +209,12 @@ class Trainer:
             dead = self._state["silent"] >= config.dead_after
             add_auxiliary_gradient(self._grads, self._params, objective, dead, how, stats.acts)
 
-    def _restart(self, objective: Objective, restarts: Restarts) -> None:
+    def _restart(self, objective: Objective, due: Due) -> None:
         """Gives the last latent, and dead ones, a new start where this step is due for it."""
         state = self._state
-        if restarts.last:
+        if due.restart_last:
             restart_last(state, self._params, self.order()[:, -1:], objective)
-        if restarts.dead:
+        if due.restart_dead:
             step = self.n_steps_done
             generators = [seeded_generator(seed, STREAM_RESAMPLE, step) for seed in self.seeds]
             which = state["silent"] >= self.config.dead_after
@@ -232,7 +247,7 @@ class Trainer:
         x, step = self._checked(x), self.n_steps_done
         mean_norm = self._input_scale.mean_with(x, self._schedule(step).norm_share)
         objective = self._objective(
-            self._input_scale.scaled_by(mean_norm, x), self._prefixes.of(step)
+            self._input_scale.scaled_by(mean_norm, x), self._prefixes_of(step)
         )
         losses = []
         for i, one in enumerate(objective.x):
@@ -348,16 +363,16 @@ class Trainer:
         x: Tensor,
         prefixes: StepPrefixes,
         next_in_warmup: bool,
-        restarts: Restarts,
+        due: Due,
     ) -> dict[str, Tensor]:
         """`_step`, of which there is one graph for each shape of x and phase of training."""
 
         def step(x: Tensor, reach: Tensor, numbers: Tensor, *ends: Tensor) -> dict[str, Tensor]:
             schedule = Schedule(*numbers.unbind())
-            return self._step(x, StepPrefixes(reach, ends), schedule, next_in_warmup, restarts)
+            return self._step(x, StepPrefixes(reach, ends), schedule, next_in_warmup, due)
 
         inputs = [x, prefixes.reach, self._numbers(self.n_steps_done), *prefixes.ends]
-        key = (x.shape, next_in_warmup, restarts)
+        key = (x.shape, next_in_warmup, due)
         if key not in self._graphs:
             self._graphs[key] = CudaGraph(inputs)
         return self._graphs[key](step, inputs)

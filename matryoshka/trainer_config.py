@@ -71,6 +71,12 @@ class TrainerConfig:
         (0.2, 0.8),
         "shares of the steps between which --restart-every and --resample-every apply",
     )
+    unhedged: float = setting(
+        0.0,
+        "share of the steps, at the beginning, in which an SAE with a tied encoder learns from the "
+        "full reconstruction; then its decoder goes on with that, and the encoder with the "
+        "prefixes; 0: both learn from the prefixes, as in the paper",
+    )
     auxiliary: Literal["none", "all", "level"] = setting(
         "none",
         "a second loss, by which latents that no longer fire learn to explain the error that is "
@@ -111,7 +117,7 @@ class TrainerConfig:
             if getattr(self, name) > torch.finfo(torch.float32).max:
                 raise UserError(f"--{name.replace('_', '-')} is more than float32 can hold")
         require_not_negative(self, "restart_every", "lr_warmup_steps", "lr_end")
-        for name in ("sparsity_warmup", "lr_decay", "norm_decay", "order_decay"):
+        for name in ("sparsity_warmup", "lr_decay", "norm_decay", "order_decay", "unhedged"):
             share = getattr(self, name)
             if not 0 <= share <= 1:
                 flag = name.replace("_", "-")
@@ -150,9 +156,10 @@ class TrainerConfig:
             raise UserError("--width-weights must be 0 or more, and not all 0")
         if not widths:
             return
-        if self.restart_every:
+        if self.restart_every and not self.unhedged:
             raise UserError(
-                "--restart-every needs latents in order of what they are worth: not with --widths"
+                "--restart-every needs latents in order of what they are worth: not with --widths "
+                "alone, only with --unhedged, too"
             )
         if weights and not weights[-1]:
             raise UserError(
@@ -196,9 +203,17 @@ class TrainerConfig:
         """The sparsity weight of step `step` of the warm-up, which counts from 0."""
         return self.sparsity_weight * min(1.0, (step + 1) / self.n_warmup_steps)
 
+    def is_tied_at(self, step: int) -> bool:
+        """Whether step `step` is of the first part of an unhedged training; see unhedged.py."""
+        return step < self.unhedged * self.n_steps
+
     def restarts_at(self, step: int) -> bool:
-        """Whether step `step` is followed by a chance to restart; see restart.py."""
-        return self._is_due(step, self.restart_every)
+        """Whether step `step` is followed by a chance to restart; see restart.py.
+
+        Not in the second part of an unhedged training, in which the last latent is a feature's.
+        """
+        in_first_part = self.unhedged == 0 or self.is_tied_at(step)
+        return in_first_part and self._is_due(step, self.restart_every)
 
     def resamples_at(self, step: int) -> bool:
         """Whether dead latents may start anew after step `step`; see dead_latents.py."""

@@ -14,6 +14,7 @@ ActivationName = Literal["relu", "topk", "batchtopk", "jumprelu"]
 
 # What each sets in place of the defaults; a flag that is given counts more. "paper": the language
 # models' of Bussmann et al. 2025, section 4: nested groups of 1/32, 1/16, 1/8, 1/4 and the rest.
+# "unhedged": that, in the two parts of unhedged.py.
 RECIPES: dict[str, dict[str, Any]] = {
     "write-up": {},
     "paper": {
@@ -24,17 +25,18 @@ RECIPES: dict[str, dict[str, Any]] = {
         "batch_size": 2048,
     },
 }
+RECIPES["unhedged"] = RECIPES["paper"] | {"unhedged": 0.5}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig(TrainerConfig):
     """How SAEs are trained from a cache: the trainer's settings, and where activations are."""
 
-    recipe: Literal["write-up", "paper"] = setting(
+    recipe: Literal["write-up", "paper", "unhedged"] = setting(
         "write-up",
         "defaults: the write-up's; or the paper's for language models, which is batchtopk, five "
-        "fixed widths, the auxiliary loss, learning rate 3e-4 and batches of 2048 (--help shows "
-        "the write-up's)",
+        "fixed widths, the auxiliary loss, learning rate 3e-4 and batches of 2048; or unhedged: "
+        "the paper's with --unhedged 0.5 (--help shows the write-up's)",
     )
     cache: str = setting("cache/train", "folder that cache_activations.py wrote")
     tokens: int = setting(0, "train on the cache's first so many activations; 0: on all")

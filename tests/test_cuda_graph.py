@@ -16,7 +16,7 @@ from matryoshka import trainer as trainer_module
 from matryoshka.controls import Schedule
 from matryoshka.cuda_graph import CudaGraph, Function
 from matryoshka.prefix_draws import StepPrefixes
-from matryoshka.trainer import Restarts, Trainer
+from matryoshka.trainer import Due, Trainer
 from matryoshka.trainer_config import TrainerConfig
 from sae import SAE, seeded_generator
 
@@ -213,7 +213,7 @@ def test_a_step_on_a_gpu_reads_nothing_back(
     with torch.inference_mode():
         for in_warmup, restarts in ((True, False), (False, True)):
             metrics = trainer._step(
-                x, StepPrefixes(reach, ends), schedule, in_warmup, Restarts(restarts, False)
+                x, StepPrefixes(reach, ends), schedule, in_warmup, Due(restarts, False, False)
             )
             assert {tensor.device.type for tensor in metrics.values()} == {"meta"}
     with pytest.raises(RuntimeError):

@@ -70,10 +70,20 @@ def test_the_defaults_are_the_write_ups():
         "overwrite": False,
         "device": "cpu",
         "workers": 0,
+        "recipe": "write-up",
     }
     filled_in = train_toy.check(Config(), train_toy.load_tree("tree.json"))
     assert filled_in.n_latents == 20
     assert train_toy.SEEDS_A_STACK == 10
+
+
+def test_the_recipe_is_one_flag_and_a_flag_counts_more():
+    config = train_toy.parse(Config, "", ["--recipe", "unhedged"], train_toy.RECIPES)
+    assert (config.unhedged, config.restart_every) == (0.5, 100)
+    argv = ["--recipe", "unhedged", "--restart-every", "0"]
+    config = train_toy.parse(Config, "", argv, train_toy.RECIPES)
+    assert (config.unhedged, config.restart_every) == (0.5, 0)
+    assert train_toy.parse(Config, "", [], train_toy.RECIPES) == Config()
 
 
 def test_help_names_every_flag_with_its_default():
@@ -104,6 +114,7 @@ OTHERS: dict[str, Any] = {
     "order_decay": 0.85,
     "restart_every": 1,
     "restart_window": (0.1, 0.9),
+    "unhedged": 0.4,
     "auxiliary_weight": 0.5,
     "dead_after": 77,
     "resample_every": 2,

@@ -17,7 +17,7 @@ from matryoshka.errors import UserError
 from matryoshka.kernels import Params
 from matryoshka.kernels.autograd import loss_of
 from matryoshka.prefix_draws import StepPrefixes
-from matryoshka.trainer import Restarts, Trainer
+from matryoshka.trainer import Due, Trainer
 from matryoshka.trainer_config import TrainerConfig
 from sae import ACTIVATIONS, OF_K, SAE, matryoshka_loss, sample_prefixes, seeded_generator
 
@@ -149,7 +149,7 @@ def test_a_step_reads_nothing_back_to_the_host():
     x = trainer._checked(batches(1)[0])
     with Recorder() as recorder, torch.inference_mode():
         schedule = Schedule.of(trainer.config, 1)
-        trainer._step(x, trainer._prefixes.of(1), schedule, True, Restarts(False, False))
+        trainer._step(x, trainer._prefixes.of(1), schedule, True, Due(False, False, False))
     assert any("bmm" in name for name in recorder.names)
     reads = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::equal"}
     assert not reads & set(recorder.names)

@@ -21,6 +21,7 @@ def test_the_published_recipe():
         "l0_control": "original", "lr": 0.03, "lr_warmup_steps": 100, "lr_decay": 0.2,
         "lr_end": 0.1, "betas": (0.5, 0.9375), "max_grad_norm": 1.0, "norm_decay": 0.99,
         "order_decay": 0.95, "restart_every": 0, "restart_window": (0.2, 0.8),
+        "unhedged": 0.0,
         "gradient": "auto", "matmul_dtype": "float32",
     }  # fmt: skip
 

@@ -13,6 +13,9 @@ of what they decode to less x,
     d loss / d a_j = 2 <d_j, r_j> + p_j ||d_j||
     d loss / d d_j = 2 a_j r_j    + p_j a_j d_j / ||d_j||
 
+Of an *unhedged* objective that is the encoder's gradient alone; the decoder has that of s_j = 1,
+the full reconstruction (matryoshka/unhedged.py).
+
 Each module has one way to compute this, and all agree to rounding:
 
 `autograd`   PyTorch's gradient of `sae.matryoshka_loss`. Slow, and right for whatever is new.

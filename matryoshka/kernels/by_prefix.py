@@ -21,20 +21,21 @@ def write(task: Task, dtype: torch.dtype, grouped: bool) -> Tensor:
     grads, x, acts, price, batch = task.grads, task.x, task.dense_acts(), task.price, len(task.x)
     near = task.acts.near
     ranked, order = task.reach.sort(descending=True, stable=True)
-    W_dec = task.params.W_dec
+    W_dec, decoder_price = task.params.W_dec, task.decoder_price
     where: slice | Tensor = slice(None)
     if len(task.ends) > 1:
         acts = torch.index_select(
             acts, 0, order, out=task.workspace.empty("ranked", acts, *acts.shape)
         )
         W_dec, price, where = W_dec[order], price[order], order
+        decoder_price = decoder_price[order]
         near = None if near is None else near[order]
 
     norms = W_dec.norm(dim=1)
     slope, weighted = sparsity_slopes(acts, norms[:, None], task.sparsity)
     slope = slope * (price * norms / batch)[:, None]  # [n_latents, batch], or [n_latents, 1]
     g_acts = task.workspace.empty("g_acts", x, *acts.shape).copy_(slope)
-    shrink = weighted.sum(1) * price / norms.clamp_min(MIN_NORM) / batch
+    shrink = weighted.sum(1) * decoder_price / norms.clamp_min(MIN_NORM) / batch
     g_W_dec = W_dec * shrink[:, None]
     blocks = Blocks(acts.to(dtype), W_dec.to(dtype), ranked, task)
     add = blocks.add_grouped if grouped else blocks.add_sliced
@@ -71,7 +72,7 @@ class Blocks:
         Where the first is below 1, the rest of the weight is that of the bias alone.
         """
         self.acts, self.W_dec, self.ranked = acts, W_dec, ranked
-        self.ends, self.workspace = task.ends, task.workspace
+        self.ends, self.workspace, self.unhedged = task.ends, task.workspace, task.unhedged
         self.minus_x = task.params.b_dec - task.x  # what no latents at all leave, less x
 
     def add_sliced(self, g_acts: Tensor, g_W_dec: Tensor) -> Tensor:
@@ -86,6 +87,7 @@ class Blocks:
         blocks = list(zip(residuals, acts, W_dec, strict=True))
         for residual, a, d in blocks:
             left = torch.addmm(left, a.T, d, out=residual)
+        full = left * (2 / batch) if self.unhedged else None
         residuals[-1].mul_(weights[-1] * (2 / batch))
         for k in reversed(range(len(sizes) - 1)):
             own = weights[k] * (2 / batch)
@@ -93,8 +95,8 @@ class Blocks:
         g_blocks = zip(blocks, torch.split(g_acts, sizes), torch.split(g_W_dec, sizes), strict=True)
         for (residual, a, d), g_a, g_d in g_blocks:
             g_a.addmm_(d, residual.T)
-            g_d.addmm_(a, residual)
-        return residuals[0].sum(0) + self.of_bias_alone()
+            g_d.addmm_(a, residual if full is None else full)
+        return residuals[0].sum(0) + self.of_bias_alone() if full is None else full.sum(0)
 
     def add_grouped(self, g_acts: Tensor, g_W_dec: Tensor) -> Tensor:
         """All blocks at once. Residual k is sum_q min(s_k, s_q) D_q, with D_q what block q decodes
@@ -103,6 +105,7 @@ class Blocks:
         ends = self.ends.to(self.acts.device, torch.int32)
         residuals = grouped_mm(self.acts.T, self.W_dec, offs=ends)  # [n_blocks, batch, d_model]
         residuals[0] += self.minus_x
+        full = residuals.sum(0) if self.unhedged else None
         if n_blocks > 1:
             # Reaches times the number of prefixes: whole numbers for sampled prefixes, and for
             # equal widths, which bfloat16 holds exactly.
@@ -115,6 +118,9 @@ class Blocks:
             residuals *= self.ranked[0].to(residuals.dtype)
         scale = 2 / (batch * n_blocks)
         g_acts.add_(grouped_mm(self.W_dec, residuals.mT, offs=ends), alpha=scale)
+        if full is not None:
+            g_W_dec.add_(self.acts @ full, alpha=2 / batch)
+            return full.sum(0, dtype=g_acts.dtype) * (2 / batch)
         g_W_dec.add_(grouped_mm(self.acts, residuals, offs=ends), alpha=scale)
         return residuals[0].sum(0, dtype=g_acts.dtype) * scale + self.of_bias_alone()
 

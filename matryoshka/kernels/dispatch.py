@@ -89,8 +89,10 @@ def task_of(
     ends = objective.ends_of(i)
     acts = encode(p, x, objective, matmul_dtype, workspace)
     reach, price, bandwidth = objective.reach[i], objective.price[i], objective.bandwidth
-    sparsity = objective.sparsity
-    return Task(grads.one(i), p, acts, x, reach, price, ends, sparsity, bandwidth, workspace)
+    sparsity, unhedged = objective.sparsity, objective.unhedged
+    return Task(
+        grads.one(i), p, acts, x, reach, price, ends, sparsity, bandwidth, workspace, unhedged
+    )
 
 
 def count_active(acts: Acts, workspace: Workspace) -> Tensor:

@@ -118,6 +118,15 @@ class Objective:
     activation: str = "relu"
     k: float = 0.0  # active latents a sample, of topk and batchtopk
     bandwidth: float = 0.0  # of jumprelu's kernel, in scaled activations
+    unhedged: bool = False  # the decoder learns from the full reconstruction; see unhedged.py
+
+    @property
+    def of_decoder(self) -> "Objective":
+        """What the decoder learns from: this, or where it is unhedged, the full reconstruction."""
+        if not self.unhedged:
+            return self
+        weight = self.price / self.reach
+        return replace(self, reach=torch.ones_like(weight), price=weight, ends=None, unhedged=False)
 
     def slice(self, i: int) -> "Objective":
         """That of SAE i, still as a stack."""
@@ -164,6 +173,12 @@ class Task:
     sparsity: Price
     bandwidth: float
     workspace: Workspace
+    unhedged: bool = False
+
+    @property
+    def decoder_price(self) -> Tensor:
+        """The price as the decoder has it: [n_latents]."""
+        return self.price / self.reach if self.unhedged else self.price
 
     def dense_acts(self) -> Tensor:
         """The activations as a matrix [n_latents, batch]."""

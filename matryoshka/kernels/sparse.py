@@ -35,16 +35,21 @@ def write(task: Task) -> Tensor:
         slopes = threshold * total(g_a * is_near) + price * total(is_near.to(a.dtype)) / batch
         grads.log_threshold[0] = jumprelu.log_threshold_gradient(slopes, threshold, task.bandwidth)
         g_a *= a != 0
-    shrink = total(weighted) * price / norms.clamp_min(MIN_NORM) / batch
+    shrink = total(weighted) * task.decoder_price / norms.clamp_min(MIN_NORM) / batch
     torch.mul(W_dec, shrink[:, None], out=grads.W_dec)
-    by_latent = active.by_latent(active.run, a, len(residuals))
-    grads.W_dec.addmm_(by_latent, residuals, alpha=2 / batch)
-    by_latent = active.by_latent(active.sample, s * a, batch)
-    grads.W_dec.addmm_(by_latent, x_centred, alpha=-2 / batch)
+    if task.unhedged:
+        left = torch.addmm(x_centred, active.by_sample(), W_dec, beta=-1)  # [batch, d_model]
+        grads.W_dec.addmm_(active.by_latent(active.sample, a, batch), left, alpha=2 / batch)
+    else:
+        by_latent = active.by_latent(active.run, a, len(residuals))
+        grads.W_dec.addmm_(by_latent, residuals, alpha=2 / batch)
+        by_latent = active.by_latent(active.sample, s * a, batch)
+        grads.W_dec.addmm_(by_latent, x_centred, alpha=-2 / batch)
     by_latent = active.by_latent(active.sample, g_a, batch)
     torch.addmm(grads.W_enc, by_latent, x, beta=0, out=grads.W_enc)
     grads.b_enc[0] = total(g_a)
-    grads.b_dec[0] = ((total(a) * task.reach) @ W_dec - x_centred.sum(0)) * (2 / batch)
+    sums = total(a) if task.unhedged else total(a) * task.reach
+    grads.b_dec[0] = (sums @ W_dec - x_centred.sum(0)) * (2 / batch)
     mean_square: Tensor = total(a * a) / batch * norms.square()
     return mean_square
 
