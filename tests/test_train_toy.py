@@ -71,6 +71,7 @@ def test_the_defaults_are_the_write_ups():
         "device": "cpu",
         "workers": 0,
         "recipe": "write-up",
+        "unhedged": 0.0,
     }
     filled_in = train_toy.check(Config(), train_toy.load_tree("tree.json"))
     assert filled_in.n_latents == 20
