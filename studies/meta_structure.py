@@ -1,7 +1,6 @@
 """How much of an SAE's decoder a smaller SAE explains: SAEBench's meta_structure, by its own code.
 
-    pip install -e '.[peers]'
-    pip install tabulate collectibles && pip install --no-deps sae-bench==0.6.0
+    pip install -e '.[peers]' tabulate collectibles && pip install --no-deps sae-bench==0.6.0
     python -m studies.meta_structure --saes runs/standin/sampled_seed0/*.safetensors \\
         --out results/standin/meta_structure.json
 
