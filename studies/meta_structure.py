@@ -52,14 +52,11 @@ def run(config: Config) -> dict[str, Any]:
     make_folder(Path(config.out).parent)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("saes", "out")}
     versions = {name: importlib.metadata.version(name) for name in ("sae-lens", "sae-bench")}
-    results: dict[str, Any] = {
-        "config": settings,
-        "environment": environment(torch.device("cpu")) | versions,
-        "runs": [],
-    }
+    made = {"config": settings, "environment": environment(torch.device("cpu")) | versions}
+    results: dict[str, Any] = {"sources": [{"source": "sae_bench", **made}], "runs": []}
     for path, sae in saes.items():
-        source = Path(path).resolve()
-        about = {"source": source.parent.name, "sae": source.stem, "n_latents": sae.n_latents}
+        name = Path(path).resolve()
+        about = {"source": "sae_bench", "run": name.parent.name, "sae": name.stem}
         results["runs"].append(about | score(sae, config))
         write_json(Path(config.out), results)
     return results
@@ -109,10 +106,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with main_guard():
         results = run(parse(Config, __doc__, argv))
         rows = [
-            [f"{run['source']}/{run['sae']}", run["n_latents"], f"{run['variance_explained']:.1%}"]
+            [f"{run['run']}/{run['sae']}", f"{run['variance_explained']:.1%}"]
             for run in results["runs"]
         ]
-        print(table(["SAE", "latents", "variance of its decoder explained"], rows))
+        print(table(["SAE", "variance of its decoder explained"], rows))
 
 
 if __name__ == "__main__":
