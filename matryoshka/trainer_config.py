@@ -69,7 +69,8 @@ class TrainerConfig:
     )
     restart_window: tuple[float, float] = setting(
         (0.2, 0.8),
-        "shares of the steps between which --restart-every and --resample-every apply",
+        "shares of the steps, with --unhedged of its tied part, between which --restart-every and "
+        "--resample-every apply",
     )
     unhedged: float = setting(
         0.0,
@@ -208,20 +209,21 @@ class TrainerConfig:
         return step < self.unhedged * self.n_steps
 
     def restarts_at(self, step: int) -> bool:
-        """Whether step `step` is followed by a chance to restart; see restart.py.
-
-        Not in the second part of an unhedged training, in which the last latent is a feature's.
-        """
-        in_first_part = self.unhedged == 0 or self.is_tied_at(step)
-        return in_first_part and self._is_due(step, self.restart_every)
+        """Whether step `step` is followed by a chance to restart; see restart.py."""
+        return self._is_due(step, self.restart_every)
 
     def resamples_at(self, step: int) -> bool:
         """Whether dead latents may start anew after step `step`; see dead_latents.py."""
         return self._is_due(step, self.resample_every)
 
     def _is_due(self, step: int, every: int) -> bool:
-        """Whether step `step` is one of each `every` within the window; 0: never."""
-        begin, end = (share * self.n_steps for share in self.restart_window)
+        """Whether step `step` is one of each `every` within the window; 0: never.
+
+        In an unhedged training the window is of its first part: in the second one the last latent
+        is a feature's.
+        """
+        n_steps = self.n_steps * (self.unhedged or 1)
+        begin, end = (share * n_steps for share in self.restart_window)
         return every > 0 and begin <= step <= end and step % every == 0
 
     def learning_rate(self, step: int) -> float:

@@ -153,9 +153,10 @@ def test_widths_take_the_latents_that_are_worth_most():
     assert (mean_square.gather(1, order).diff(dim=1) <= 0).all()
 
 
-def test_restarts_end_with_the_tied_part():
-    config = TrainerConfig(n_steps=1000, target_l0=2, restart_every=100, unhedged=0.5)
-    assert [step for step in range(1000) if config.restarts_at(step)] == [200, 300, 400]
+def test_the_window_of_restarts_is_of_the_tied_part():
+    config = TrainerConfig(n_steps=1000, target_l0=2, restart_every=50, unhedged=0.5)
+    steps = [step for step in range(1000) if config.restarts_at(step)]
+    assert steps == [100, 150, 200, 250, 300, 350, 400]
 
 
 def test_widths_and_restarts_go_together_where_latents_are_ordered():
