@@ -29,7 +29,15 @@ TOLERANCE = 1e-9
 STREAM_DIRECTIONS, STREAM_SAMPLES, STREAM_HELD_OUT, STREAM_REFIT = 10, 11, 12, 13
 STEPS_A_DRAW = 50  # batches drawn at once
 
-KEYS = ("active_prob", "is_read_out", "mutually_exclusive_children", "is_binary", "id", "children")
+KEYS = (
+    "active_prob",
+    "is_read_out",
+    "mutually_exclusive_children",
+    "is_binary",
+    "scales_with_parent",
+    "id",
+    "children",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Node:
     is_read_out: bool
     exclusive_children: bool
     is_binary: bool
+    scales_with_parent: bool
     id: str
 
 
@@ -51,7 +60,8 @@ class FeatureTree:
         n_features: how many nodes are read out.
         ids: a name a feature, the node's `id` or else its path, such as "node_2_0".
         marginals: float64 [n_features], the exact probability that each is active.
-        expected_l0: their sum, the expected number of active features a sample.
+        second_moments: float64 [n_features], the exact mean square of each one's activation.
+        expected_l0: the sum of the marginals, the expected number of active features a sample.
         parent: a feature's nearest read-out ancestor, as a feature index, or None.
         kind: "parent" (has a read-out descendant), else "child" (has a read-out ancestor), else
             "rare".
@@ -100,6 +110,8 @@ class FeatureTree:
             is_read_out: whether it is a feature. Default true.
             mutually_exclusive_children: whether at most one child is active. Default false.
             is_binary: 1 when active; else uniform on (0, 1], drawn afresh. Default true.
+            scales_with_parent: whether that is multiplied by the magnitude of the nearest
+                feature above. Default false.
             id: its name.
             children: a list of nodes.
 
@@ -141,6 +153,8 @@ class FeatureTree:
         for feature in self._graded:
             # 1 - u is in (0, 1]: an active feature is never 0.
             out[:, feature] *= 1 - torch.rand(n, device=out.device, generator=generator)
+        for feature, above in self._scaled:  # from the top down
+            out[:, feature] *= out[:, above]
 
     def _feature_above(self, node: int, feature_of: dict[int, int]) -> int | None:
         above = self._nodes[node].parent
@@ -155,6 +169,15 @@ class FeatureTree:
             for node, p in zip(choice.nodes, choice.probs, strict=True):
                 active[node] = p * active[choice.gate]
         return torch.tensor([active[i] for i in self._read_out], dtype=torch.float64)
+
+    def _second_moments(self) -> torch.Tensor:
+        """E[f^2] of each feature: its probability times the mean square of its magnitude. A
+        uniform's is 1/3, and independent magnitudes multiply."""
+        squares, scaled = torch.ones(self.n_features, dtype=torch.float64), dict(self._scaled)
+        squares[self._graded] = 1 / 3
+        for feature, above in scaled.items():
+            squares[feature] *= squares[above]
+        return self.marginals * squares
 
     def _lay_out(self, choices: list[Choice], feature_of: dict[int, int]) -> None:
         """Packs the choices into tables, and notes what is to be masked by another table's nodes.
@@ -178,6 +201,12 @@ class FeatureTree:
             if node in self._column_of
         ]
         self._graded = [f for f, i in enumerate(self._read_out) if not self._nodes[i].is_binary]
+        self._scaled = [
+            (f, above)
+            for f, above in enumerate(self.parent)
+            if above is not None and self._nodes[self._read_out[f]].scales_with_parent
+        ]
+        self.second_moments = self._second_moments()
 
 
 def _choices(nodes: list[Node]) -> list[Choice]:
@@ -245,6 +274,7 @@ def _parse_node(spec: Any, parent: int, path: tuple[int, ...], where: str) -> No
             spec, "mutually_exclusive_children", False, bool, "true or false", where
         ),
         is_binary=_typed(spec, "is_binary", True, bool, "true or false", where),
+        scales_with_parent=_typed(spec, "scales_with_parent", False, bool, "true or false", where),
         id=_typed(spec, "id", name, str, "a string", where),
     )
     children = _typed(spec, "children", [], list, "a list", where)

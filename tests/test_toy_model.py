@@ -190,6 +190,43 @@ def test_graded_features_are_uniform_and_never_zero_when_active():
     assert abs(torch.corrcoef(both)[0, 1]) < 6 / math.sqrt(both.shape[1])  # drawn apart
 
 
+def test_a_magnitude_may_scale_with_the_parents():
+    """The nearest feature above, over a hidden node; and that one's with its own parent's."""
+    grandchild = {"active_prob": 0.5, "scales_with_parent": True}
+    hidden = {"active_prob": 0.9, "is_read_out": False, "children": [grandchild]}
+    child = {"active_prob": 0.5, "is_binary": False, "scales_with_parent": True}
+    spec = {"active_prob": 1, "is_binary": False, "children": [child | {"children": [hidden]}]}
+    tree = FeatureTree.from_dict(spec)
+    top, middle, low = tree.sample(200_000, generator()).double().T
+    assert torch.equal(low[low > 0], middle[low > 0])  # binary, so as its parent is
+    ratio = middle[middle > 0] / top[middle > 0]
+    empirical = (torch.arange(len(ratio)) + 0.5) / len(ratio)
+    assert (ratio.sort().values - empirical).abs().max() < 3 / math.sqrt(len(ratio))
+    assert abs(torch.corrcoef(torch.stack([ratio, top[middle > 0]]))[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("name", ["four_levels", "correlated", "scaled", "graded"])
+def test_the_statistics_of_the_trees_are_those_of_samples(name):
+    tree = FeatureTree.from_json(PAPER.parent / "studies" / "trees" / f"{name}.json")
+    samples = tree.sample(100_000, generator()).double()
+    for found, exact in (
+        ((samples > 0).double(), tree.marginals),
+        (samples.square(), tree.second_moments),
+    ):
+        error = found.std(dim=0) / math.sqrt(len(samples))
+        assert ((found.mean(dim=0) - exact).abs() < 6 * error).all()
+    assert tree.n_features == 20
+    assert math.isclose(tree.expected_l0, float(tree.marginals.sum()))
+
+
+def test_siblings_under_a_hidden_node_are_correlated():
+    tree = FeatureTree.from_json(PAPER.parent / "studies" / "trees" / "correlated.json")
+    active = (tree.sample(100_000, generator()) > 0).double()
+    first, second = (tree.ids.index(f"rare_0_{i}") for i in range(2))
+    together = (active[:, first] * active[:, second]).mean()
+    assert abs(together - 0.08 * 0.6**2) < 0.003  # 0.0023 if they were independent
+
+
 def test_samples_depend_on_the_generator_alone():
     tree = FeatureTree.from_json(PAPER)
     n = 3 * toy_model.CHUNK + 5
@@ -368,6 +405,10 @@ BAD = {
     "no object": (with_leaf([1]), f"{LEAF} is [1]: a node must be an object"),
     "flag": (with_leaf(NODE | {"is_read_out": 1}), f"{LEAF}.is_read_out is 1: it must be true or"),
     "binary": (with_leaf(NODE | {"is_binary": "no"}), f"{LEAF}.is_binary is 'no': it must be true"),
+    "scales": (
+        with_leaf(NODE | {"scales_with_parent": 2}),
+        f"{LEAF}.scales_with_parent is 2: it must be true or false",
+    ),
     "id": (with_leaf(NODE | {"id": 3}), f"{LEAF}.id is 3: it must be a string"),
     "children": (with_leaf(NODE | {"children": {}}), f"{LEAF}.children is {{}}: it must be a list"),
     "no children": (
