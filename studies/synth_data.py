@@ -64,7 +64,7 @@ SIZES: dict[str, Size] = {
         widths=(16, 64, 160, 320, 512),
         n_samples=512 * 1024,
         n_held_out=65_536,
-        n_steps=4096,
+        n_steps=1024,
         batch_size=1024,
         lrs=(1e-3, 3e-4, 3e-3),
     ),
