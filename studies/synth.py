@@ -94,7 +94,7 @@ def started(out: Path, source: dict[str, Any]) -> dict[str, Any]:
     if not out.exists():
         return {"sources": [source], "runs": []}
     results = results_in(out)
-    for name in ("config", "saes", "size", "true_l0"):
+    for name in ("config", "size", "true_l0"):
         if results["sources"][0][name] != source[name]:
             raise UserError(f"{out} has runs of another {name}: give another --out")
     return results
@@ -106,7 +106,6 @@ def source(config: Config, truth: Truth) -> dict[str, Any]:
         "source": "synth",
         "command": f"python -m studies.synth --size {config.size}",
         "config": settings_of(config),
-        "saes": SAES,
         "size": SIZES[config.size]._asdict(),
         "true_l0": truth.l0,
         "data": truth.about,
@@ -133,7 +132,8 @@ def one_run(
     held_out, truth = data
     trained = train.run(training(config, truth, name, seed), on_checkpoint)
     folder, device = Path(trained["config"]["out"]), pick_device(config.device)
-    about = {"source": "synth", "lr": lr_of(config), "seed": seed, "seconds": trained["seconds"]}
+    about = {"source": "synth", "lr": lr_of(config), "seed": seed, "settings": SAES[name]}
+    about |= {"steps": trained["config"]["n_steps"], "seconds": trained["seconds"]}
     runs = []
     for how, at in {"": folder, ", refit": folder / "refit"}.items():
         sae = SAE.load(at / f"{name}.safetensors").to(device).requires_grad_(False)

@@ -116,7 +116,7 @@ def one_run(
     folder = Path(config.runs) / f"{name}_lr{lr:g}_seed{seed}"
     trained.save_inference_model(folder)
     figures = score(sae_lens.SAE.load_from_disk(folder, device=device), held_out, truth)
-    about = {"source": "synth_saelens", "sae": name, "lr": lr, "seed": seed}
+    about = {"source": "synth_saelens", "sae": name, "lr": lr, "seed": seed, "settings": more}
     return {**about, **figures, "seconds": seconds}
 
 
@@ -126,7 +126,6 @@ def source(config: Config, truth: Truth) -> dict[str, Any]:
         "source": "synth_saelens",
         "command": f"python -m studies.synth_peers --size {config.size}",
         "config": settings_of(config),
-        "saes": {name: more for name, (_, more) in PEERS.items()},
         "size": SIZES[config.size]._asdict(),
         "true_l0": truth.l0,
         "environment": environment(pick_device(config.device))
