@@ -2,12 +2,12 @@
 
     python -m studies.synth --size mini --data cache/synth/mini --out results/synth/mini.json
 
-Trains the kinds of SAE below from the samples that studies/synth_data.py drew, on several seeds, as
-many latents as SynthSAEBench has for its size, at an L0 equal to the number of features that fire;
-scores each on samples held out. studies/synth_peers.py does the same with SAELens's own. Trainings
-that are done are found, and not done again.
+Trains the kinds of SAE below from the samples that studies/synth_data.py drew, on several seeds, at
+an L0 equal to the number of features that fire, and scores each on samples held out: as trained,
+and with its decoder refitted (matryoshka/refit.py). studies/synth_peers.py does the same with
+SAELens's own. What is done already is not done again: each training is written as it ends.
 
-Recipes were chosen on seed 100, which the table does not show; docs/synth.md has what was tried.
+Settings were chosen on a seed that the table does not show; docs/synth.md has what was tried.
 """
 
 import dataclasses
@@ -37,11 +37,13 @@ from studies.synth_data import SIZES, SizeName, Truth, read_truth
 LRS: dict[str, float] = {"mini": 3e-3, "16k": 3e-4}  # learning rates, by size
 # By the name of an SAE, its own settings; "widths" are the size's own where they are WIDTHS.
 WIDTHS = "the size's"
-REVIVED = {"auxiliary": "level", "dead_after": 50_000}  # about 50 steps
+BATCHTOPK = {"activation": "batchtopk", "auxiliary": "level", "dead_after": 50_000}
+MATRYOSHKA = {**BATCHTOPK, "widths": WIDTHS}
 SAES: dict[str, dict[str, Any]] = {
-    "matryoshka_batchtopk": {"activation": "batchtopk", "widths": WIDTHS, **REVIVED},
-    "vanilla_batchtopk": {"kind": "vanilla", "activation": "batchtopk", **REVIVED},
-    "sampled_batchtopk": {"activation": "batchtopk", **REVIVED},
+    "matryoshka_batchtopk": MATRYOSHKA,
+    "unhedged_batchtopk": {**MATRYOSHKA, "unhedged": 0.5},
+    "vanilla_batchtopk": {**BATCHTOPK, "kind": "vanilla"},
+    "sampled_batchtopk": BATCHTOPK,
     "matryoshka_relu": {"activation": "relu"},
     "vanilla_relu": {"kind": "vanilla", "activation": "relu"},
 }
