@@ -179,7 +179,7 @@ def estimate(
     """Hours of an H100 by part, and bytes on the Volume, by assumed rates: nothing is measured.
 
     A step of ours is twice its five dense products at 0.4 of the 67 TFLOP/s of float32, and never
-    under 1 ms (matryoshka/modal_plan.py), for five SAEs a seed. SAELens says that a training of
+    under 1 ms (matryoshka/modal_plan.py), for six SAEs a seed. SAELens says that a training of
     200M samples takes 15 to 20 minutes, sampling included; here that is 17.5 for sampling as for
     training, in proportion to the samples, and three learning rates and two seeds more of two
     kinds. Copying and scoring: 10 minutes a container.
@@ -188,7 +188,7 @@ def estimate(
     per_sample = 17.5 / 60 / 200e6  # hours
     return {
         "sampling": n_samples * per_sample + 1 / 6,
-        "ours": seeds * (5 * n_steps * step / 3600 + 1 / 6),
+        "ours": seeds * (6 * n_steps * step / 3600 + 1 / 6),
         "saelens": 2 * (3 + seeds - 1) * n_steps * batch_size * per_sample + 1 / 6,
         "bytes": n_samples * (2 * d_model + 12),
     }

@@ -27,7 +27,15 @@ from matryoshka.command_line import main_guard, parse, pick_device, setting, tab
 from matryoshka.environment import environment
 from matryoshka.files import write_json
 from studies import saelens_standin
-from studies.synth import HEADERS, require_names, rows_of, score, settings_of, started
+from studies.synth import (
+    HEADERS,
+    require_names,
+    rows_of,
+    score,
+    settings_of,
+    started,
+    target_l0,
+)
 from studies.synth_data import SIZES, SizeName, Truth, read_truth
 
 # By the name of an SAE: the kind in studies/saelens_standin.py, and settings of SAELens's own.
@@ -101,7 +109,7 @@ def one_run(
     size = SIZES[config.size]
     settings = saelens_standin.Config(
         n_latents=size.n_latents,
-        k=round(truth.l0, 2),
+        k=target_l0(config.size, truth),
         widths=size.widths,
         n_steps=config.n_steps or size.n_steps,
         batch_size=size.batch_size,

@@ -40,7 +40,7 @@ def test_every_body_runs_and_the_results_are_those_of_all_seeds(volume, tmp_path
     written = modal_synth.study("mini", 2, tmp_path / "out", begin_here)
     assert [path.name for path in written] == ["mini.json", "mini_saelens.json"]
     ours, theirs = (json.loads(path.read_text()) for path in written)
-    assert [run["seed"] for run in ours["runs"]] == [0] * 10 + [1] * 10
+    assert [run["seed"] for run in ours["runs"]] == [0] * 12 + [1] * 12
     assert len(ours["sources"]) == 2
     assert theirs == peers
 
