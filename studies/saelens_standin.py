@@ -23,8 +23,9 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -121,17 +122,23 @@ def one_run(
 
 
 def train(
-    config: Config, kind: str, lr: float, cache: ActivationCache, device: str = "cpu", **more: Any
+    config: Config,
+    kind: str,
+    lr: float,
+    cache: ActivationCache,
+    trainer: Mapping[str, Any] = MappingProxyType({}),
+    **more: Any,
 ) -> Any:
     """A training SAE of SAELens, trained by its SAETrainer, the input's scale folded in.
 
-    more: further settings of the SAE, by SAELens's names.
+    trainer, more: further settings of the trainer and of the SAE, by SAELens's names.
     """
+    device = more.get("device", "cpu")
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     torch.manual_seed(config.seed)  # SAELens draws its start from the global generator
-    sae = untrained(config, kind, cache.d_model, device=device, **more)
+    sae = untrained(config, kind, cache.d_model, **more)
     steps = SAETrainerConfig(
         total_training_samples=config.n_steps * config.batch_size,
         train_batch_size_samples=config.batch_size,
@@ -141,6 +148,7 @@ def train(
         lr_end=LR_END * lr,
         n_batches_for_norm_estimate=NORM_BATCHES,
         device=device,
+        **trainer,
     )
     return SAETrainer(steps, sae, batches(config, cache, device)).fit()
 

@@ -35,12 +35,11 @@ from studies.keep import results_in
 from studies.synth_data import SIZES, SizeName, Truth, read_truth
 
 LRS: dict[str, float] = {"mini": 3e-3, "16k": 3e-4}  # learning rates, by size
-TARGET_L0S = {
-    "16k": 25.0
-}  # where it is not the number of features that fire: the published table's
+# Where L0 is not to be the number of features that fire: that of the published table.
+TARGET_L0S = {"16k": 25.0}
 # By the name of an SAE, its own settings; "widths" are the size's own where they are WIDTHS.
 WIDTHS = "the size's"
-BATCHTOPK = {"activation": "batchtopk", "auxiliary": "level", "dead_after": 50_000}
+BATCHTOPK: dict[str, Any] = {"activation": "batchtopk", "auxiliary": "level", "dead_after": 50_000}
 MATRYOSHKA = {**BATCHTOPK, "widths": WIDTHS}
 SAES: dict[str, dict[str, Any]] = {
     "matryoshka_batchtopk": MATRYOSHKA,

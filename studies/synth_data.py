@@ -66,7 +66,7 @@ SIZES: dict[str, Size] = {
         n_held_out=65_536,
         n_steps=1024,
         batch_size=1024,
-        lrs=(1e-3, 3e-4, 3e-3),
+        lrs=(3e-3, 1e-3, 1e-2),
     ),
     "16k": Size(
         n_features=16_384,

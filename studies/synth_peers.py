@@ -6,10 +6,11 @@
 
 BatchTopK and MatryoshkaBatchTopK at each learning rate, on the first seed; then, at the one with
 the best F1, on the other seeds. The batches, the number of latents and of steps, k, the widths and
-the learning rate's course are those of studies/synth.py. Other settings are SAELens's defaults, but
-that the Matryoshka SAE has its auxiliary loss a level at a time (`use_matryoshka_aux_loss`), as the
-published benchmark does. What is saved is read back by SAELens, and scored with its `encode`.
-Each training is written as it ends, and not done again.
+the learning rate's course are those of studies/synth.py. So is the number of samples after which
+a latent is dead: at SAELens's default, 1,000 steps, none of `mini` would be revived. Other settings
+are SAELens's defaults, but that the Matryoshka SAE has its auxiliary loss a level at a time
+(`use_matryoshka_aux_loss`), as the published benchmark does. What is saved is read back by SAELens,
+and scored with its `encode`. Each training is written as it ends, and not done again.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from matryoshka.environment import environment
 from matryoshka.files import write_json
 from studies import saelens_standin
 from studies.synth import (
+    BATCHTOPK,
     HEADERS,
     require_names,
     rows_of,
@@ -119,13 +121,21 @@ def one_run(
     began = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
         device = str(pick_device(config.device))
-        trained = saelens_standin.train(settings, kind, lr, train, device, **more)
+        trained = saelens_standin.train(
+            settings, kind, lr, train, trainer_settings(config.size), device=device, **more
+        )
     seconds = round(time.perf_counter() - began, 2)
     folder = Path(config.runs) / f"{name}_lr{lr:g}_seed{seed}"
     trained.save_inference_model(folder)
     figures = score(sae_lens.SAE.load_from_disk(folder, device=device), held_out, truth)
     about = {"source": "synth_saelens", "sae": name, "lr": lr, "seed": seed, "settings": more}
     return {**about, **figures, "seconds": seconds}
+
+
+def trainer_settings(size: SizeName) -> dict[str, Any]:
+    """SAELens's trainer's settings that are not its defaults: steps after which a latent is dead,
+    of as many samples as ours."""
+    return {"dead_feature_window": BATCHTOPK["dead_after"] // SIZES[size].batch_size}
 
 
 def source(config: Config, truth: Truth) -> dict[str, Any]:
@@ -135,6 +145,7 @@ def source(config: Config, truth: Truth) -> dict[str, Any]:
         "command": f"python -m studies.synth_peers --size {config.size}",
         "config": settings_of(config),
         "size": SIZES[config.size]._asdict(),
+        "trainer": trainer_settings(config.size),
         "true_l0": truth.l0,
         "environment": environment(pick_device(config.device))
         | {"sae_lens": importlib.metadata.version("sae-lens")},
