@@ -37,6 +37,7 @@ from matryoshka.command_line import (
     pick_device,
     require_not_negative,
     require_positive,
+    require_recipe,
     setting,
 )
 from matryoshka.environment import environment, fix_kernels
@@ -168,6 +169,7 @@ def check(config: Config, tree: FeatureTree) -> Config:
     """`config` with n_latents and workers filled in. Raises `UserError` where it is impossible."""
     require_positive(config, "seeds", "batch_size", "d_model", "n_eval")
     require_not_negative(config, "seed", "n_latents", "workers")
+    require_recipe(config, RECIPES)
     check_names(config.saes)
     if config.n_eval == 1:
         raise UserError("--n-eval must be at least 2, got 1: one sample has no variance to explain")

@@ -176,6 +176,20 @@ def require_positive(config: Any, *names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be positive")
 
 
+def require_recipe(config: Any, recipes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises `UserError` where a config names a recipe and has less than a third of its settings.
+
+    The command line fills in those that are not given. In Python nothing does.
+    """
+    settings = recipes[config.recipe]
+    n_there = sum(getattr(config, name) == value for name, value in settings.items())
+    if 3 * n_there < len(settings):
+        raise UserError(
+            f"--recipe {config.recipe} with {n_there} of its {len(settings)} settings is another: "
+            f"leave it out (in Python, a recipe is Config(**RECIPES['{config.recipe}']))"
+        )
+
+
 def require_not_negative(config: Any, *names: str) -> None:
     """Raises `UserError` naming the first of the settings `names` that is not finite, 0 or more."""
     require_finite(config, *names)

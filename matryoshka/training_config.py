@@ -5,7 +5,13 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from matryoshka.command_line import inherited, require_not_negative, require_positive, setting
+from matryoshka.command_line import (
+    inherited,
+    require_not_negative,
+    require_positive,
+    require_recipe,
+    setting,
+)
 from matryoshka.errors import UserError
 from matryoshka.kinds import KINDS, check_names
 from matryoshka.trainer_config import L0Control, TrainerConfig
@@ -101,11 +107,7 @@ def check_training(config: TrainingConfig) -> None:
     """Raises `UserError` where a setting is impossible, whatever the cache and the SAEs."""
     require_positive(config, "n_latents", "batch_size", "checkpoint_every")
     require_not_negative(config, "seed", "tokens", "checkpoint_seconds")
+    require_recipe(config, RECIPES)
     check_names(config.saes)
-    if config.recipe == "paper" and config.activation == "relu":  # what Config(recipe=...) has
-        raise UserError(
-            "--recipe paper has no --activation relu (in Python, a recipe's settings are "
-            "Config(**RECIPES['paper']))"
-        )
     if config.batch_size == 1:
         raise UserError("--batch-size is 1: one activation has no variance to explain")

@@ -85,6 +85,8 @@ def test_the_recipe_is_one_flag_and_a_flag_counts_more():
     config = train_toy.parse(Config, "", argv, train_toy.RECIPES)
     assert (config.unhedged, config.restart_every) == (0.5, 0)
     assert train_toy.parse(Config, "", [], train_toy.RECIPES) == Config()
+    with pytest.raises(UserError, match="--recipe unhedged with 0 of its 2 settings"):
+        train_toy.check(Config(recipe="unhedged"), train_toy.load_tree("tree.json"))
 
 
 def test_help_names_every_flag_with_its_default():
