@@ -192,7 +192,7 @@ def how_to_evaluate(comparison: Comparison, validation: Path, root: Path) -> dic
 
     Raises `UserError` where the model would be refused then, after all training: other weights.
     """
-    of_model = ("model_revision", "tokenizer", "trust_remote_code")
+    of_model = ("tokenizer", "trust_remote_code")  # the cache knows the model and its revision
     asked = {name: getattr(comparison.cache, name) for name in of_model}
     load_model_of(ActivationCache(validation), Asked(**asked), torch.device("cpu"))
     rows = copy_of(comparison.validation, root)

@@ -41,16 +41,18 @@ def estimate(
     """
     training, cache = comparison.training, comparison.cache
     sizes = (cache.tokens, comparison.own.validation_tokens)
-    missing = sum(n for n, is_there in zip(sizes, is_cached, strict=True) if not is_there)
+    missing = [0 if is_there else n for n, is_there in zip(sizes, is_cached, strict=True)]
     an_activation = D_MODEL * (4 if cache.dtype == "float32" else 2) + 12
     flops = 1e12 * GPUS[gpu][1] * GPU_SHARE  # a second
-    rows, n_bytes = missing / TOKENS_A_ROW, missing * an_activation
-
-    model = (
-        rows * SEQ * cache.layer * (2 * (4 * D_MODEL**2 + 2 * D_MODEL * D_MLP) + 4 * SEQ * D_MODEL)
-    )
-    writing = n_bytes * (4 / HASH + 1 / VOLUME_WRITE)
-    caching = START + rows / READ_ROWS + max(model / flops, writing) / workers if missing else 0.0
+    of_token = SEQ * cache.layer * (2 * (4 * D_MODEL**2 + 2 * D_MODEL * D_MLP) + 4 * SEQ * D_MODEL)
+    a_token = max(
+        of_token / TOKENS_A_ROW / flops, an_activation * (4 / HASH + 1 / VOLUME_WRITE)
+    )  # seconds to cache it
+    containers = caching_containers(workers, is_cached)
+    caching = [
+        START + n / TOKENS_A_ROW / READ_ROWS + n * a_token / many if many else 0.0
+        for n, many in zip(missing, containers, strict=True)
+    ]
 
     step = STEP_FACTOR * 5 * 2 * training.batch_size * D_MODEL * training.n_latents / flops
     n_together = len(training.targets)  # SAEs of a container, one after another in a step
@@ -60,12 +62,19 @@ def estimate(
     reading = cache.tokens * an_activation / min(VOLUME_READ, HASH)
     train = START + reading + steps + commits + EVALUATE
     n_containers = len(comparison.kinds) * comparison.own.seeds
-    counting = START + rows / READ_ROWS
+    counting = START + sum(missing) / TOKENS_A_ROW / READ_ROWS
+    cached = sum(many * seconds for many, seconds in zip(containers, caching, strict=True))
     return {
-        "minutes": (counting + caching + train) / 60,
-        "gpu_minutes": (workers * caching + n_containers * train) / 60,
-        "gb": (n_bytes + n_containers * 4 * saes) / 1e9,
+        "minutes": (counting + max(caching) + train) / 60,
+        "gpu_minutes": (cached + n_containers * train) / 60,
+        "gb": (sum(missing) * an_activation + n_containers * 4 * saes) / 1e9,
     }
+
+
+def caching_containers(workers: int, is_cached: Sequence[bool]) -> tuple[int, int]:
+    """How many containers cache the train and the validation split, all of them at once."""
+    train, validation = is_cached
+    return (0 if train else workers, 0 if validation else 1)
 
 
 def plan_text(
@@ -74,7 +83,8 @@ def plan_text(
     """The estimate in three lines."""
     e = estimate(comparison, gpu, workers, is_cached)
     n_containers = len(comparison.kinds) * comparison.own.seeds
-    first = "" if all(is_cached) else f"{workers} {gpu} cache, then "
+    n_caching = sum(caching_containers(workers, is_cached))
+    first = f"{n_caching} {gpu} cache, then " if n_caching else ""
     is_there = ["is cached already" if there else "is not cached yet" for there in is_cached]
     return (
         f"{first}{n_containers} {gpu} train: about {e['gpu_minutes']:.0f} GPU-minutes in "

@@ -61,7 +61,7 @@ def test_a_plan_is_printed_and_nothing_started(monkeypatch: Any, capsys: Any) ->
         modal_tinystories.typed()
     assert not exit_.value.code
     printed = capsys.readouterr().out
-    assert "3 H100 cache, then 2 H100 train" in printed
+    assert "4 H100 cache, then 2 H100 train" in printed
     assert len(printed.splitlines()) == 3
 
 
@@ -247,6 +247,8 @@ def test_the_plan_counts_what_is_billed() -> None:
     whole = estimate()
     assert whole["gb"] == pytest.approx(47.4, rel=0.01)
     assert whole["gpu_minutes"] < 5 * whole["minutes"]
+    of_containers = {n: modal_plan.caching_containers(3, n) for n in ((False, True), (True, False))}
+    assert list(of_containers.values()) == [(3, 0), (0, 1)], "the validation split has its own"
     cached = estimate(is_cached=(True, True))
     assert cached["gb"] < 1
     assert cached["gpu_minutes"] < whole["gpu_minutes"]
@@ -254,6 +256,7 @@ def test_the_plan_counts_what_is_billed() -> None:
     assert estimate("--n-steps", "300000")["minutes"] > whole["minutes"] + 4
     text = modal_plan.plan_text(parse([], Config), "H100", 3, (True, False))
     assert "The train split is cached already, the validation split is not cached yet" in text
+    assert text.startswith("1 H100 cache, then 2 H100 train")
 
 
 def test_the_plan_assumes_what_the_reader_does() -> None:
