@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from toy_commands import (
     SHORT,
+    blank_figures,
     figures,
     is_running,
     read_until_training,
@@ -25,6 +26,21 @@ from matryoshka.files import one_writer
 from matryoshka.trainer import Trainer
 from sae import SAE
 from train_toy import Config
+
+
+@pytest.fixture(autouse=True)
+def without_figures(monkeypatch):
+    monkeypatch.setattr(train_toy, "draw", blank_figures)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run, which nobody may change."""
+    out = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_toy, "draw", blank_figures)
+        short_run_in(out)
+    return out
 
 
 def test_the_same_settings_run_again_and_say_so(tmp_path, capsys):
@@ -44,12 +60,11 @@ def test_the_same_settings_run_again_and_say_so(tmp_path, capsys):
         ({"refit": True}, "holds a run with --refit False, not --refit True"),
     ],
 )
-def test_a_run_of_other_settings_is_not_overwritten(tmp_path, settings, said):
-    short_run_in(tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+def test_a_run_of_other_settings_is_not_overwritten(finished, settings, said):
+    before = {path: path.read_bytes() for path in finished.iterdir()}
     with pytest.raises(UserError, match=f"{said}: choose another --out, or add --overwrite"):
-        short_run_in(tmp_path, **settings)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+        short_run_in(finished, **settings)
+    assert {path: path.read_bytes() for path in finished.iterdir()} == before
 
 
 def test_overwrite_leaves_nothing_of_the_run_that_was_there(tmp_path):
@@ -246,7 +261,7 @@ def test_a_worker_that_is_killed_is_one_line(tmp_path):
         train_toy.run(Config(out=str(tmp_path), **{**SHORT, "seeds": 2, "workers": 2}), Killed)
 
 
-@pytest.mark.parametrize(("seeds", "steps"), [(1, 40_000), (2, 40_000), (2, 10**9)])
+@pytest.mark.parametrize(("seeds", "steps"), [(1, 40_000), (2, 10**9)])
 def test_ctrl_c_stops_every_process_at_once(tmp_path, seeds, steps):
     with started("--seeds", seeds, "--workers", 2, "--steps", steps, "--out", tmp_path) as process:
         if steps == 40_000:
@@ -255,7 +270,7 @@ def test_ctrl_c_stops_every_process_at_once(tmp_path, seeds, steps):
             wait_for_children(process.pid, 2)
             time.sleep(5)
         os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "interrupted: 0 of" in err
     assert "Traceback" not in err
@@ -269,7 +284,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
         time.sleep(5)  # until they train
         assert all(map(is_running, workers))
         process.kill()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 300
         while any(map(is_running, workers)):
             assert time.monotonic() < deadline, "workers outlive their parent"
             time.sleep(0.05)
