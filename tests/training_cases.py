@@ -137,7 +137,7 @@ def refused(config: Config, capsys: pytest.CaptureFixture[str]) -> str:
     return printed.err
 
 
-def exit_code(target: Callable[..., None], *args: Any, timeout: float = 60) -> int | None:
+def exit_code(target: Callable[..., None], *args: Any, timeout: float = 600) -> int | None:
     """How a process of its own that runs `target` ended. Interrupted, this takes it along."""
     process = fresh_processes().Process(target=target, args=args, daemon=True)
     process.start()
