@@ -117,6 +117,18 @@ def test_a_narrow_table_has_every_cell_and_fits() -> None:
     assert long == command_line.table(["a", "b"], [["x" * 60, "y" * 60]]), "it cannot be narrower"
 
 
+def test_what_is_slow_to_import_is_not_imported_before_it_is_needed() -> None:
+    slow = {"transformers", "datasets", "matplotlib", "scipy", "modal"}
+    code = f"""
+import sys
+import browse, cache_activations, evaluate, export, refit, train, train_toy
+assert not {slow} & sys.modules.keys(), {slow} & sys.modules.keys()
+from matryoshka import plots
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=600)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inheriting(Config):
     """Every kind of setting."""

@@ -68,6 +68,12 @@ def scored(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
         return evaluate.run(config_for(made, tmp_path_factory.mktemp("scored")))
 
 
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of the time of a small evaluation."""
+    monkeypatch.setattr(evaluate, "draw", lambda *_: None)
+
+
 def encoded(sae: SAE, x: torch.Tensor) -> torch.Tensor:
     """In the batches of a run: what is just above 0 in another is not the same on every CPU."""
     return torch.cat([sae.encode(part) for part in x.split(AT_ONCE)]).detach()
@@ -158,6 +164,7 @@ def rows_in(path: Path) -> list[list[int]]:
     return [json.loads(line)["tok_ids"] for line in path.read_text().splitlines()]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_cache_with_begin_is_scored_with_it(made, tmp_path):
     cache = ActivationCache(
         write_cache(made, "validation", keep_begin=True, out=str(tmp_path / "cache"))
@@ -214,11 +221,13 @@ def test_training_curves_are_drawn_only_where_training_recorded_them(made, tmp_p
     assert not (tmp_path / "out" / "training_curves.png").exists()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_concepts_that_come_with_the_package_are_the_default(made, tmp_path):
     results = evaluate.run(config_for(made, tmp_path, concepts=None, n_tokens=1))
     assert "female names" in [concept["concept"] for concept in results["runs"][0]["concepts"]]
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_saes_of_other_formats_are_scored_in_float32(made, tmp_path, dtype):
     sae = SAE.load(made / "run" / "vanilla.safetensors").to(dtype)
@@ -229,6 +238,7 @@ def test_saes_of_other_formats_are_scored_in_float32(made, tmp_path, dtype):
     assert found["fvu"] == pytest.approx(fvu(x, sae.float()(x)).item(), rel=1e-5)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_fvu_without_the_tokens_that_decide_it_is_said(made, tmp_path):
     """Five tokens of 300 times the norm: they are reconstructed ill, and nothing else counts."""
 
@@ -269,6 +279,7 @@ def arrays_of(made: Path, folder: Path, with_ids: bool) -> str:
     return str(cache_arrays(folder, [acts], ids, rows_per_shard=500).folder)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_arrays_are_scored_as_a_models_cache_is_but_for_what_needs_the_model(
     made: Path, scored: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -288,6 +299,7 @@ def test_arrays_are_scored_as_a_models_cache_is_but_for_what_needs_the_model(
     assert "|              - |" in report(results)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_arrays_with_token_ids_have_concepts_of_ids(made: Path, tmp_path: Path) -> None:
     cache = arrays_of(made, tmp_path / "c", with_ids=True)
     results = evaluate.run(config_for(made, tmp_path, cache=cache))
@@ -301,6 +313,7 @@ def test_arrays_with_token_ids_have_concepts_of_ids(made: Path, tmp_path: Path) 
     assert words["runs"][0]["concepts"] == []
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_without_the_model_the_rest_is_the_same(
     made: Path, scored: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -396,6 +409,7 @@ def test_another_dataset_is_refused(made, tmp_path):
     assert "tokens differ after the first 0" in named
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_dataset_that_was_moved_is_taken_from_where_it_is(made, tmp_path):
     (tmp_path / "moved").mkdir()
     shutil.copy(made / "validation.jsonl", tmp_path / "moved")

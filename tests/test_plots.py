@@ -2,8 +2,6 @@
 
 import itertools
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -286,14 +284,6 @@ def test_a_failure_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.Mo
         plots.fvu_by_prefix(path, prefixes_of(2))
     assert path.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["figure.png"]
-
-
-def test_pyplot_is_not_imported() -> None:
-    code = "import sys; from matryoshka import plots; sys.exit('matplotlib.pyplot' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode
-        == 0
-    )
 
 
 # --- what the figures say

@@ -5,9 +5,7 @@ import itertools
 import json
 import math
 import os
-import signal
 import stat
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +17,7 @@ from core_cases import BATCH, D_MODEL, N_LATENTS, rand, states_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tiny_factory import die_with_parent, fresh_processes
 from torch.testing import assert_close
 
 import sae as sae_module
@@ -348,28 +347,29 @@ def test_what_cannot_be_saved_leaves_the_file_that_was_there(tmp_path, monkeypat
     assert [p.name for p in tmp_path.iterdir()] == ["sae.safetensors"]
 
 
-SAVES = """
-import sys
-from sae import SAE
-saes = [SAE(200, 3000, seed) for seed in (0, 1)]
-print("ready", flush=True)
-while True:
-    for sae in saes:
-        sae.save(sys.argv[1])
-"""
+def save_again_and_again(path, ready):
+    """In a process of its own, until it is killed."""
+    die_with_parent()
+    saes = [SAE(200, 3000, seed) for seed in (0, 1)]
+    ready.set()
+    while True:
+        for sae in saes:
+            sae.save(path)
 
 
 def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path):
     path = tmp_path / "sae.safetensors"
     possible = [SAE(200, 3000, seed).W_enc for seed in (0, 1)]
     SAE(200, 3000, 0).save(path)
-    root = Path(sae_module.__file__).parent
+    context = fresh_processes()
     for attempt in range(3):
-        command = [sys.executable, "-c", SAVES, str(path)]
-        with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE) as process:
-            assert process.stdout.readline() == b"ready\n"
-            time.sleep(0.05 + 0.037 * attempt)
-            process.send_signal(signal.SIGKILL)
+        ready = context.Event()
+        process = context.Process(target=save_again_and_again, args=(path, ready))
+        process.start()
+        assert ready.wait(300)
+        time.sleep(0.05 + 0.037 * attempt)
+        process.kill()
+        process.join()
         assert any(torch.equal(SAE.load(path).W_enc, W_enc) for W_enc in possible)
 
 

@@ -1,10 +1,7 @@
 """Models of `transformers` by our names, against what they say of themselves and hooks by name."""
 
 import json
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -344,18 +341,3 @@ def test_without_a_network_the_ways_out_are_named(name: str) -> None:
         UserError, match=rf"no language model {name} .*HF_HUB_OFFLINE=1 and HF_HOME"
     ):
         load_language_model(name)
-
-
-def test_transformers_is_not_imported_before_it_is_needed() -> None:
-    code = (
-        "import sys, cache_activations, evaluate, train_toy; print('transformers' in sys.modules)"
-    )
-    said = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert said.stdout.strip() == "False"
