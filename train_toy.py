@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -37,7 +37,6 @@ from matryoshka.command_line import (
     pick_device,
     require_not_negative,
     require_positive,
-    require_recipe,
     setting,
 )
 from matryoshka.environment import environment, fix_kernels
@@ -54,11 +53,6 @@ from toy_model import STEPS_A_DRAW, FeatureTree, ToyData
 
 SEEDS_A_STACK = 10  # on a CPU: a stack whose activations stay in a core's cache is fastest a seed
 RESULTS = "results.json"
-# What each sets in place of the defaults; a flag that is given counts more.
-RECIPES: dict[str, dict[str, Any]] = {
-    "write-up": {},
-    "unhedged": {"unhedged": 0.5, "restart_every": 100},
-}
 NEW = ".new"  # a folder in --out, where a run is written before it takes the place of another
 
 
@@ -67,11 +61,6 @@ class Config(TrainerConfig):
     """Every setting of the toy comparison; those of the trainer are inherited. The defaults are the
     write-up's."""
 
-    recipe: Literal["write-up", "unhedged"] = setting(
-        "write-up",
-        "defaults: the write-up's; or unhedged, with which SAEs find the whole tree: --unhedged "
-        "0.5 and --restart-every 100 (--help shows the write-up's)",
-    )
     seeds: int = setting(1, "how many seeds; each trains one SAE of every kind")
     seed: int = setting(0, "the first seed")
     saes: tuple[str, ...] = setting(
@@ -169,7 +158,6 @@ def check(config: Config, tree: FeatureTree) -> Config:
     """`config` with n_latents and workers filled in. Raises `UserError` where it is impossible."""
     require_positive(config, "seeds", "batch_size", "d_model", "n_eval")
     require_not_negative(config, "seed", "n_latents", "workers")
-    require_recipe(config, RECIPES)
     check_names(config.saes)
     if config.n_eval == 1:
         raise UserError("--n-eval must be at least 2, got 1: one sample has no variance to explain")
@@ -408,7 +396,7 @@ def write(
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with main_guard():
-        config = parse(Config, __doc__ or "", argv, RECIPES)
+        config = parse(Config, __doc__ or "", argv)
         fix_kernels()
         results = run(config, report=lambda results: print(summary(results)))
         print(f"\n{results['seconds']:.0f} s; figures, SAEs and results.json are in {config.out}")

@@ -69,8 +69,7 @@ class TrainerConfig:
     )
     restart_window: tuple[float, float] = setting(
         (0.2, 0.8),
-        "shares of the steps, with --unhedged of its tied part, between which --restart-every and "
-        "--resample-every apply",
+        "shares of the steps between which --restart-every and --resample-every apply",
     )
     unhedged: float = setting(
         0.0,
@@ -129,6 +128,11 @@ class TrainerConfig:
         begin, end = self.restart_window
         if not 0 <= begin <= end <= 1:
             raise UserError(f"--restart-window must be two rising shares, got {begin} {end}")
+        if self.restart_every and self.unhedged:
+            raise UserError(
+                "--restart-every takes the last latent for one that is worth little, and with "
+                "--unhedged it is a feature's: use one of them"
+            )
         self.check_widths(n_latents)
         require_positive(self, "bandwidth", "dead_after", "auxiliary_weight")
         require_not_negative(self, "resample_every")
@@ -157,10 +161,9 @@ class TrainerConfig:
             raise UserError("--width-weights must be 0 or more, and not all 0")
         if not widths:
             return
-        if self.restart_every and not self.unhedged:
+        if self.restart_every:
             raise UserError(
-                "--restart-every needs latents in order of what they are worth: not with --widths "
-                "alone, only with --unhedged, too"
+                "--restart-every needs latents in order of what they are worth: not with --widths"
             )
         if weights and not weights[-1]:
             raise UserError(
@@ -217,13 +220,8 @@ class TrainerConfig:
         return self._is_due(step, self.resample_every)
 
     def _is_due(self, step: int, every: int) -> bool:
-        """Whether step `step` is one of each `every` within the window; 0: never.
-
-        In an unhedged training the window is of its first part: in the second one the last latent
-        is a feature's.
-        """
-        n_steps = self.n_steps * (self.unhedged or 1)
-        begin, end = (share * n_steps for share in self.restart_window)
+        """Whether step `step` is one of each `every` within the window; 0: never."""
+        begin, end = (share * self.n_steps for share in self.restart_window)
         return every > 0 and begin <= step <= end and step % every == 0
 
     def learning_rate(self, step: int) -> float:

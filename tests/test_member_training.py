@@ -1,5 +1,6 @@
 """Many SAEs in one pass: each as alone, one that diverges, held-out figures, the recipes."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -294,10 +295,18 @@ def test_a_flag_that_is_given_counts_more_than_the_recipe(flags_first: bool) -> 
     assert (config.batch_size, config.auxiliary) == (2048, "all")
 
 
-def test_the_papers_recipe_trains(cache: Path, tmp_path: Path) -> None:
+def test_the_unhedged_recipe_is_the_papers_but_for_that() -> None:
+    paper, unhedged = (
+        parse(Config, "", ["--recipe", name], RECIPES) for name in ("paper", "unhedged")
+    )
+    assert unhedged == dataclasses.replace(paper, recipe="unhedged", unhedged=0.5)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "unhedged"])
+def test_a_recipe_trains(cache: Path, tmp_path: Path, recipe: str) -> None:
     flags = ["--n-latents", "64", "--n-steps", "20", "--batch-size", "128", "--device", "cpu"]
     flags += ["--target-l0", "3", "5", "--cache", str(cache), "--out", str(tmp_path / "out")]
-    train.main(["--recipe", "paper", *flags])
+    train.main(["--recipe", recipe, *flags])
     names = [f"{kind}_l0_{target}" for target in (3, 5) for kind in ("matryoshka", "vanilla")]
     results = training_results(tmp_path / "out")
     assert [result["sae"] for result in results["runs"]] == names

@@ -76,23 +76,11 @@ def test_the_defaults_are_the_write_ups():
         "overwrite": False,
         "device": "cpu",
         "workers": 0,
-        "recipe": "write-up",
         "unhedged": 0.0,
     }
     filled_in = train_toy.check(Config(), train_toy.load_tree("tree.json"))
     assert filled_in.n_latents == 20
     assert train_toy.SEEDS_A_STACK == 10
-
-
-def test_the_recipe_is_one_flag_and_a_flag_counts_more():
-    config = train_toy.parse(Config, "", ["--recipe", "unhedged"], train_toy.RECIPES)
-    assert (config.unhedged, config.restart_every) == (0.5, 100)
-    argv = ["--recipe", "unhedged", "--restart-every", "0"]
-    config = train_toy.parse(Config, "", argv, train_toy.RECIPES)
-    assert (config.unhedged, config.restart_every) == (0.5, 0)
-    assert train_toy.parse(Config, "", [], train_toy.RECIPES) == Config()
-    with pytest.raises(UserError, match="--recipe unhedged with 0 of its 2 settings"):
-        train_toy.check(Config(recipe="unhedged"), train_toy.load_tree("tree.json"))
 
 
 def test_help_names_every_flag_with_its_default(capsys):
@@ -125,15 +113,14 @@ OTHERS: dict[str, Any] = {
     "order_decay": 0.85,
     "restart_every": 1,
     "restart_window": (0.1, 0.9),
-    "unhedged": 0.4,
     "auxiliary_weight": 0.5,
     "dead_after": 77,
     "resample_every": 2,
     "bandwidth": 0.5,
     "gradient": "dense",
 }
-# bfloat16 takes more latents, the auxiliary loss another activation, and widths have a test below
-NOT_HERE = {"matmul_dtype", "auxiliary", "widths", "width_weights"}
+# bfloat16 takes more latents, the auxiliary loss another activation; the others have tests below
+NOT_HERE = {"matmul_dtype", "auxiliary", "widths", "width_weights", "unhedged"}
 
 
 class Watched(Trainer):
@@ -175,6 +162,13 @@ def test_every_setting_of_the_trainer_reaches_it(tmp_path):
     assert [x.shape for x in trainer.batches] == [(4, 16, 20)] * 3
     for sae, seed in zip(trainer.start, trainer.seeds, strict=True):
         assert torch.equal(sae.W_enc, SAE(20, 20, seed).W_enc)
+
+
+def test_both_saes_are_trained_unhedged(tmp_path):
+    trainer = watched_run(tmp_path, "--steps", 2, "--unhedged", 0.5, "--seeds", 1)
+    assert [config.unhedged for config in trainer.configs] == [0.5, 0.5]
+    sae = SAE.load(tmp_path / "matryoshka_seed0.safetensors")
+    assert sae.about["unhedged"] == 0.5
 
 
 def test_widths_are_the_matryoshka_saes(tmp_path):

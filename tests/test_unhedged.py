@@ -118,7 +118,7 @@ def test_the_tied_part_is_of_one_prefix_whatever_the_prefixes():
 
 
 @pytest.mark.parametrize("stop", [7, 10, 13])
-@pytest.mark.parametrize("settings", [{"restart_every": 2}, {"widths": WIDTHS}])
+@pytest.mark.parametrize("settings", [{}, {"widths": WIDTHS}])
 def test_resuming_is_not_stopping_in_either_part(stop, settings):
     made = {"n_prefixes": (4, 4), "n_steps": 20, "unhedged": 0.5} | settings
     xs, whole, first = batches(20), make_trainer(**made), make_trainer(**made)
@@ -153,18 +153,9 @@ def test_widths_take_the_latents_that_are_worth_most():
     assert (mean_square.gather(1, order).diff(dim=1) <= 0).all()
 
 
-def test_the_window_of_restarts_is_of_the_tied_part():
-    config = TrainerConfig(n_steps=1000, target_l0=2, restart_every=50, unhedged=0.5)
-    steps = [step for step in range(1000) if config.restarts_at(step)]
-    assert steps == [100, 150, 200, 250, 300, 350, 400]
-
-
-def test_widths_and_restarts_go_together_where_latents_are_ordered():
-    TrainerConfig(n_steps=10, target_l0=2, restart_every=2, unhedged=0.5, widths=(1, 7)).check(
-        n_latents=7
-    )
-    with pytest.raises(UserError, match="only with --unhedged"):
-        TrainerConfig(n_steps=10, target_l0=2, restart_every=2, widths=(1, 7)).check(n_latents=7)
+def test_restarts_are_refused():
+    with pytest.raises(UserError, match="use one of them"):
+        TrainerConfig(n_steps=10, target_l0=2, restart_every=2, unhedged=0.5).check(n_latents=7)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
