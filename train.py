@@ -209,6 +209,7 @@ def about(training: Training, member: MemberTraining, result: dict[str, Any]) ->
         "name": result["sae"],
         "kind": member.member.kind,
         "l0": result["final_l0"],
+        "dead_share": result["dead_share"],
         "seed": config.seed,
         **{name: getattr(config, name) for name in names},
         "widths": config.widths_of(config.n_latents),

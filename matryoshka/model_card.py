@@ -27,6 +27,7 @@ TOLD = {  # of `about`, in this order
     "widths": "widths",
     "target_l0": "L0 asked for",
     "l0": "L0 at the end of training",
+    "dead_share": "share of latents that were dead then",
     "sparsity": "sparsity penalty",
     "lr": "learning rate",
     "n_steps": "steps",

@@ -110,6 +110,7 @@ def test_a_run_end_to_end(
         sae = SAE.load(out / f"{result['sae']}.safetensors")
         assert (sae.d_model, sae.n_latents) == (16, 20)
         assert sae.about["name"] == result["sae"]
+        assert sae.about["dead_share"] == result["dead_share"]
         assert sae.about["n_prefixes"] == (3 if result["sae"] == "matryoshka" else 1)
         assert str(out.parent) not in str(sae.about), "no path of a machine"
         assert sae.about["model"] == "model.pt"
