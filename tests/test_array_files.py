@@ -86,7 +86,7 @@ def test_values_are_rounded_once_to_the_caches_dtype(tmp_path: Path, dtype: str)
     assert torch.equal(acts, values.to(getattr(torch, dtype)))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     cuts=st.lists(st.integers(0, 40), max_size=4),
     id_cuts=st.lists(st.integers(0, 40), max_size=4),

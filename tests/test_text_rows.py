@@ -109,7 +109,12 @@ def test_padded_rows_are_of_one_document_each(rows_of: Callable[..., TextRows], 
     wanted=st.integers(1, 60),
     packing=st.sampled_from(["packed", "padded"]),
 )
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
 def test_rows_end_with_the_one_that_completes_the_count(
     rows_of: Callable[..., TextRows],
     texts: list[str],
