@@ -110,7 +110,7 @@ def test_a_local_dataset_needs_no_home_to_write_to(sources: Path, tmp_path: Path
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert ended.returncode == 0, ended.stderr
     assert ActivationCache(tmp_path / "c").n_tokens == 50

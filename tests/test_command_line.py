@@ -37,7 +37,7 @@ def main(body: str, *, out: Any = subprocess.PIPE, **settings: str) -> subproces
         [sys.executable, "-c", "\n".join(lines)],
         stdout=out,
         stderr=subprocess.PIPE,
-        timeout=120,
+        timeout=600,
         cwd=ROOT,
         env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | settings,
     )
@@ -95,7 +95,7 @@ def test_ctrl_c_is_one_line_even_where_it_was_without_a_word_before() -> None:
     quiet = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)"
     guard = "from matryoshka.command_line import main_guard"
     code = f"{quiet}\nimport os\n{guard}\nwith main_guard(): os.kill(os.getpid(), 2)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=600)
     assert (done.returncode, done.stderr) == (130, b"interrupted\n")
 
 

@@ -92,7 +92,7 @@ def test_scripts_import_where_there_is_no_fcntl() -> None:
         "import sys; sys.modules['fcntl'] = None; from matryoshka import files; "
         "assert files.fcntl is None"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=600)
 
 
 def test_json_has_a_line_a_key_and_a_line_an_item() -> None:

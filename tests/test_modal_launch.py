@@ -36,7 +36,7 @@ def modal_run(*args: str, home: Path) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("MODAL")}
     env |= {"MODAL_CONFIG_PATH": str(home / "none.toml"), "COLUMNS": "200"}
     command = [sys.executable, "-m", "modal", "run", "modal_tinystories.py", *args]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
 def test_help_needs_no_account(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ print(modal_tinystories.LAUNCH)
 def test_launching_needs_only_modal(flags: str) -> None:
     absent = "torch numpy scipy einops datasets huggingface_hub safetensors matplotlib tqdm"
     command = [sys.executable, "-c", WITHOUT_TORCH, f"{absent} transformers", *flags.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     if flags.startswith("--gpu"):
         assert "['cache_part', 'compare', 'train_one']" in done.stdout

@@ -16,7 +16,7 @@ from studies import screenshots
 from studies.screenshots import chromium, why_not
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"no browser: {why_not()}")
-SECONDS = 20  # to wait at most
+SECONDS = 120  # to wait at most
 
 
 @pytest.fixture(scope="module")

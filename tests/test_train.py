@@ -83,7 +83,7 @@ def from_the_shell(
 def shell(config: Config) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "train_tinystories.py"), *argv_for(config)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
 
 
 def test_a_run_end_to_end(

@@ -100,7 +100,7 @@ def fresh_processes(also: Sequence[str] = ()) -> Any:
     return context
 
 
-def die_with_parent(seconds: float = 120) -> None:
+def die_with_parent(seconds: float = 600) -> None:
     """In a process of `multiprocessing`: it ends with the one that started it, or after `seconds`.
 
     So a test run leaves no process behind, whichever way it is interrupted.
