@@ -81,13 +81,13 @@ def commit() -> str | None:
 
 
 def fix_kernels() -> None:
-    """Makes matrix products and vector arithmetic the same on every x86-64 CPU with AVX2.
+    """Asks for kernels of matrix products and vectors that every x86-64 CPU with AVX2 has.
 
     MKL and PyTorch choose their kernels by the CPU, each with a rounding of its own, and in the
     toy's 40,000 steps a rounding decides whether a seed finds all features. Both read these
     variables when they first compute something, so this must come before that; processes born
     later inherit them. It costs half of a step's time again. Variables that are set already are
-    left alone.
+    left alone. An Intel and an AMD CPU ended apart all the same: see docs/toy.md.
     """
     cpu_info = Path("/proc/cpuinfo")
     if cpu_info.exists() and " avx2 " in cpu_info.read_text():
