@@ -286,7 +286,7 @@ def checked(outcome: Any, launch: Launch) -> dict[str, Any]:
     advice = ""
     if f"{ROOT}/" in reason:
         advice = f" ({ROOT} is the Volume; to delete: modal volume rm -r {launch.volume} PATH)"
-    if "Hugging Face hub" in reason:
+    if "Hugging Face hub" in reason or "HF_HUB_OFFLINE" in reason:
         advice += (
             " (what is private or gated needs --secret; a folder's files, put on the Volume by "
             f"`modal volume put {launch.volume} FOLDER data`, are {ROOT}/data)"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from matryoshka.errors import UserError
+from matryoshka.hub_errors import is_passing
 from matryoshka.sites import Replace, Site
 from matryoshka.tiny_model import WEIGHTS_FILE, TinyModel
 from matryoshka.tiny_tokens import load_texts
@@ -153,7 +154,8 @@ def load_language_model(
 def is_tiny_model(name_or_path: str | Path, revision: str | None) -> bool:
     """Whether that is a TinyModel: a file of weights, or a folder or a hub repo that holds its.
 
-    Raises `UserError` for a folder that holds no model.
+    Raises `UserError` for a folder that holds no model, and where the hub does not answer and no
+    model of `transformers` of that name was downloaded before.
     """
     path, name = Path(name_or_path), str(name_or_path)
     if os.path.isdir(path):
@@ -167,7 +169,14 @@ def is_tiny_model(name_or_path: str | Path, revision: str | None) -> bool:
         return False
     try:
         huggingface_hub.hf_hub_download(name, WEIGHTS_FILE, revision=revision)
-    except Exception:  # no such file, no such repo, no network: the other loader says which
+    except Exception as error:  # no such file, no such repo: the other loader says which
+        here = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
+        if is_passing(error) and not isinstance(here, str):
+            raise UserError(
+                f"cannot get {name} from the Hugging Face hub ({type(error).__name__}); without a "
+                "network, give its folder, or HF_HUB_OFFLINE=1 and HF_HOME where it was "
+                "downloaded before"
+            ) from error
         return False
     return True
 

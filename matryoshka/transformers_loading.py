@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from matryoshka.errors import UserError
+from matryoshka.hub_errors import is_passing
 from matryoshka.transformers_model import TransformersModel
 
 
@@ -57,7 +58,7 @@ def load_transformers_model(
 def load_tokenizer(asked: str | None, model_name: str, hub: dict[str, Any]) -> Any:
     """The tokenizer that was asked for, or the model's own; None where the model has none.
 
-    Raises `UserError` where the one asked for is not there.
+    Raises `UserError` where the one asked for is not there, or the hub does not answer.
     """
     import transformers
 
@@ -69,7 +70,12 @@ def load_tokenizer(asked: str | None, model_name: str, hub: dict[str, Any]) -> A
         return found
     try:
         own = transformers.AutoTokenizer.from_pretrained(model_name, **hub)
-    except Exception:  # it has a dozen ways to say that there is none
+    except Exception as error:  # it has a dozen ways to say that there is none
+        if is_passing(error):
+            raise UserError(
+                f"cannot get the tokenizer of {model_name} from the Hugging Face hub "
+                f"({type(error).__name__}); without a network, set HF_HUB_OFFLINE=1"
+            ) from error
         return None
     return own if has_text(own) else None
 

@@ -5,11 +5,14 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import transformers
 from huggingface_hub import errors
 
+from matryoshka import language_models
 from matryoshka.errors import UserError
 from matryoshka.hub_errors import is_passing
 from matryoshka.tiny_model import TinyModel
+from matryoshka.transformers_loading import load_tokenizer
 
 
 def raised_from(cause: BaseException | None) -> UserError:
@@ -64,3 +67,38 @@ def test_a_model_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(UserError) as refused:
         TinyModel.from_pretrained("owner/model")
     assert is_passing(refused.value)
+
+
+@pytest.mark.parametrize(("status_code", "passes"), [(503, True), (429, True), (404, False)])
+def test_trouble_of_the_hub_does_not_say_whose_model_it_is(
+    monkeypatch: pytest.MonkeyPatch, status_code: int, passes: bool
+) -> None:
+    """Else a TinyModel would be refused for good, as one that `transformers` cannot load."""
+
+    def fails(*args: Any, **kwargs: Any) -> str:
+        raise answer(status_code)
+
+    def no_such_model(*args: Any, **kwargs: Any) -> None:
+        raise UserError("no such model")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
+    monkeypatch.setattr(language_models, "load_transformers_model", no_such_model)
+    with pytest.raises(UserError) as refused:
+        language_models.load_language_model("owner/model")
+    assert is_passing(refused.value) is passes
+    assert ("from the Hugging Face hub" in str(refused.value)) is passes
+
+
+def test_trouble_of_the_hub_does_not_say_that_there_is_no_tokenizer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[Exception] = [answer(503), ValueError("unrecognized")]
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise said.pop(0)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fails)
+    with pytest.raises(UserError) as refused:
+        load_tokenizer(None, "owner/model", {})
+    assert is_passing(refused.value)
+    assert load_tokenizer(None, "owner/model", {}) is None

@@ -375,6 +375,7 @@ def test_the_entrypoint(
     [
         (Refused("caching rows 0 to 7 of train: no"), "caching rows 0 to 7 of train: no"),
         (Refused("/volume/caches/x is damaged"), "modal volume rm -r matryoshka-tinystories PATH"),
+        (Refused("no model x/y; without a network, HF_HUB_OFFLINE=1"), "needs --secret"),
         (modal.exception.RemoteError("it was stopped"), "RemoteError: it was stopped"),
     ],
 )
