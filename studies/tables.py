@@ -13,6 +13,7 @@ from matryoshka.command_line import table
 from matryoshka.errors import UserError
 from matryoshka.toy_report import EDGES, is_whole_tree, share
 from studies import ablate_toy, bench
+from studies import synth as synth_study
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -350,6 +351,24 @@ def _mean_and_share(rates: np.ndarray, concept: int) -> list[str]:
     return [percent(mean, 1), percent(known.sum() / total if total else 0.0, 0)]
 
 
+# --------------------------------------------------------------- synthetic models of known features
+
+
+def synth() -> str:
+    """SAEs on the synthetic model `mini`: ours, then SAELens's on the same samples."""
+    return synth_study.summary(read("synth/mini.json"), read("synth/mini_saelens.json"))
+
+
+def synth_lrs() -> str:
+    """SAELens's on the first seed, at every learning rate."""
+    return table(synth_study.HEADERS, synth_study.rows_of(_first_seed("synth/mini_saelens.json")))
+
+
+def _first_seed(name: str) -> list[Run]:
+    runs = read(name)["runs"]
+    return [run for run in runs if run["seed"] == runs[0]["seed"]]
+
+
 # ------------------------------------------------------------------------------------------ speed
 
 
@@ -409,6 +428,8 @@ TABLES: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     "standin": (standin, ("standin/evaluation.json",)),
     "standin_short": (standin_short, ("standin/evaluation.json",)),
     "concepts": (concepts, ("standin/evaluation.json",)),
+    "synth": (synth, ("synth/mini.json", "synth/mini_saelens.json")),
+    "synth_lrs": (synth_lrs, ("synth/mini_saelens.json",)),
     "bench": (step, ("bench/step.json",)),
     "growth": (growth, ("bench/growth.json",)),
     "data": (data, ("bench/data.json",)),
