@@ -124,7 +124,10 @@ of_every_function: dict[str, Any] = {
     "volumes": {ROOT: volume},
     # Preemptions come on top. The longest wait that Modal allows between two tries is a minute.
     "retries": modal.Retries(max_retries=5, initial_delay=15.0, max_delay=60.0),
-    "secrets": [modal.Secret.from_name(LAUNCH.secret)] if LAUNCH.secret else [],
+    # An empty one where none is named: a container, which knows no flags, must find as many here.
+    "secrets": [
+        modal.Secret.from_name(LAUNCH.secret) if LAUNCH.secret else modal.Secret.from_dict({})
+    ],
     "single_use_containers": True,  # none is idle, and billed, when its work is done
 }
 on_a_gpu: dict[str, Any] = {"gpu": LAUNCH.gpu, "cpu": 4.0, "memory": 16 * 1024}

@@ -181,7 +181,6 @@ def test_gpus_volumes_retries_and_no_idle_containers(monkeypatch: pytest.MonkeyP
         assert options["retries"].max_retries == 5
         assert options["retries"].initial_delay.total_seconds() >= 10
         assert 3600 <= options["timeout"] <= 24 * 3600
-        assert options["secrets"] == []
     assert asked["cache_part"]["gpu"] == asked["train_one"]["gpu"] == "H100"
     assert "gpu" not in asked["compare"]
     assert asked["compare"]["nonpreemptible"]
@@ -192,6 +191,11 @@ def test_the_flags_are_what_modal_is_asked_for(monkeypatch: pytest.MonkeyPatch) 
     assert asked["cache_part"]["gpu"] == asked["train_one"]["gpu"] == "A100-80GB"
     assert {o["volumes"]["/volume"].name for o in asked.values()} == {"mine"}
     assert {secret.name for o in asked.values() for secret in o["secrets"]} == {"hub-token"}
+    # A container imports the file with no flags. Modal tells its objects by their places in a list.
+    without = declared(monkeypatch)
+    for name, options in asked.items():
+        for what in ("secrets", "volumes"):
+            assert len(options[what]) == len(without[name][what]) == 1
 
 
 def test_what_is_sent_to_a_container_can_be_sent() -> None:
