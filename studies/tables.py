@@ -246,6 +246,35 @@ def trees() -> str:
     return table(headers, rows)
 
 
+def unhedged() -> str:
+    """What `--unhedged` recovers as trained, and what the write-up's training and vanilla do."""
+    files = {"the paper's tree": ("toy/unhedged", "toy/sampled")}
+    files |= {title: (f"trees/{name}_unhedged", f"trees/{name}_0") for name, title in TREES.items()}
+    rows = [[title, *_unhedged_row(*of_tree)] for title, of_tree in files.items()]
+    clean = [f"clean > {t}" for t in THRESHOLDS]
+    headers = ["unhedged, as trained", "seeds", *clean, "all 20 > 0.99", "FVU", "absorption"]
+    return table([*headers, "write-up's, clean > 0.9", "vanilla's"], rows)
+
+
+def _unhedged_row(file: str, usual: str) -> list[str]:
+    runs, others = runs_of(read(f"{file}.json"), "matryoshka"), read(f"{usual}.json")
+    seeds = [run["seed"] for run in runs]
+    absorbed = [a for run in runs for a in run["absorption"] if a is not None]
+    whole = sum(run["clean_at"]["0.99"] == run["n_features"] for run in runs)
+    means = (
+        np.mean([run["clean_features"] for run in runs_of(others, sae)])
+        for sae in ("matryoshka", "vanilla")
+    )
+    return [
+        f"{min(seeds)} to {max(seeds)}",
+        *mean_clean(runs),
+        share(whole, len(runs)),
+        f"{np.mean([run['fvu'] for run in runs]):.5f}",
+        f"{np.mean(absorbed):.3f}",
+        *(f"{mean:.1f}" for mean in means),
+    ]
+
+
 def _of_pair(pair: Sequence[Sequence[Run]], key: str, digits: int) -> str:
     """The means over seeds of two kinds of SAE: "8.0 / 6.0"."""
     return " / ".join(f"{np.mean([run[key] for run in runs]):.{digits}f}" for runs in pair)
@@ -423,6 +452,7 @@ TABLES: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     "recipes": (recipes, ("toy/*.json", "bench/toy.json")),
     "refit": (refitted, ("toy/*.json",)),
     "trees": (trees, ("trees/*.json",)),
+    "unhedged": (unhedged, ("toy/unhedged.json", "trees/*_unhedged.json")),
     "edges": (edges, ("toy/sampled.json", "toy/restarts.json", "trees/*.json")),
     "defects": (defects, ("ablation/ablation.json",)),
     "standin": (standin, ("standin/evaluation.json",)),

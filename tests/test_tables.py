@@ -186,6 +186,32 @@ def test_trees_show_whatever_kinds_there_are(kept):
         assert row[5] == "0.0000 / 0.2500 / 0.5000"
 
 
+def test_unhedged_training_beside_the_write_ups(kept):
+    names = {"toy/unhedged": "toy/sampled"}
+    names |= {f"trees/{name}_unhedged": f"trees/{name}_0" for name in tables.TREES}
+    for file, usual in names.items():
+        found = [toy_run("matryoshka", seed, n, 0.25) for seed, n in ((7, 20), (8, 19))]
+        for run in found:
+            run["clean_at"] = dict.fromkeys(("0.9", "0.95", "0.99"), run["clean_features"])
+        kept(f"{file}.json", found)
+        of_kinds = [(sae, n) for sae in ("matryoshka", "vanilla") for n in (11, 12)]
+        kept(f"{usual}.json", [toy_run(sae, 0, n, 0.5) for sae, n in of_kinds])
+    rows = cells(tables.unhedged())[1:]
+    assert len(rows) == 1 + len(tables.TREES)
+    for row in rows:
+        assert row[1:] == [
+            "7 to 8",
+            "19.50",
+            "19.50",
+            "19.50",
+            "1 of 2 (1-99%)",
+            "0.25000",
+            "0.500",
+            "11.5",
+            "11.5",
+        ]
+
+
 def evaluated(source, sae, absorption=(0.5,), **more):
     concepts = [
         {"concept": f"c{i}", "tokens": 10, "absorption": rate} for i, rate in enumerate(absorption)

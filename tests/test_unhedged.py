@@ -177,3 +177,22 @@ def test_the_true_tree_is_an_equilibrium_of_orthogonal_features():
         trainer.n_steps_done = 1  # past the tied part
         norm = trainer.step(present)["grad_norm"]
         assert bool(norm < 1e-9) == stays
+
+
+def test_two_likely_children_make_a_wrong_tree_the_optimum():
+    """The table of docs/toy.md: parent T, children M0 and M1 that exclude each other, or none."""
+    T, M0, M1 = torch.eye(3, dtype=torch.float64)
+    x = torch.stack([T + M0, T + M1, T])
+    chances = torch.tensor([0.35, 0.35, 0.3], dtype=torch.float64)
+    true = torch.stack([T, M0, M1]), x
+    first = T + M0
+    left = x - (x @ first / first.square().sum())[:, None] * first
+    acts = torch.stack([x @ first / first.square().sum(), *torch.eye(3).double()[1:]], dim=1)
+    wrong = torch.stack([first, left[1], left[2]]), acts
+    found = []
+    for W_dec, a in (true, wrong):
+        errors = [(x - a[:, :m] @ W_dec[:m]).square().sum(1) @ chances for m in (3, 1, 2)]
+        l0, l1 = (a > 0).double().sum(1) @ chances, (a * W_dec.norm(dim=1)).sum(1) @ chances
+        found.append([*map(float, errors), float(l0), float(l1)])
+    assert found[0] == pytest.approx([0, 0.7, 0.35, 1.7, 1.7])
+    assert found[1] == pytest.approx([0, 0.675, 0.15, 1.65, 1.5954], abs=1e-4)
