@@ -446,14 +446,19 @@ def browsing() -> str:
 OF_A_PAGE = {"megabytes": ".0f", "first view": ".2f", "a latent": ".3f"}
 
 
+OF_RECIPES = tuple(f"toy/{file}.json" for file in RECIPES.values())
+
 # By the name that a page calls a table by: the function, and the files of results/ that it shows.
 TABLES: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     "toy": (toy, ("toy/sampled.json",)),
-    "recipes": (recipes, ("toy/*.json", "bench/toy.json")),
-    "refit": (refitted, ("toy/*.json",)),
-    "trees": (trees, ("trees/*.json",)),
+    "recipes": (recipes, (*OF_RECIPES, "bench/toy.json")),
+    "refit": (refitted, OF_RECIPES),
+    "trees": (trees, ("trees/*_0.json", "trees/*_100.json")),
     "unhedged": (unhedged, ("toy/unhedged.json", "trees/*_unhedged.json")),
-    "edges": (edges, ("toy/sampled.json", "toy/restarts.json", "trees/*.json")),
+    "edges": (
+        edges,
+        ("toy/sampled.json", "toy/restarts.json", "trees/*_0.json", "trees/*_100.json"),
+    ),
     "defects": (defects, ("ablation/ablation.json",)),
     "standin": (standin, ("standin/evaluation.json",)),
     "standin_short": (standin_short, ("standin/evaluation.json",)),
