@@ -261,6 +261,7 @@ for part, table in (
     ("toy-whole", lambda: bench_table("toy-whole")),
 ):
     text(measured_by(part), table)
+text("What browsing costs (docs/browse.md):", tables.browsing)
 
 # %% [markdown]
 # Times are medians of repeats on a shared machine; ratios within one table are what they are good
@@ -333,6 +334,25 @@ text(tables.edges)
 # the *vanilla* SAE find most of the children: its parents' latents do fire beside their children
 # there, only weaker, and strengths are what is refitted.
 #
+# ### Training that does not hedge
+#
+# Half of the steps with the encoder tied to the decoder's directions and no prefixes; then the encoder
+# is free and learns from the prefixes, the decoder from the full reconstruction. It finds the trees
+# above, but the one in 14 dimensions (docs/toy.md says why).
+
+# %%
+text(made_by("toy/unhedged.json", "train_toy.py"), tables.unhedged)
+
+# %% [markdown]
+# ### A thousand known features
+#
+# SynthSAEBench at a small size, beside SAELens's own training on the same samples (docs/synth.md).
+
+# %%
+text(tables.synth)
+text("SAELens's learning rates:", tables.synth_lrs)
+
+# %% [markdown]
 # ## 6. Limits
 #
 # - The real TinyModel run has not been made here, nor has anything run on Modal. The stand-in is a

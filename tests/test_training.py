@@ -299,6 +299,7 @@ OF_TRAINER: dict[str, tuple[Any, Callable[[Trainer], Any]]] = {
     "order_decay": (0.3, lambda t: t.config.order_decay),
     "restart_every": (3, lambda t: t.config.restart_every),
     "restart_window": ((0.1, 0.3), lambda t: t.config.restart_window),
+    "unhedged": (0.3, lambda t: t.config.unhedged),
     "auxiliary": ("level", lambda t: t.config.auxiliary),
     "auxiliary_weight": (0.5, lambda t: t.config.auxiliary_weight),
     "dead_after": (77, lambda t: t.config.dead_after),
