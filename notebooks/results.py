@@ -336,9 +336,9 @@ text(tables.edges)
 #
 # ### Training that does not hedge
 #
-# Half of the steps with the encoder tied to the decoder's directions and no prefixes; then the encoder
-# is free and learns from the prefixes, the decoder from the full reconstruction. It finds the trees
-# above, but the one in 14 dimensions (docs/toy.md says why).
+# Half of the steps with the encoder tied to the decoder's directions and no prefixes; then the
+# encoder is free and learns from the prefixes, the decoder from the full reconstruction. It finds
+# the trees above, but the one in 14 dimensions (docs/toy.md says why).
 
 # %%
 text(made_by("toy/unhedged.json", "train_toy.py"), tables.unhedged)
