@@ -286,12 +286,13 @@ def score(config: "Config", data: "ToyData", sae: SAE, member: Member) -> dict[s
     tree = data.tree
     features, x = data.held_out(member.seed, config.n_eval)
     acts = sae.encode(x)
+    x_hat = sae.decode(acts)
     directions = data.directions(member.seed)
     cosines = decoder_cosines(sae.W_dec, directions)
     best = best_cosine(cosines)
     matched = match_latents(cosines)
     scores = TruthScores(sae.W_dec, directions)
-    scores.add(acts, features > 0, x, sae(x))
+    scores.add(acts, features > 0, x, x_hat)
     absorbed = absorption_rate(acts, features, tree.parent, matched).tolist()
     parents = forest(pairs_of(acts * sae.W_dec.norm(dim=1)), toy_levels(sae))
     named = stands_for(cosines, matched, config.threshold)
@@ -299,7 +300,7 @@ def score(config: "Config", data: "ToyData", sae: SAE, member: Member) -> dict[s
     return {
         "sae": member.name,
         "seed": member.seed,
-        "fvu": float(fvu(x, sae(x))),
+        "fvu": float(fvu(x, x_hat)),
         "l0": float(l0(acts)),
         "clean_features": int(clean_features(best, config.threshold)),
         "n_features": tree.n_features,

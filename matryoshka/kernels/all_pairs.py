@@ -34,18 +34,15 @@ def write(grads: Params, params: Params, objective: Objective) -> Stats:
     acts = objective.acts(params, preacts, gate)  # [n_saes, batch, n_latents]
     x_centred = x - b_dec
     shared = torch.minimum(reach, reach.mT)  # [n_saes, n_latents, n_latents]
-    of_decoder = objective.of_decoder
-    decoder_reach = of_decoder.reach[..., None] * (2 / batch)
-    decoder_price = of_decoder.price[..., None] / batch
+    W_dec_reached = W_dec * reach
     gram = torch.bmm(W_dec, W_dec.mT)
     norms = gram.diagonal(dim1=1, dim2=2).sqrt()  # [n_saes, n_latents]
 
     slope, weighted = sparsity_slopes(acts, norms[:, None], objective.sparsity)
     slope = price.mT * norms[:, None] * slope
-    shrink = torch.bmm(ones, weighted).mT * decoder_price / norms.clamp_min(MIN_NORM)[..., None]
 
     g_acts = torch.baddbmm(slope, acts, gram * shared)
-    g_acts.baddbmm_(x_centred, (W_dec * reach).mT, alpha=-1)
+    g_acts.baddbmm_(x_centred, W_dec_reached.mT, alpha=-1)
     if near is not None and gate.threshold is not None:
         near = near.to(x.dtype)
         slopes = gate.threshold * torch.bmm(ones, g_acts * near) + price.mT * torch.bmm(ones, near)
@@ -55,12 +52,17 @@ def write(grads: Params, params: Params, objective: Objective) -> Stats:
     torch.bmm(g_acts.mT, x, out=grads.W_enc)
     torch.bmm(ones, g_acts, out=grads.b_enc)
 
+    if objective.unhedged:  # from here on, what the decoder learns from
+        of_decoder = objective.of_decoder
+        reach = of_decoder.reach[..., None] * (2 / batch)
+        price = of_decoder.price[..., None] / batch
+        shared, W_dec_reached = torch.minimum(reach, reach.mT), W_dec * reach
+    shrink = torch.bmm(ones, weighted).mT * price / norms.clamp_min(MIN_NORM)[..., None]
     correlation = torch.bmm(acts.mT, acts)  # [n_saes, n_latents, n_latents]
-    linear = torch.bmm(acts.mT, x_centred).mul_(-decoder_reach).addcmul_(W_dec, shrink)
-    shared = torch.minimum(decoder_reach, decoder_reach.mT) if objective.unhedged else shared
+    linear = torch.bmm(acts.mT, x_centred).mul_(-reach).addcmul_(W_dec, shrink)
     torch.baddbmm(linear, correlation * shared, W_dec, out=grads.W_dec)
     sum_acts, sum_x = torch.bmm(ones, acts), torch.bmm(ones, x_centred)
-    torch.baddbmm(sum_x, sum_acts, W_dec * decoder_reach, beta=-2 / batch, out=grads.b_dec)
+    torch.baddbmm(sum_x, sum_acts, W_dec_reached, beta=-2 / batch, out=grads.b_dec)
 
     # ord 0 counts what is not zero, without a copy in another dtype
     l0 = torch.linalg.vector_norm(acts, ord=0, dim=(1, 2)) / batch

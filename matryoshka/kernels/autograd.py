@@ -47,17 +47,19 @@ def loss_of(params: Params, x: Tensor, i: int, objective: Objective) -> tuple[Te
     return loss, acts
 
 
-def _unhedged_loss(params: Params, i: int, objective: Objective) -> Tensor:
-    """What has the gradients of an unhedged step: the prefixes' loss, in which the decoder is
-    held, and that of the full reconstruction, in which the activations are. Its value is no loss.
+def _unhedged_loss(
+    params: Params, x: Tensor, i: int, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """As `loss_of`, what has the gradients of an unhedged step: the prefixes' loss, in which the
+    decoder is held, and that of the full reconstruction, in which the activations are. Its value
+    is no loss.
     """
-    x = objective.x[i]
     W_dec, b_dec = params.W_dec.detach(), params.b_dec.detach()
-    of_encoder, _ = loss_of(params._replace(W_dec=W_dec, b_dec=b_dec), x, i, objective)
+    of_encoder, acts = loss_of(params._replace(W_dec=W_dec, b_dec=b_dec), x, i, objective)
     held = [part.detach() for part in (params.W_enc, params.b_enc, params.log_threshold)]
     fixed = Params(held[0], held[1], params.W_dec, params.b_dec, held[2])
     of_decoder, _ = loss_of(fixed, x, i, objective.of_decoder)
-    return of_encoder + of_decoder
+    return of_encoder + of_decoder, acts
 
 
 def activations(
@@ -90,9 +92,8 @@ def _gradient(
     leaves = Params(*(part.clone().requires_grad_() for part in params))
     objective = objective.copied()
     with torch.enable_grad():
-        loss, acts = loss_of(leaves, objective.x[i], i, objective)
-        if objective.unhedged:
-            loss = _unhedged_loss(leaves, i, objective)
+        of_step = _unhedged_loss if objective.unhedged else loss_of
+        loss, acts = of_step(leaves, objective.x[i], i, objective)
         parts = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     acts, norms = acts.detach(), leaves.W_dec.detach().norm(dim=1)
     mean_square, least = (acts * norms).square().mean(0), least_let_through(acts, norms)
