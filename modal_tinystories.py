@@ -22,6 +22,7 @@ Without Modal, one container's work after another, on a folder in the Volume's p
 """
 
 import dataclasses
+import functools
 import shutil
 import sys
 import time
@@ -30,7 +31,7 @@ from typing import Any
 
 import modal
 
-from matryoshka import leases
+from matryoshka import leases, modal_calls
 from matryoshka.errors import UserError
 from matryoshka.leases import Joined
 from matryoshka.modal_calls import each, hands_back_refusals, here, reason_of
@@ -133,16 +134,8 @@ of_every_function: dict[str, Any] = {
 on_a_gpu: dict[str, Any] = {"gpu": LAUNCH.gpu, "cpu": 4.0, "memory": 16 * 1024}
 
 
-def commit() -> None:
-    """Makes what was written to the Volume visible to other containers, and safe."""
-    if not modal.is_local():
-        volume.commit()
-
-
-def reload() -> None:
-    """Shows what other containers wrote to the Volume. No file on it may be open."""
-    if not modal.is_local():
-        volume.reload()
+commit = functools.partial(modal_calls.commit, volume)
+reload = functools.partial(modal_calls.reload, volume)
 
 
 def book() -> Any:

@@ -38,6 +38,18 @@ def hands_back_refusals(body: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def commit(volume: Any) -> None:
+    """Makes what was written to a Modal Volume visible to other containers, and safe."""
+    if not modal.is_local():
+        volume.commit()
+
+
+def reload(volume: Any) -> None:
+    """Shows what other containers wrote to a Modal Volume. No file on it may be open."""
+    if not modal.is_local():
+        volume.reload()
+
+
 def each(
     function: Any, jobs: Sequence[Any], book: Callable[[], Any], volume_name: str
 ) -> list[Any]:

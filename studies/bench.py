@@ -45,6 +45,7 @@ from matryoshka.files import make_folder, write_json
 from matryoshka.process import threads
 from matryoshka.trainer import Trainer
 from matryoshka.trainer_config import TrainerConfig
+from matryoshka.training_config import RECIPES
 from sae import SAE, seeded_generator
 from studies import bench_cases
 from studies.bench_cases import Case, load_original, original_step
@@ -52,10 +53,7 @@ from studies.bench_cases import Case, load_original, original_step
 Times = dict[str, dict[str, float]]
 Prefixes = Literal["sampled", "expected"]
 # What `train.py --recipe paper` trains but for its size, its batch and its learning rate.
-BATCHTOPK: dict[str, Any] = {
-    "widths": (0.03125, 0.09375, 0.21875, 0.46875, 1.0),
-    "auxiliary": "all",
-}
+BATCHTOPK = {name: RECIPES["paper"][name] for name in ("widths", "auxiliary")}
 Part = Literal["all", "toy", "toy-whole", "step", "growth", "data"]
 
 

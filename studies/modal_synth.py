@@ -13,6 +13,7 @@ clock (`estimate` below has the assumptions), and 32 GB on the Volume; its cost 
 price of an H100's hour. The Volume costs until `modal volume delete matryoshka-synth`.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from typing import Any
 
 import modal
 
+from matryoshka import modal_calls
 from matryoshka.errors import UserError
 from matryoshka.modal_calls import hands_back_refusals, reason_of
 
@@ -52,16 +54,8 @@ on_a_gpu: dict[str, Any] = {
 }
 
 
-def commit() -> None:
-    """Makes what was written to the Volume visible to other containers, and safe."""
-    if not modal.is_local():
-        volume.commit()
-
-
-def reload() -> None:
-    """Shows what other containers wrote to the Volume. No file on it may be open."""
-    if not modal.is_local():
-        volume.reload()
+commit = functools.partial(modal_calls.commit, volume)
+reload = functools.partial(modal_calls.reload, volume)
 
 
 def folder(size: str) -> Path:

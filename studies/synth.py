@@ -52,18 +52,24 @@ SAES: dict[str, dict[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """What is trained, on what, and where it is written."""
+class StudyConfig:
+    """What is trained on, by whosever trainer."""
 
     size: SizeName = setting("mini", "the synthetic model: a key of SIZES in synth_data.py")
     data: str = setting("cache/synth/mini", "folder that studies.synth_data wrote")
-    saes: tuple[str, ...] = setting(tuple(SAES), "which SAEs, by name")
     seeds: tuple[int, ...] = setting((0, 1, 2), "seeds of the start and of the order of batches")
-    lr: float = setting(0.0, "learning rate; 0: the size's own")
     n_steps: int = setting(0, "steps; 0: the size's own number")
+    device: str = setting("auto", "torch device; auto: the GPU where there is one")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(StudyConfig):
+    """What is trained, on what, and where it is written."""
+
+    saes: tuple[str, ...] = setting(tuple(SAES), "which SAEs, by name")
+    lr: float = setting(0.0, "learning rate; 0: the size's own")
     runs: str = setting("runs/synth/mini", "folder for the SAEs")
     out: str = setting("runs/synth/mini/results.json", "file to write")
-    device: str = setting("auto", "torch device; auto: the GPU where there is one")
 
 
 def run(config: Config, on_checkpoint: Callable[[], object] | None = None) -> dict[str, Any]:

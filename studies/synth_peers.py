@@ -31,6 +31,7 @@ from studies import saelens_standin
 from studies.synth import (
     BATCHTOPK,
     HEADERS,
+    StudyConfig,
     require_names,
     rows_of,
     score,
@@ -48,17 +49,12 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(StudyConfig):
     """What is trained, on what, and where it is written."""
 
-    size: SizeName = setting("mini", "the synthetic model: a key of SIZES in synth_data.py")
-    data: str = setting("cache/synth/mini", "folder that studies.synth_data wrote")
     saes: tuple[str, ...] = setting(tuple(PEERS), "which SAEs, by name")
-    seeds: tuple[int, ...] = setting((0, 1, 2), "seeds of the start and of the order of batches")
-    n_steps: int = setting(0, "steps; 0: the size's own number")
     runs: str = setting("runs/synth/mini_saelens", "folder for the SAEs, as SAELens saves them")
     out: str = setting("runs/synth/mini_saelens/results.json", "file to write")
-    device: str = setting("auto", "torch device; auto: the GPU where there is one")
 
 
 def run(config: Config, on_done: Callable[[], object] | None = None) -> dict[str, Any]:
