@@ -22,7 +22,6 @@ Without Modal, one container's work after another, on a folder in the Volume's p
 """
 
 import dataclasses
-import functools
 import shutil
 import sys
 import time
@@ -134,8 +133,14 @@ of_every_function: dict[str, Any] = {
 on_a_gpu: dict[str, Any] = {"gpu": LAUNCH.gpu, "cpu": 4.0, "memory": 16 * 1024}
 
 
-commit = functools.partial(modal_calls.commit, volume)
-reload = functools.partial(modal_calls.reload, volume)
+def commit() -> None:
+    """Shows others what was written; `volume` is looked up when called: the tests replace it."""
+    modal_calls.commit(volume)
+
+
+def reload() -> None:
+    """Shows what others wrote."""
+    modal_calls.reload(volume)
 
 
 def book() -> Any:
