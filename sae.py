@@ -14,14 +14,8 @@ which `matryoshka_loss` computes. Ten lengths drawn at random, a few that are fi
 length at its probability are three ways to fill the list of lengths and weights. One length, all
 of the latents, makes a vanilla SAE.
 
-A latent enters this only through its *reach* s_j, the total weight of the lengths that contain it.
-Two latents occur together in min(s_i, s_j) of the prefixes, so (x now less b_dec)
-
-    loss = ||x||^2 - 2 sum_j s_j a_j <d_j, x> + sum_ij min(s_i, s_j) a_i a_j <d_i, d_j>
-           + sparsity_weight * sum_j s_j a_j ||d_j||
-
-and no prefix need be formed. matryoshka/kernels/ has the gradient of this form, written out for
-speed and tested against autograd's of `matryoshka_loss`.
+For training, matryoshka/kernels/ has the gradient of this loss written out, for speed, and tested
+against autograd's of `matryoshka_loss`.
 
 Bussmann, Nabeshima, Karvonen, Nanda 2025, "Learning Multi-Level Features with Matryoshka Sparse
 Autoencoders" (arXiv 2503.17547).
@@ -35,13 +29,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 FORMAT = 2  # of an SAE's file; 1 had neither a format number nor an activation
 STREAM_INIT, STREAM_PREFIXES = 0, 1  # random numbers of a seed, one stream a purpose
+FIRST_THRESHOLD = 0.1  # of a jumprelu SAE, in activations of scaled inputs, whose RMS is 1
+
 
 Sparsity = Literal["l1", "log"]
 
@@ -79,9 +74,10 @@ def topk(preacts: Tensor, gate: Gate) -> Tensor:
 
     Gao et al. 2024 (arXiv 2406.04093), but that decoder rows need not be of norm 1.
     """
+    assert gate.norms is not None
     acts = preacts.relu()
-    scores = acts * _norms(gate)
-    least = scores.topk(_whole(gate.k), dim=-1).values[..., -1:]
+    scores = acts * gate.norms
+    least = scores.topk(int(gate.k or 0), dim=-1).values[..., -1:]
     return torch.where(scores >= least, acts, 0)
 
 
@@ -93,10 +89,11 @@ def batchtopk(preacts: Tensor, gate: Gate) -> Tensor:
     """
     if gate.threshold is not None:
         return jumprelu(preacts, gate)
+    assert gate.norms is not None
     acts = preacts.relu()
     if not acts.numel():
         return acts
-    scores = acts * _norms(gate)
+    scores = acts * gate.norms
     n = max(1, round((gate.k or 0) * acts.shape[-2]))
     least = scores.flatten(-2).topk(n, dim=-1).values[..., -1:, None]
     return torch.where(scores >= least, acts, 0)
@@ -124,264 +121,6 @@ ACTIVATIONS: dict[str, Activation] = {
     "jumprelu": jumprelu,
 }
 OF_K = ("topk", "batchtopk")  # those that are given their L0
-
-
-def _norms(gate: Gate) -> Tensor:
-    assert gate.norms is not None
-    return gate.norms
-
-
-def _whole(k: float | None) -> int:
-    if k is None or k != int(k):
-        raise ValueError(f"topk needs a whole number of active latents a sample, got {k}")
-    return int(k)
-
-
-# ------------------------------------------------------------------------------------------- SAE
-
-
-class SAE(nn.Module):
-    """A sparse autoencoder.
-
-    Parameters: W_enc [d_model, n_latents], b_enc [n_latents], W_dec [n_latents, d_model],
-    b_dec [d_model]. The buffer mean_norm [] is the mean norm of the inputs trained on: inside, an
-    input is multiplied by sqrt(d_model) / mean_norm. x and x_hat are in the units of the data.
-    `activation` is a key of ACTIVATIONS; `k` and the buffer `threshold` [n_latents], in the units
-    of activations, are what it needs beside the parameters, or None. `about` says what the SAE was
-    trained on, and how, in values that JSON has.
-
-    Initialised as the original: W_enc ~ N(0, 1 / d_model), each row of W_dec 0.1 times the unit
-    vector along its latent's column of W_enc, biases 0.
-    """
-
-    W_enc: nn.Parameter
-    b_enc: nn.Parameter
-    W_dec: nn.Parameter
-    b_dec: nn.Parameter
-    mean_norm: Tensor
-    threshold: Tensor | None
-
-    def __init__(
-        self,
-        d_model: int,
-        n_latents: int,
-        seed: int = 0,
-        activation: str = "relu",
-        k: float | None = None,
-    ):
-        """`k`: active latents a sample, of topk and batchtopk. Raises ValueError where there is no
-        such activation function, or k is not what it takes."""
-        super().__init__()
-        generator = seeded_generator(seed, STREAM_INIT)
-        W_enc = torch.randn(d_model, n_latents, generator=generator) / math.sqrt(d_model)
-        W_dec = 0.1 * (W_enc / W_enc.norm(dim=0)).T
-        zeros, tensors = torch.zeros(n_latents), {"W_enc": W_enc, "W_dec": W_dec}
-        tensors |= {"b_enc": zeros, "b_dec": torch.zeros(d_model), "mean_norm": torch.tensor(1.0)}
-        if activation == "jumprelu":
-            tensors["threshold"] = zeros + FIRST_THRESHOLD
-        self._set(tensors, activation, {}, k)
-
-    def _set(
-        self,
-        tensors: Mapping[str, Tensor],
-        activation: str,
-        about: Mapping[str, Any],
-        k: float | None,
-    ) -> None:
-        _check_gate(activation, k, tensors.get("threshold"), tensors["W_enc"].shape[1])
-        self.activation, self.about, self.k = activation, dict(about), k
-        for name in TENSORS[:4]:
-            self.register_parameter(name, nn.Parameter(tensors[name].contiguous()))
-        self.register_buffer("mean_norm", tensors["mean_norm"].contiguous())
-        threshold = tensors.get("threshold")
-        self.register_buffer("threshold", None if threshold is None else threshold.contiguous())
-
-    @classmethod
-    def from_tensors(
-        cls,
-        tensors: Mapping[str, Tensor],
-        activation: str = "relu",
-        about: Mapping[str, Any] | None = None,
-        k: float | None = None,
-    ) -> "SAE":
-        """An SAE of copies of `tensors`: W_enc, b_enc, W_dec, b_dec, mean_norm, maybe threshold.
-
-        Raises ValueError where one is missing, or of a shape or dtype that no SAE has.
-        """
-        _check_shapes(tensors)
-        sae = cls.__new__(cls)
-        nn.Module.__init__(sae)
-        copies = {name: tensor.detach().clone() for name, tensor in _tensors_of(tensors)}
-        sae._set(copies, activation, about or {}, k)
-        return sae
-
-    def with_tensors(self, **tensors: Tensor) -> "SAE":
-        """A copy in which the tensors named are others."""
-        tensors = {**self.state_dict(), **tensors}
-        return SAE.from_tensors(tensors, self.activation, self.about, self.k)
-
-    @property
-    def d_model(self) -> int:
-        return self.W_enc.shape[0]
-
-    @property
-    def n_latents(self) -> int:
-        return self.W_enc.shape[1]
-
-    @property
-    def scale(self) -> Tensor:
-        """What an input is multiplied by: sqrt(d_model) / mean_norm, a tensor []."""
-        return math.sqrt(self.d_model) / self.mean_norm
-
-    def encode(self, x: Tensor) -> Tensor:
-        """x [..., d_model] -> acts [..., n_latents], not negative, mostly zero.
-
-        x may be of any floating dtype; the result has the SAE's. Until it is trained, a batchtopk
-        SAE chooses among all samples of x.
-        """
-        scaled = x.to(self.W_enc.dtype).reshape(-1, self.d_model) * self.scale
-        gate = Gate(self.W_dec.norm(dim=1), self.k, self.threshold)
-        acts = ACTIVATIONS[self.activation](scaled @ self.W_enc + self.b_enc, gate)
-        return acts.reshape(*x.shape[:-1], self.n_latents)
-
-    def decode(self, acts: Tensor, prefix: int | None = None) -> Tensor:
-        """acts [..., n_latents] -> x_hat [..., d_model], from the first `prefix` latents.
-
-        Raises ValueError where prefix is not within 0 .. n_latents.
-        """
-        m = self.n_latents if prefix is None else prefix
-        if not 0 <= m <= self.n_latents:
-            raise ValueError(f"prefix must be within 0 and {self.n_latents}, got {prefix}")
-        acts = acts.to(self.W_dec.dtype)
-        return (acts[..., :m] @ self.W_dec[:m] + self.b_dec) / self.scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., d_model] -> x_hat [..., d_model]."""
-        return self.decode(self.encode(x))
-
-    def save(self, path: str | Path) -> None:
-        """Writes a safetensors file, whole or not at all, that says what it is.
-
-        Its metadata has one key, "sae": JSON of format, activation, k, d_model, n_latents, about.
-        """
-        config = {
-            "format": FORMAT,
-            "activation": self.activation,
-            "k": self.k,
-            "d_model": self.d_model,
-            "n_latents": self.n_latents,
-            "about": self.about,
-        }
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
-        content = safetensors.torch.save(tensors, metadata={"sae": json.dumps(config)})
-        path = Path(path)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with part.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-
-    @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "SAE":
-        """The SAE in a file written by `save`, of this version or an earlier one; or in a folder of
-        SAELens, dictionary_learning or sparsify.
-
-        Raises ValueError where there is no such SAE, OSError where it cannot be read.
-        """
-        if Path(path).is_dir():
-            from matryoshka import convert  # here alone: this file needs nothing but torch
-
-            return convert.load(path).to(device)
-        try:
-            with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from None
-        try:
-            config = json.loads(metadata.get("sae", "{}"))
-            if not isinstance(config, dict) or not isinstance(config.get("about", {}), dict):
-                raise ValueError("its metadata is of another program")
-            if config.get("format", 1) not in range(1, FORMAT + 1):
-                raise ValueError(f"format must be at most {FORMAT}, got {config['format']!r}")
-            name, about, k = (config.get(key) for key in ("activation", "about", "k"))
-            sae = cls.from_tensors(tensors, name or "relu", about, k)
-            _check_values(tensors)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is not an SAE's file: {error}") from None
-        return sae
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        repo: str,
-        name: str = "sae.safetensors",
-        revision: str | None = None,
-        device: torch.device | str = "cpu",
-    ) -> "SAE":
-        """The SAE in a repository on the Hugging Face hub, "OWNER/NAME".
-
-        name: a file of this project, or a folder of another tool in it. revision: a branch, a tag
-        or a commit. Raises ValueError where there is none, or the hub cannot be reached.
-        """
-        from matryoshka import hub  # here alone, as in `load`
-
-        return hub.from_pretrained(repo, name, revision).to(device)
-
-
-TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "mean_norm")
-FIRST_THRESHOLD = 0.1  # of a jumprelu SAE, in activations of scaled inputs, whose RMS is 1
-
-
-def _tensors_of(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """Those that belong to an SAE; a file may hold others."""
-    return [(name, tensors[name]) for name in (*TENSORS, "threshold") if name in tensors]
-
-
-def _check_shapes(tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless these can be an SAE's tensors."""
-    missing = [name for name in TENSORS if name not in tensors]
-    if missing:
-        raise ValueError(f"{', '.join(missing)} missing among {', '.join(sorted(tensors))}")
-    if tensors["W_enc"].dim() != 2:
-        raise ValueError(f"W_enc must be [d_model, n_latents], got {list(tensors['W_enc'].shape)}")
-    d_model, n_latents = tensors["W_enc"].shape
-    rows: list[list[int]] = [[d_model, n_latents], [n_latents], [n_latents, d_model], [d_model], []]
-    shapes = dict(zip(TENSORS, rows, strict=True)) | {"threshold": [n_latents]}
-    for name in (name for name in shapes if name in tensors):
-        shape, found = shapes[name], list(tensors[name].shape)
-        if found != shape:
-            raise ValueError(f"{name} must be {shape}, got {found}")
-        if not tensors[name].is_floating_point():
-            raise ValueError(f"{name} must hold floats, got {tensors[name].dtype}")
-
-
-def _check_gate(activation: str, k: float | None, threshold: Tensor | None, n_latents: int) -> None:
-    """Raises ValueError unless an activation function is given what it needs."""
-    if activation not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise ValueError(f"activation must be one of {known}, got {activation!r}")
-    if activation in OF_K and not (k is not None and 0 < k <= n_latents):
-        raise ValueError(f"k of {activation} must be above 0 and at most {n_latents}, got {k}")
-    if activation == "topk":
-        _whole(k)
-    if activation == "jumprelu" and threshold is None:
-        raise ValueError("threshold missing, which jumprelu needs")
-
-
-def _check_values(tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError where a value is not finite, or the inputs' mean norm is not above 0."""
-    for name, tensor in _tensors_of(tensors):
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} holds values that are not finite")
-    if "threshold" in tensors and (tensors["threshold"] < 0).any():
-        raise ValueError("threshold must not be negative")
-    if not tensors["mean_norm"] > 0:
-        raise ValueError(f"mean_norm must be above 0, got {float(tensors['mean_norm'])}")
 
 
 # ----------------------------------------------------------------------- prefixes and their loss
@@ -434,14 +173,216 @@ def matryoshka_loss(
     lengths = [int(m) for m in lengths]
     weights = [1 / len(lengths)] * len(lengths) if weights is None else list(weights)
     if isinstance(sparsity, Tensor):
-        price = sparsity
+        cost = sparsity
     else:
-        price = acts * W_dec.norm(dim=1)  # [batch, n_latents]
-        price = ((price + 0.1) / 0.1).log() if sparsity == "log" else price
+        cost = acts * W_dec.norm(dim=1)  # [batch, n_latents]
+        cost = ((cost + 0.1) / 0.1).log() if sparsity == "log" else cost
     loss, x_hat, begin = x.new_zeros(()), b_dec.expand_as(x), 0
     for m, weight in zip(lengths, weights, strict=True):
         x_hat = x_hat + acts[:, begin:m] @ W_dec[begin:m]  # what the first m latents decode to
         error = (x - x_hat).square().sum(dim=1)
-        loss = loss + weight * (error + sparsity_weight * price[:, :m].sum(dim=1)).mean()
+        loss = loss + weight * (error + sparsity_weight * cost[:, :m].sum(dim=1)).mean()
         begin = m
     return loss
+
+
+# ------------------------------------------------------------------------------------------- SAE
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder.
+
+    Parameters: W_enc [d_model, n_latents], b_enc [n_latents], W_dec [n_latents, d_model],
+    b_dec [d_model]. The buffer mean_norm [] is the mean norm of the inputs trained on: inside, an
+    input is multiplied by sqrt(d_model) / mean_norm. x and x_hat are in the units of the data.
+    `activation` is a key of ACTIVATIONS; `k` and the buffer `threshold` [n_latents], in the units
+    of activations, are what it needs beside the parameters, or None. `about` says what the SAE was
+    trained on, and how, in values that JSON has.
+
+    Initialised as the original: W_enc ~ N(0, 1 / d_model), each row of W_dec 0.1 times the unit
+    vector along its latent's column of W_enc, biases 0.
+    """
+
+    mean_norm: Tensor
+    threshold: Tensor | None
+
+    def __init__(
+        self,
+        d_model: int,
+        n_latents: int,
+        seed: int = 0,
+        activation: str = "relu",
+        k: float | None = None,
+    ):
+        """`k`: active latents a sample, of topk and batchtopk. Raises ValueError where there is no
+        such activation function, or it takes no such k."""
+        super().__init__()
+        W_enc = torch.randn(d_model, n_latents, generator=seeded_generator(seed, STREAM_INIT))
+        W_enc /= math.sqrt(d_model)
+        tensors = {
+            "W_enc": W_enc,
+            "b_enc": torch.zeros(n_latents),
+            "W_dec": 0.1 * (W_enc / W_enc.norm(dim=0)).T.contiguous(),
+            "b_dec": torch.zeros(d_model),
+            "mean_norm": torch.tensor(1.0),
+        }
+        if activation == "jumprelu":
+            tensors["threshold"] = torch.full((n_latents,), FIRST_THRESHOLD)
+        self._take(tensors, activation, {}, k)
+
+    @property
+    def d_model(self) -> int:
+        return self.W_enc.shape[0]
+
+    @property
+    def n_latents(self) -> int:
+        return self.W_enc.shape[1]
+
+    @property
+    def scale(self) -> Tensor:
+        """What an input is multiplied by: sqrt(d_model) / mean_norm, a tensor []."""
+        return math.sqrt(self.d_model) / self.mean_norm
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x [..., d_model] -> acts [..., n_latents], not negative, mostly zero.
+
+        x may be of any floating dtype; the result has the SAE's. Until it is trained, a batchtopk
+        SAE chooses among all samples of x.
+        """
+        scaled = x.to(self.W_enc.dtype).reshape(-1, self.d_model) * self.scale
+        gate = Gate(self.W_dec.norm(dim=1), self.k, self.threshold)
+        acts = ACTIVATIONS[self.activation](scaled @ self.W_enc + self.b_enc, gate)
+        return acts.reshape(*x.shape[:-1], self.n_latents)
+
+    def decode(self, acts: Tensor, prefix: int | None = None) -> Tensor:
+        """acts [..., n_latents] -> x_hat [..., d_model], from the first `prefix` latents.
+
+        Raises ValueError where prefix is not within 0 .. n_latents.
+        """
+        m = self.n_latents if prefix is None else prefix
+        if not 0 <= m <= self.n_latents:
+            raise ValueError(f"prefix must be within 0 and {self.n_latents}, got {prefix}")
+        acts = acts.to(self.W_dec.dtype)
+        return (acts[..., :m] @ self.W_dec[:m] + self.b_dec) / self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d_model] -> x_hat [..., d_model]."""
+        return self.decode(self.encode(x))
+
+    def _take(
+        self,
+        tensors: Mapping[str, Tensor],
+        activation: str,
+        about: Mapping[str, Any],
+        k: float | None,
+    ) -> None:
+        """Makes the tensors its own, without a copy. Raises ValueError where they are no SAE's."""
+        _check_shapes(tensors)
+        _check_activation(activation, k, tensors.get("threshold"), tensors["b_enc"].numel())
+        self.activation, self.about, self.k = activation, dict(about), k
+        self.W_enc, self.b_enc = nn.Parameter(tensors["W_enc"]), nn.Parameter(tensors["b_enc"])
+        self.W_dec, self.b_dec = nn.Parameter(tensors["W_dec"]), nn.Parameter(tensors["b_dec"])
+        self.register_buffer("mean_norm", tensors["mean_norm"])
+        self.register_buffer("threshold", tensors.get("threshold"))
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, Tensor],
+        activation: str = "relu",
+        about: Mapping[str, Any] | None = None,
+        k: float | None = None,
+    ) -> "SAE":
+        """An SAE of copies of `tensors`: W_enc, b_enc, W_dec, b_dec, mean_norm, maybe threshold.
+
+        Raises ValueError where one is missing, or of a shape or dtype that no SAE has.
+        """
+        sae = cls.__new__(cls)
+        nn.Module.__init__(sae)  # not `__init__`: it would draw weights to throw away
+        copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+        sae._take(copies, activation, about or {}, k)
+        return sae
+
+    def with_tensors(self, **tensors: Tensor) -> "SAE":
+        """A copy in which the tensors named are others."""
+        tensors = {**self.state_dict(), **tensors}
+        return SAE.from_tensors(tensors, self.activation, self.about, self.k)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file, whole or not at all, that says what it is.
+
+        Its metadata has one key, "sae": JSON of format, activation, k, d_model, n_latents, about.
+        """
+        names = ("activation", "k", "d_model", "n_latents", "about")
+        config = {"format": FORMAT, **{name: getattr(self, name) for name in names}}
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
+        content = safetensors.torch.save(tensors, metadata={"sae": json.dumps(config)})
+        path = Path(path)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with part.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "SAE":
+        """The SAE in a file written by `save`, of this version or an earlier one; or in a folder of
+        SAELens, dictionary_learning or sparsify.
+
+        Raises ValueError where there is no such SAE, OSError where it cannot be read.
+        """
+        from matryoshka import sae_files  # here alone: this file needs nothing but torch
+
+        return sae_files.load(Path(path), torch.device(device))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo: str,
+        name: str = "sae.safetensors",
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "SAE":
+        """The SAE in a repository "OWNER/NAME" of the Hugging Face hub; see matryoshka/hub.py.
+
+        Raises ValueError where there is none, or the hub cannot be reached.
+        """
+        from matryoshka import hub  # here alone, as in `load`
+
+        return hub.from_pretrained(repo, name, revision).to(device)
+
+
+TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "mean_norm")  # of every SAE; some have a threshold
+
+
+def _check_shapes(tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless these can be an SAE's tensors; there may be others among them."""
+    missing = [name for name in TENSORS if name not in tensors]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing among {', '.join(sorted(tensors))}")
+    if tensors["W_enc"].dim() != 2:
+        raise ValueError(f"W_enc must be [d_model, n_latents], got {list(tensors['W_enc'].shape)}")
+    d_model, n_latents = tensors["W_enc"].shape
+    shapes: list[list[int]] = [[d_model, n_latents], [n_latents], [n_latents, d_model], [d_model]]
+    named = zip((*TENSORS, "threshold"), [*shapes, [], [n_latents]], strict=True)
+    for name, shape in [(name, shape) for name, shape in named if name in tensors]:
+        if list(tensors[name].shape) != shape:
+            raise ValueError(f"{name} must be {shape}, got {list(tensors[name].shape)}")
+        if not tensors[name].is_floating_point():
+            raise ValueError(f"{name} must hold floats, got {tensors[name].dtype}")
+
+
+def _check_activation(name: str, k: float | None, threshold: Tensor | None, n_latents: int) -> None:
+    """Raises ValueError unless an activation function is given what it needs."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    if name in OF_K and not (k is not None and 0 < k <= n_latents):
+        raise ValueError(f"k of {name} must be above 0 and at most {n_latents}, got {k}")
+    if name == "topk" and k != int(k or 0):
+        raise ValueError(f"topk needs a whole number of active latents a sample, got {k}")
+    if name == "jumprelu" and threshold is None:
+        raise ValueError("threshold missing, which jumprelu needs")

@@ -441,7 +441,7 @@ def test_one_length_makes_a_vanilla_sae():
     assert_close(loss, error + 0.3 * (acts @ W_dec.norm(dim=1)).mean())
 
 
-def test_closed_form_of_the_module_docstring_is_the_loss():
+def test_the_kernels_form_of_the_loss_is_the_loss():
     x, W_dec, b_dec = (
         rand(*shape, seed=i, dtype=torch.float64)
         for i, shape in enumerate([(BATCH, D_MODEL), (N_LATENTS, D_MODEL), (D_MODEL,)])

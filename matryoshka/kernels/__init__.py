@@ -1,13 +1,15 @@
 """The gradient of the Matryoshka loss: by autograd, or written out, which is many times faster.
 
-With x less b_dec, a the activations, d_j row j of W_dec, s_j the reach of latent j, and
-p_j = sparsity_weight * s_j, the loss of a sample (sae.py has its first form) is
+A latent enters the loss of sae.py only through its *reach* s_j, the total weight of the prefix
+lengths that contain it. Two latents occur together in min(s_i, s_j) of the prefixes. So with x less
+b_dec, a the activations, d_j row j of W_dec, and p_j = sparsity_weight * s_j the *price* of latent
+j, the loss of a sample is
 
     ||x||^2 - 2 sum_j s_j a_j <d_j, x> + sum_ij min(s_i, s_j) a_i a_j <d_i, d_j>
             + sum_j p_j a_j ||d_j||
 
-and everything follows from the residual of latent j: the mean, over the prefixes that contain it,
-of what they decode to less x,
+No prefix need be formed, and everything follows from the residual of latent j: the mean, over the
+prefixes that contain it, of what they decode to less x,
 
     r_j = sum_i min(s_i, s_j) a_i d_i - s_j x
     d loss / d a_j = 2 <d_j, r_j> + p_j ||d_j||
