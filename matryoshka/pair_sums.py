@@ -1,88 +1,134 @@
 """How pairs of latents fire together, summed over a cache from what fires, and not densely."""
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from matryoshka.hierarchy import Pairs
 
 MAX_LATENTS = 8192  # three matrices of this size squared in float64 are 1.6 GB
-PAIRS_AT_ONCE = 2**17  # small enough for a cache, and bounds the memory of a batch
+WAITING = 2**21  # firings that are summed at once
+PAIRS_AT_ONCE = 2**18  # of these: small enough for a processor's cache, and bounds the memory
+
+Array = np.ndarray
 
 
 class Firings:
     """What fires in a batch: token `token[i]` of the batch, latent `latent[i]`, how strongly.
 
-    In order of the token, then of the latent; the three are [n_firings].
+    In order of the token, then of the latent. Arrays [n_firings]: int64, int64 and float32.
     """
 
-    def __init__(self, acts: Tensor):
-        """acts: [n, n_latents]."""
+    def __init__(self, acts: Tensor, factor: Tensor | None = None):
+        """acts: [n, n_latents], on any device. factor: [n_latents], what a latent's are times."""
         self.n_tokens, self.n_latents = acts.shape
-        self.token, self.latent = acts.nonzero(as_tuple=True)
-        self.value = acts[self.token, self.latent]
+        fires = (acts != 0).flatten()  # one that is not a number too
+        # NumPy's flatnonzero takes a third of the time of PyTorch's nonzero on a CPU.
+        place = fires.nonzero()[:, 0] if fires.is_cuda else np.flatnonzero(fires.numpy())
+        places = torch.as_tensor(place, device=acts.device)
+        value = acts.flatten()[places]
+        if factor is not None:
+            value = value * factor[places % self.n_latents]
+        self.token, self.latent = np.divmod(places.cpu().numpy(), self.n_latents)
+        self.value = value.float().cpu().numpy()
 
 
 class PairSums:
     """Sums over all pairs of latents that fire on a token: memory grows with n_latents squared.
 
-    Two sums are the halves of one complex number, since most of the time goes into reaching a
-    place in memory: `_together` has, at [i, j] with i < j, how often both fire and the sum of
-    a_i a_j; `_masked` the sums of a_i^2 and of a_j^2 over these tokens.
+    Some latents' rows of the matrices at a time, so that they stay in the processor's cache; and
+    over many batches at once, since their rows are gone through each time. NumPy's `bincount` sums
+    pairs several times as fast as PyTorch's `scatter_add_`.
     """
 
-    def __init__(self, n_latents: int, device: torch.device | str = "cpu"):
+    def __init__(self, n_latents: int):
         self.n_latents, self.n_tokens = n_latents, 0
-
-        def zeros(size: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=device)
-
-        self._together, self._masked = (zeros(n_latents**2, torch.complex128) for _ in range(2))
-        self.fired, self.squares, self.largest = (zeros(n_latents, torch.float64) for _ in range(3))
+        self._waiting: list[Firings] = []
+        # At [i, j] with i < j: how often both fire, and the sum of a_i a_j.
+        self._both, self._products = (np.zeros((n_latents, n_latents)) for _ in range(2))
+        self._masked = np.zeros((n_latents, n_latents))  # at [i, j]: the sum of a_i^2 where j fires
+        self._fired, self._squares, self._largest = (np.zeros(n_latents) for _ in range(3))
 
     def add(self, firings: Firings) -> None:
         """Adds a batch."""
-        latent, value = firings.latent, firings.value.double()
+        latent, value = firings.latent, firings.value.astype(np.float64)
         self.n_tokens += firings.n_tokens
-        self.fired.index_add_(0, latent, torch.ones_like(value))
-        self.squares.index_add_(0, latent, value.square())
-        self.largest.scatter_reduce_(0, latent, value, "amax")
-        # Latent by latent: the places of its pairs are one row of the matrices, which stays in
-        # the processor's cache. Token by token they would be all over memory.
-        firsts = latent.argsort(stable=True)
-        n_later = _n_later(firings)[firsts]
-        ends = n_later.cumsum(0)
-        start, n = 0, len(latent)
-        while start < n:  # as many firings as make PAIRS_AT_ONCE pairs, and at least one
-            done = int(ends[start - 1]) if start else 0
-            limit = ends.new_tensor(done + PAIRS_AT_ONCE)
-            stop = max(start + 1, int(torch.searchsorted(ends, limit, right=True)))
-            self._add_pairs(latent, value, firsts[start:stop], n_later[start:stop])
-            start = stop
+        self._fired += np.bincount(latent, minlength=self.n_latents)
+        self._squares += np.bincount(latent, value**2, self.n_latents)
+        np.maximum.at(self._largest, latent, value)
+        self._waiting.append(firings)
+        if sum(len(some.latent) for some in self._waiting) >= WAITING:
+            self._sum_waiting()
 
-    def _add_pairs(self, latent: Tensor, value: Tensor, firsts: Tensor, n_later: Tensor) -> None:
-        """Adds the pairs of the firings `firsts` with the `n_later` ones that follow each."""
-        first = firsts.repeat_interleave(n_later)
-        begins = (n_later.cumsum(0) - n_later).repeat_interleave(n_later)
-        second = first + 1 + torch.arange(len(first), device=latent.device) - begins
-        a, b = value[first], value[second]
-        place = latent[first] * self.n_latents + latent[second]
-        self._together.scatter_add_(0, place, torch.complex(torch.ones_like(a), a * b))
-        self._masked.scatter_add_(0, place, torch.complex(a.square(), b.square()))
+    def _sum_waiting(self) -> None:
+        """Adds the pairs of the batches that wait."""
+        if not self._waiting:
+            return
+        latent = np.concatenate([some.latent for some in self._waiting])
+        value = np.concatenate([some.value for some in self._waiting]).astype(np.float64)
+        n_later = np.concatenate([_n_later(some) for some in self._waiting])
+        self._waiting = []
+        by_latent = latent.argsort(kind="stable")
+        n_pairs = np.bincount(latent, n_later, self.n_latents)
+        ends = np.bincount(latent, minlength=self.n_latents).cumsum()
+        begin = 0
+        for low, high in _blocks(n_pairs):
+            firsts = by_latent[begin : ends[high - 1]]
+            begin = ends[high - 1]
+            self._add_pairs(low, high, latent, value, firsts, n_later[firsts])
+
+    def _add_pairs(
+        self, low: int, high: int, latent: Array, value: Array, firsts: Array, n_later: Array
+    ) -> None:
+        """Adds the pairs of each firing of `firsts`, of latents `low` to `high`, with those that
+        come after it: `n_later` of them, which follow it in `latent` and `value`."""
+        begins = n_later.cumsum() - n_later
+        second = np.arange(n_later.sum()) + np.repeat(firsts + 1 - begins, n_later)
+        row = (latent[firsts] - low) * self.n_latents
+        place = np.repeat(row, n_later) + latent[second]
+        a, b = np.repeat(value[firsts], n_later), value[second]
+
+        def summed(weights: Array | None) -> Array:
+            size = (high - low) * self.n_latents
+            return np.bincount(place, weights, size).reshape(-1, self.n_latents)
+
+        self._both[low:high] += summed(None)
+        self._products[low:high] += summed(a * b)
+        self._masked[low:high] += summed(a * a)
+        self._masked[:, low:high] += summed(b * b).T
 
     def pairs(self) -> Pairs:
-        """What was summed so far."""
-        shape = self.n_latents, self.n_latents
-        together, masked = self._together.view(shape), self._masked.view(shape)
-        both, products = (upper + upper.T for upper in (together.real, together.imag))
-        masked = masked.real + masked.imag.T
-        both.diagonal().copy_(self.fired)
-        products.diagonal().copy_(self.squares)
-        masked.diagonal().copy_(self.squares)
-        return Pairs(self.n_tokens, self.fired, self.largest, both, products, masked)
+        """What was summed; nothing can be added afterwards. No matrix is copied: memory that is
+        touched for the first time costs more than the sums do."""
+        self._sum_waiting()
+        for upper in (self._both, self._products):
+            _mirror(upper)
+        np.fill_diagonal(self._both, self._fired)
+        np.fill_diagonal(self._products, self._squares)
+        np.fill_diagonal(self._masked, self._squares)
+        sums = (self._fired, self._largest, self._both, self._products, self._masked)
+        return Pairs(self.n_tokens, *map(torch.from_numpy, sums))
 
 
-def _n_later(firings: Firings) -> Tensor:
+def _mirror(upper: Array, size: int = 256) -> None:
+    """Copies the part above the diagonal below it, `size` columns at a time."""
+    for start in range(0, len(upper), size):
+        upper[start:, start : start + size] += upper[start : start + size, start:].T
+
+
+def _n_later(firings: Firings) -> Array:
     """How many latents of the same token come after each firing: int64 [n_firings]."""
-    per_token = torch.bincount(firings.token, minlength=firings.n_tokens)
-    ends = per_token.cumsum(0)[firings.token]
-    return ends - 1 - torch.arange(len(ends), device=ends.device)
+    ends = np.bincount(firings.token, minlength=firings.n_tokens).cumsum()[firings.token]
+    return ends - 1 - np.arange(len(ends))
+
+
+def _blocks(n_pairs: Array) -> Iterator[tuple[int, int]]:
+    """Ranges of latents that have at most PAIRS_AT_ONCE pairs together, or are a single one."""
+    ends, low = n_pairs.cumsum(), 0
+    while low < len(n_pairs):
+        done = ends[low - 1] if low else 0
+        high = max(low + 1, int(np.searchsorted(ends, done + PAIRS_AT_ONCE, side="right")))
+        yield low, high
+        low = high

@@ -67,9 +67,8 @@ class Collector:
 
     def add(self, firings: Firings, tok_ids: Tensor, rows: Tensor) -> None:
         """Adds a batch, its token ids and the dataset's rows: int64 [n] each."""
-        latent, value = firings.latent.cpu().numpy(), firings.value.float().cpu().numpy()
-        of_batch = firings.token.cpu().numpy()
-        token, row = of_batch + self.n_tokens, rows.cpu().numpy()[of_batch]
+        latent, value = firings.latent, firings.value
+        token, row = firings.token + self.n_tokens, rows.cpu().numpy()[firings.token]
         self.fired += np.bincount(latent, minlength=self.n_latents)
         self.total += np.bincount(latent, value.astype(np.float64), self.n_latents)
         self._add_to_histogram(latent, value)
@@ -205,9 +204,15 @@ def _halved(counts: Array, times: int) -> Array:
 # ------------------------------------------------------------------------------- over a whole cache
 
 
+def lengths_added(sae: SAE) -> Tensor:
+    """||d_j|| / s, [n_latents]: the length of what a latent adds at an activation of 1."""
+    lengths: Tensor = sae.W_dec.norm(dim=1) / sae.scale
+    return lengths
+
+
 def strengths(sae: SAE, x: Tensor) -> Tensor:
     """x [n, d_model] -> a_j ||d_j|| / s, [n, n_latents]: the length of what each latent adds."""
-    return sae.encode(x).mul_(sae.W_dec.norm(dim=1) / sae.scale)
+    return sae.encode(x).mul_(lengths_added(sae))
 
 
 @torch.inference_mode()
@@ -227,17 +232,17 @@ def collect(
     if not cache.n_tokens:
         raise UserError(f"{cache.folder} holds no activations: cache some text")
     collector = Collector(sae.n_latents, seed)
-    sums = PairSums(sae.n_latents, device) if sae.n_latents <= MAX_LATENTS else None
+    sums = PairSums(sae.n_latents) if sae.n_latents <= MAX_LATENTS else None
+    lengths = lengths_added(sae)
     with tqdm(total=cache.n_tokens, unit=" tokens", desc="examples") as bar:
         for batch in cache.sequential(BATCH_SIZE, device):
-            acts = strengths(sae, batch.acts)  # [n, n_latents]
-            firings = Firings(acts)
-            if not firings.value.isfinite().all():
+            firings = Firings(sae.encode(batch.acts), lengths)
+            if not np.isfinite(firings.value).all():
                 raise UserError(f"{cache.folder}: an activation is not finite; cache again")
             collector.add(firings, batch.tok_ids, batch.rows)
             if sums is not None:
                 sums.add(firings)
-            bar.update(len(acts))
+            bar.update(firings.n_tokens)
     return collector.examples(), sums.pairs() if sums is not None else None
 
 

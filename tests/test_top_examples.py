@@ -13,7 +13,7 @@ from matryoshka import top_examples
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.errors import UserError
 from matryoshka.hierarchy import pairs_of
-from matryoshka.pair_sums import Firings, PairSums
+from matryoshka.pair_sums import Firings, PairSums, _mirror
 from matryoshka.top_examples import (
     N_A_QUANTILE,
     N_BINS,
@@ -131,9 +131,11 @@ def test_quantiles_part_the_sample_by_activation(acts):
     assert sum(map(len, quantile_examples(found, few))) == found.fired[few]
 
 
+@pytest.mark.parametrize("waiting", [1, 300, 2**21])
 @pytest.mark.parametrize("at_once", [1, 50, 2**20])
-def test_pair_sums_equal_the_dense_products(acts, at_once, monkeypatch):
+def test_pair_sums_equal_the_dense_products(acts, at_once, waiting, monkeypatch):
     monkeypatch.setattr("matryoshka.pair_sums.PAIRS_AT_ONCE", at_once)
+    monkeypatch.setattr("matryoshka.pair_sums.WAITING", waiting)
     acts = acts[:300]
     sums = PairSums(N_LATENTS)
     for start in range(0, 300, 77):
@@ -144,6 +146,14 @@ def test_pair_sums_equal_the_dense_products(acts, at_once, monkeypatch):
         torch.testing.assert_close(
             getattr(found, name), getattr(expected, name), rtol=1e-12, atol=0
         )
+
+
+@pytest.mark.parametrize("n", [1, 5, 300])
+def test_what_is_above_the_diagonal_is_mirrored_below(n):
+    upper = np.triu(np.random.default_rng(n).random((n, n)), 1)
+    expected = upper + upper.T
+    _mirror(upper, size=64)
+    np.testing.assert_array_equal(upper, expected)
 
 
 def test_a_cache_is_collected_whole(tmp_path):
