@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from matryoshka.kernels.layout import count_ends
+from matryoshka.trainer_config import TrainerConfig
 from sae import STREAM_PREFIXES, prefix_probabilities, sample_prefixes, seeded_generator
 
 STEPS_A_BLOCK = 256  # prefixes are drawn for this many steps at once
@@ -42,6 +43,12 @@ class PrefixRule(NamedTuple):
     is_expected: bool = False  # the exact mean over what may be drawn
     widths: Sequence[int] = ()  # fixed lengths in place of drawn ones; 0 is the bias alone
     weights: Sequence[float] = ()  # of the widths; empty: all equal
+
+    @classmethod
+    def of(cls, config: TrainerConfig, seed: int, n_latents: int) -> "PrefixRule":
+        """What the settings ask for. Raises `UserError` where widths are impossible."""
+        is_expected, widths = config.prefixes == "expected", config.widths_of(n_latents)
+        return cls(config.n_prefixes, seed, is_expected, widths, config.width_weights)
 
     def fixed_reach(self, n_latents: int) -> Tensor | None:
         """The reach of each place, float64 [n_latents], where it is the same in every step."""

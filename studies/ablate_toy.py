@@ -32,7 +32,7 @@ from matryoshka.command_line import (
     setting,
     table,
 )
-from matryoshka.controls import Schedule
+from matryoshka.controls import StepNumbers
 from matryoshka.environment import environment, fix_kernels
 from matryoshka.errors import UserError
 from matryoshka.files import make_folder, one_writer, write_json
@@ -97,8 +97,8 @@ class OrderStays(Trainer):
 class NormalizerFromZero(Trainer):
     """Defect 3: an exponential mean that starts at 0: the first inputs are 100 times off."""
 
-    def _schedule(self, step: int) -> Schedule:
-        return super()._schedule(step)._replace(norm_share=1 - self.config.norm_decay)
+    def _numbers(self, step: int) -> StepNumbers:
+        return super()._numbers(step)._replace(norm_share=1 - self.config.norm_decay)
 
 
 class Original(MomentsStay, OrderStays, NormalizerFromZero):

@@ -146,15 +146,15 @@ class Case(NamedTuple):
         x, params, grads = self.x[None], trainer._params, trainer._grads
         prefixes, one = trainer._prefixes.of(1), params.one(0)
         objective = trainer._objective(x, prefixes)
-        workspace, flat = Workspace(), trainer._flat_grads
+        workspace, scale = Workspace(), trainer._input_scale
         parts: dict[str, Callable[[], object]] = {
             "encode": lambda: encode(one, x[0], objective, "float32", workspace),
             "encode, decode and backward": lambda: write_gradient(
                 grads, params, objective, workspace=workspace
             ),
-            "clip": lambda: flat.mul_(torch.linalg.vector_norm(flat, dim=1).clamp_(1, 1)[:, None]),
+            "clip": trainer._clip,
             "Adam": lambda: trainer._adam(UNMOVED.lr),
-            "scale the input": lambda: trainer._input_scale.scale(x, 0.01),
+            "scale the input": lambda: scale.scaled_by(scale.update(x, 0.01), x),
             "order the latents": lambda: trainer._objective(x, prefixes),
         }
         return {f"of these: {name}": torch.inference_mode()(part) for name, part in parts.items()}

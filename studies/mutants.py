@@ -39,6 +39,7 @@ TESTS = {
     "matryoshka/kernels/sparse.py": "test_kernels.py",
     "matryoshka/kernels/dispatch.py": "test_kernels.py",
     "matryoshka/trainer.py": "test_trainer.py",
+    "matryoshka/stacked_saes.py": "test_trainer.py",
     "matryoshka/trainer_config.py": "test_trainer_config.py",
     "matryoshka/controls.py": "test_controls.py",
     "matryoshka/prefix_draws.py": "test_prefix_draws.py",

@@ -13,10 +13,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from matryoshka import prefix_draws
 from matryoshka import trainer as trainer_module
-from matryoshka.controls import Schedule
+from matryoshka.controls import Phase, StepNumbers
 from matryoshka.cuda_graph import CudaGraph, Function
 from matryoshka.prefix_draws import StepPrefixes
-from matryoshka.trainer import Due, Trainer
+from matryoshka.trainer import Trainer
 from matryoshka.trainer_config import TrainerConfig
 from sae import SAE, seeded_generator
 
@@ -204,17 +204,16 @@ def test_a_step_on_a_gpu_reads_nothing_back(
     trainer = Trainer(saes, configs_of(matmul_dtype=matmul_dtype, **control), [0, 1])
     with torch.device("meta"):
         x, reach = torch.empty(2, BATCH, D_MODEL), torch.empty(2, N_LATENTS)
-        schedule = Schedule(*torch.empty(3).unbind())
+        numbers = StepNumbers(*torch.empty(3).unbind())
     # where `PrefixDraws` puts them: on the device, or where `by_prefix` reads them
     ends_on = "meta" if matmul_dtype == "bfloat16" else "cpu"
     ends = [torch.arange(1, n + 1, device=ends_on) for n in n_reaches]
     ends[1].fill_(N_LATENTS)
     ends[0][-1:].fill_(N_LATENTS)
     with torch.inference_mode():
-        for in_warmup, restarts in ((True, False), (False, True)):
-            metrics = trainer._step(
-                x, StepPrefixes(reach, ends), schedule, in_warmup, Due(restarts, False, False)
-            )
+        for restarts in (False, True):  # never together: a restart is after the warm-up
+            phase = Phase(False, restarts, False, next_is_in_warmup=not restarts)
+            metrics = trainer._step(x, StepPrefixes(reach, ends), numbers, phase)
             assert {tensor.device.type for tensor in metrics.values()} == {"meta"}
     with pytest.raises(RuntimeError):
         float(metrics["l0"][0])

@@ -12,12 +12,12 @@ from core_cases import BATCH, D_MODEL, N_LATENTS, batches, make_trainer, rand, s
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from matryoshka import trainer as trainer_module
-from matryoshka.controls import Schedule
+from matryoshka.controls import Phase, StepNumbers
 from matryoshka.errors import UserError
 from matryoshka.kernels import Params
 from matryoshka.kernels.autograd import loss_of
 from matryoshka.prefix_draws import StepPrefixes
-from matryoshka.trainer import Due, Trainer
+from matryoshka.trainer import Trainer
 from matryoshka.trainer_config import TrainerConfig
 from sae import ACTIVATIONS, OF_K, SAE, matryoshka_loss, sample_prefixes, seeded_generator
 
@@ -148,8 +148,8 @@ def test_a_step_reads_nothing_back_to_the_host():
     trainer.step(batches(1)[0])
     x = trainer._checked(batches(1)[0])
     with Recorder() as recorder, torch.inference_mode():
-        schedule = Schedule.of(trainer.config, 1)
-        trainer._step(x, trainer._prefixes.of(1), schedule, True, Due(False, False, False))
+        numbers, phase = StepNumbers.of(trainer.config, 1), Phase.of(trainer.config, 1)
+        trainer._step(x, trainer._prefixes.of(1), numbers, phase)
     assert any("bmm" in name for name in recorder.names)
     reads = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::equal"}
     assert not reads & set(recorder.names)

@@ -30,7 +30,7 @@ Each module has one way to compute this, and all agree to rounding:
 `write_gradient` takes one of them by `choose`, and says which it took.
 """
 
-from matryoshka.kernels.dispatch import Gradient, write_gradient
+from matryoshka.kernels.dispatch import Gradient, losses, write_gradient
 from matryoshka.kernels.layout import MatmulDtype, Objective, Params, Stats, Workspace
 
 __all__ = [
@@ -40,5 +40,6 @@ __all__ = [
     "Params",
     "Stats",
     "Workspace",
+    "losses",
     "write_gradient",
 ]

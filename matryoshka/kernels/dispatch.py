@@ -67,6 +67,18 @@ def write_gradient(
     return Stats(*means, tuple(kernels), torch.stack(least) if least else None, known)
 
 
+def losses(params: Params, objective: Objective) -> Tensor:
+    """Each SAE's loss, a mean over the batch: [n_saes]. With few reaches it is
+    `sae.matryoshka_loss`; with many, its form by pairs of latents."""
+    found = []
+    for i, x in enumerate(objective.x):
+        if len(objective.ends_of(i)) > MAX_REACHES_OF_BY_PREFIX:  # those of expected prefixes
+            found.append(all_pairs.loss_of(params.one(i), x, i, objective))
+        else:
+            found.append(autograd.loss_of(params.one(i), x, i, objective)[0])
+    return torch.stack(found)
+
+
 def write_one(kernel: Kernel, task: Task, matmul_dtype: MatmulDtype) -> Tensor:
     """Writes one SAE's gradient. -> mean square of a_j ||d_j|| [n_latents]."""
     if kernel == "sparse":
