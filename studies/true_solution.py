@@ -1,0 +1,220 @@
+"""Is the true dictionary where training could end? The loss at the truth, and where it leads.
+
+    python -m studies.true_solution --d-model 14
+
+For each seed an SAE of each kind is trained as `train_toy.py` does. The loss is then held: the
+sparsity weight that training ended with, and the prefixes' expected reach. Four points of it, each
+after `--n-steps` steps of Adam on new samples, and scored on the same held-out ones:
+
+    trained            where training ends
+    trained, on        the same, after more steps of all parameters
+    truth              decoder rows are the features, only encoder and biases have learnt
+    truth, on          the same, after more steps of all parameters
+
+If the loss is higher at "truth" than at "trained, on", no better optimiser of this loss finds the
+features. If "truth, on" has lost features, they are not even a local optimum. A kind "tied" is the
+first part of unhedged training: an encoder that points along its decoder, and no prefixes.
+"""
+
+import dataclasses
+import multiprocessing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import train_toy
+from matryoshka.command_line import (
+    inherited,
+    main_guard,
+    parse,
+    require_positive,
+    setting,
+    table,
+)
+from matryoshka.environment import environment, fix_kernels
+from matryoshka.files import make_folder, one_writer, write_json
+from matryoshka.metrics import best_cosine, clean_features, decoder_cosines, fvu, l0
+from matryoshka.prefix_draws import expected_reach
+from matryoshka.toy_stack import Progress, train_stack
+from sae import SAE, matryoshka_loss
+from toy_model import FeatureTree, ToyData
+
+RESULTS = "true_solution.json"
+KINDS: dict[str, dict[str, Any]] = {"matryoshka": {}, "vanilla": {}, "tied": {"unhedged": 1.0}}
+LR, BATCH_SIZE = 0.003, 1000
+DIGITS = {"loss": 4, "fvu": 4, "l0": 2, "clean": 1}  # what is scored, and how it is shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The tree, the seeds, and how long each point is descended from."""
+
+    tree: str = inherited(train_toy.Config, "tree")
+    d_model: int = inherited(train_toy.Config, "d_model")
+    target_l0: float = inherited(train_toy.Config, "target_l0")
+    train_steps: int = setting(40_000, "steps of the training as train_toy.py does it")
+    n_steps: int = setting(3_000, "steps of Adam on the held loss, with 1,000 samples each")
+    seeds: int = setting(3, "how many seeds")
+    seed: int = setting(0, "the first seed")
+    out: str = setting("runs/true_solution", "folder for true_solution.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """What an SAE of one kind is trained on, everything held but the SAE."""
+
+    reach: Tensor  # float64 [n_latents]
+    price: float  # of a_j ||d_j||
+    is_tied: bool
+
+    def __call__(self, x: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """x [n, d_model], scaled; params as `parameters` has them, latents in order."""
+        W_enc, b_enc, W_dec, b_dec = params
+        if self.is_tied:
+            along = normalize(W_dec).T  # [d_model, n_latents]
+            W_enc = along * (W_enc * along).sum(0)
+        acts = torch.relu(x @ W_enc + b_enc)
+        weights = self.reach - torch.cat([self.reach[1:], self.reach.new_zeros(1)])
+        lengths = 1 + weights.nonzero()[:, 0]  # of one prefix only the last has a weight
+        weights = weights[lengths - 1].float()
+        return matryoshka_loss(x, acts, W_dec, b_dec, lengths, weights, self.price)
+
+
+def parameters(sae: SAE) -> list[Tensor]:
+    """W_enc, b_enc, W_dec and b_dec, as tensors of their own."""
+    return [p.detach().clone() for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)]
+
+
+def in_order(sae: SAE, x: Tensor) -> SAE:
+    """The SAE with its latents in the order of what they contribute on x [n, d_model]."""
+    size = (sae.encode(x) * sae.W_dec.norm(dim=1)).square().mean(0)
+    order = size.argsort(descending=True)
+    return sae.with_tensors(
+        W_enc=sae.W_enc[:, order], b_enc=sae.b_enc[order], W_dec=sae.W_dec[order]
+    )
+
+
+def descended(sae: SAE, loss: Loss, batches: Any, n_steps: int, holds_decoder: bool = False) -> SAE:
+    """The SAE after `n_steps` of Adam on `loss`; the learning rate falls to 0 on the way."""
+    params = parameters(sae)
+    free = params[:2] + params[3:] if holds_decoder else params
+    for param in free:
+        param.requires_grad_(True)
+    adam = torch.optim.Adam(free, lr=LR)
+    falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, n_steps)
+    for _ in range(n_steps):
+        adam.zero_grad()
+        loss(next(batches)[0] * sae.scale, params).backward()  # type: ignore[no-untyped-call]
+        adam.step()
+        falling.step()
+    W_enc, b_enc, W_dec, b_dec = (param.detach() for param in params)
+    if loss.is_tied:
+        along = normalize(W_dec).T
+        W_enc = along * (W_enc * along).sum(0)
+    return sae.with_tensors(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec)
+
+
+def true_sae(sae: SAE, directions: Tensor, x: Tensor) -> SAE:
+    """An SAE whose latents are the features: decoder rows in its units, most important first."""
+    rows = directions * sae.scale
+    order = (x @ normalize(directions).T).square().mean(0).argsort(descending=True)
+    rows = rows[order]
+    return sae.with_tensors(
+        W_enc=(rows / rows.square().sum(1, keepdim=True)).T,
+        b_enc=torch.zeros_like(sae.b_enc),
+        W_dec=rows,
+        b_dec=torch.zeros_like(sae.b_dec),
+    )
+
+
+@torch.no_grad()
+def scores(sae: SAE, loss: Loss, x: Tensor, directions: Tensor) -> dict[str, float]:
+    """Of an SAE on held-out x [n, d_model]."""
+    sae = in_order(sae, x)
+    acts = sae.encode(x)
+    best = best_cosine(decoder_cosines(sae.W_dec, directions))
+    return {
+        "loss": float(loss(x * sae.scale, parameters(sae))),
+        "fvu": float(fvu(x, sae.decode(acts))),
+        "l0": float(l0(acts)),
+        "clean": int(clean_features(best).sum()),
+    }
+
+
+def points(config: Config, data: ToyData, sae: SAE, loss: Loss, seed: int) -> dict[str, Any]:
+    """The scores of the four points that lead from one trained SAE and from the truth."""
+    _, x = data.held_out(seed, 50_000)
+    directions = data.directions(seed)
+    batches = data.batches([seed], BATCH_SIZE, torch.device("cpu"))
+    start = true_sae(sae, directions, x)
+    truth = descended(start, loss, batches, config.n_steps, holds_decoder=True)
+    saes = {
+        "trained": sae,
+        "trained, on": descended(in_order(sae, x), loss, batches, config.n_steps),
+        "truth": truth,
+        "truth, on": descended(in_order(truth, x), loss, batches, config.n_steps),
+    }
+    return {name: scores(of_point, loss, x, directions) for name, of_point in saes.items()}
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Trains and descends; writes true_solution.json to `config.out`, and returns its runs."""
+    require_positive(config, "d_model", "target_l0", "train_steps", "n_steps", "seeds")
+    fix_kernels()
+    data = ToyData(FeatureTree.from_json(config.tree), config.d_model)
+    seeds = range(config.seed, config.seed + config.seeds)
+    runs = []
+    for kind, settings in KINDS.items():
+        of_kind = train_toy.Config(
+            tree=config.tree,
+            d_model=config.d_model,
+            target_l0=config.target_l0,
+            n_steps=config.train_steps,
+            saes=("vanilla" if kind == "tied" else kind,),
+            n_latents=data.tree.n_features,
+            **settings,
+        )
+        progress = Progress(multiprocessing.get_context(), of_kind.saes)
+        stack = train_stack(of_kind, data, seeds, progress)
+        prefixes = of_kind.n_prefixes if kind == "matryoshka" else 1
+        reach = expected_reach(of_kind.n_latents, prefixes)
+        for i, (seed, sae) in enumerate(zip(seeds, stack.saes, strict=True)):
+            price = float(stack.curves["sparsity_weight"][-1, i])
+            found = points(config, data, sae, Loss(reach, price, kind == "tied"), seed)
+            runs += [
+                {"kind": kind, "seed": seed, "point": point, "price": price, **values}
+                for point, values in found.items()
+            ]
+            print(f"{kind}, seed {seed}: {found}", flush=True)
+    return runs
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """A row a kind and point, means over seeds."""
+    rows = []
+    for kind, point in dict.fromkeys((run["kind"], run["point"]) for run in runs):
+        of_row = [run for run in runs if (run["kind"], run["point"]) == (kind, point)]
+        mean = {name: sum(run[name] for run in of_row) / len(of_row) for name in DIGITS}
+        rows.append([f"{kind}, {point}", *(f"{mean[name]:.{n}f}" for name, n in DIGITS.items())])
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with main_guard():
+        config = parse(Config, __doc__ or "", argv)
+        out = Path(config.out)
+        make_folder(out)
+        with one_writer(out):
+            runs = run(config)
+            results = {"config": dataclasses.asdict(config), "runs": runs}
+            results["environment"] = environment(torch.device("cpu"))
+            write_json(out / RESULTS, results)
+        print(table(["", "loss", "FVU", "L0", "clean > 0.9"], summary(runs)))
+
+
+if __name__ == "__main__":
+    main()
