@@ -12,23 +12,17 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback; `mai
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import concurrent.futures.process
 import dataclasses
 import json
-import math
-import multiprocessing
 import os
-import pickle
 import shutil
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from matryoshka.command_line import (
     inherited,
@@ -43,15 +37,14 @@ from matryoshka.environment import environment, fix_kernels
 from matryoshka.errors import Interrupted, UserError
 from matryoshka.files import make_folder, one_writer, write_atomically, write_json
 from matryoshka.kinds import KINDS, check_names
-from matryoshka.process import ignoring_ctrl_c, threads
 from matryoshka.run_folder import as_flag, shown
 from matryoshka.toy_report import SEEDS_FIGURE, draw, figures_of, summary
-from matryoshka.toy_stack import REFITS, Progress, StackResult, train_stack
+from matryoshka.toy_stack import REFITS, StackResult
+from matryoshka.toy_workers import train_stacks
 from matryoshka.trainer import Trainer
 from matryoshka.trainer_config import TrainerConfig
 from toy_model import STEPS_A_DRAW, FeatureTree, ToyData
 
-SEEDS_A_STACK = 10  # on a CPU: a stack whose activations stay in a core's cache is fastest a seed
 RESULTS = "results.json"
 NEW = ".new"  # a folder in --out, where a run is written before it takes the place of another
 
@@ -99,14 +92,15 @@ def run(
     """Trains and scores the SAEs of every seed; writes results.json, the SAEs and the figures.
 
     Returns what results.json holds; `report` is called with it before anything is written, so that
-    a full disk does not take it away. Raises `UserError` where the input is wrong, before anything
-    in `config.out` is touched. After Ctrl-C, or where a stack fails, those that were finished are
-    written, but not over a run of these settings that has more of them.
+    a full disk does not take it away. `trainer_class` takes the steps: studies/ablate_toy.py has
+    others. Raises `UserError` where the input is wrong, before anything in `config.out` is touched.
+    After Ctrl-C, or where a stack fails, those that were finished are written, but not over a run
+    of these settings that has more of them.
     """
     started = time.perf_counter()
     device = pick_device(config.device)
     tree = load_tree(config.tree)
-    config = dataclasses.replace(check(config, tree), device=str(device))
+    config = dataclasses.replace(checked(config, tree), device=str(device))
     data = ToyData(tree, config.d_model)
     out = Path(config.out)
     make_folder(out)
@@ -125,10 +119,10 @@ def run(
                 report(results)
             write(config, data, finished, results)
             return results
-        what = keep_finished(config, data, finished, results)
+        said = keep_finished(config, data, finished, results)
         if isinstance(stopped, UserError):
-            raise UserError(f"{stopped} ({what})" if finished else str(stopped)) from None
-        raise Interrupted(what)
+            raise UserError(f"{stopped} ({said})" if finished else str(stopped)) from None
+        raise Interrupted(said)
 
 
 def keep_finished(
@@ -154,7 +148,7 @@ def load_tree(path: str) -> FeatureTree:
     return FeatureTree.from_json(beside if not Path(path).exists() and beside.exists() else path)
 
 
-def check(config: Config, tree: FeatureTree) -> Config:
+def checked(config: Config, tree: FeatureTree) -> Config:
     """`config` with n_latents and workers filled in. Raises `UserError` where it is impossible."""
     require_positive(config, "seeds", "batch_size", "d_model", "n_eval")
     require_not_negative(config, "seed", "n_latents", "workers")
@@ -263,97 +257,7 @@ def file_name(sae: str, seed: int) -> str:
     return f"{sae.replace(',', '').replace(' ', '_')}_seed{seed}.safetensors"
 
 
-# ------------------------------------------------------------------------------- all of the seeds
-
-
-def train_stacks(
-    config: Config, data: ToyData, trainer_class: type[Trainer] = Trainer
-) -> Iterator[StackResult]:
-    """Every seed, in stacks, side by side in processes on a CPU; yields stacks in order of seed."""
-    on_cpu = config.device == "cpu"
-    workers = min(config.workers, config.seeds) if on_cpu else 1
-    size = min(SEEDS_A_STACK, math.ceil(config.seeds / workers)) if on_cpu else config.seeds
-    seeds = range(config.seed, config.seed + config.seeds)
-    stacks = [seeds[i : i + size] for i in range(0, len(seeds), size)]
-    progress = Progress(multiprocessing.get_context("spawn"), config.saes)
-    executor = _executor(min(workers, len(stacks)), len(stacks) > 1, progress)
-    with executor, _bar(len(stacks) * config.n_steps) as bar:
-        with ignoring_ctrl_c():  # which processes born here inherit: it is the parent's
-            futures = [
-                executor.submit(_train_stack, config, data, stack, trainer_class)
-                for stack in stacks
-            ]
-        try:
-            for future in futures:
-                while concurrent.futures.wait([future], timeout=0.2).not_done:
-                    _show(bar, progress)
-                yield pickle.loads(future.result())
-            _show(bar, progress)
-        except concurrent.futures.process.BrokenProcessPool:
-            raise UserError(
-                "a worker process was killed, perhaps since the memory was full: try fewer "
-                "--workers, or a smaller --n-eval"
-            ) from None
-        finally:
-            progress.stop.set()
-            executor.shutdown(cancel_futures=True)
-
-
-def _executor(workers: int, in_processes: bool, progress: Progress) -> concurrent.futures.Executor:
-    """One stack needs no process of its own, only a thread beside the progress bar."""
-    if not in_processes:
-        return concurrent.futures.ThreadPoolExecutor(1, initializer=_adopt, initargs=(progress,))
-    context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_adopt, initargs=(progress,)
-    )
-
-
-def _bar(total: int) -> "tqdm[Any]":
-    form = "{percentage:3.0f}% {elapsed}<{remaining} {desc}"
-    return tqdm(total=total, bar_format=form, smoothing=0.05, dynamic_ncols=True)
-
-
-def _show(bar: "tqdm[Any]", progress: Progress) -> None:
-    """The bar has no bar in it: the figures of every SAE take its place in 80 columns."""
-    width = shutil.get_terminal_size().columns - len("100% 00:00:00<00:00:00 ") - 1
-    bar.set_description_str(progress.text(width), refresh=False)
-    bar.update(progress.steps.value - bar.n)
-    bar.refresh()
-
-
-_progress: Progress | None = None
-
-
-def _adopt(progress: Progress) -> None:
-    """In a worker: takes over the progress that it shares with the parent, and dies with it."""
-    global _progress
-    _progress = progress
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_die_after, args=(parent,), daemon=True).start()
-
-
-def _die_after(parent: Any) -> None:
-    """Ends this process when its parent has ended, however that was."""
-    parent.join()
-    os._exit(1)
-
-
-def _train_stack(
-    config: Config, data: ToyData, seeds: Sequence[int], trainer_class: type[Trainer]
-) -> bytes:
-    """`train_stack` on one thread: its tensors are too small for two to help.
-
-    The result is pickled here, by value: PyTorch would hand over each tensor as an open file, of
-    which a process may have a thousand.
-    """
-    assert _progress is not None
-    with threads(1):
-        return pickle.dumps(train_stack(config, data, seeds, _progress, trainer_class))
-
-
-# ------------------------------------------------------------------------------------ what is left
+# ------------------------------------------------------------------------------- what it leaves
 
 
 def results_of(config: Config, finished: Sequence[StackResult], seconds: float) -> dict[str, Any]:

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from matryoshka.command_line import narrow_table
+from matryoshka.toy_progress import Progress
 from matryoshka.toy_stack import (
     FEATURE_KINDS,
     N_REFERENCE,
     THRESHOLDS,
-    Progress,
     StackResult,
     matched_views,
 )
 
-if TYPE_CHECKING:  # scripts import this module, not it them
+if TYPE_CHECKING:  # scripts import this module, which needs them for its annotations alone
     from toy_model import ToyData
     from train_toy import Config
 

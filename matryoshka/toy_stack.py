@@ -24,11 +24,12 @@ from matryoshka.metrics import (
     match_latents,
 )
 from matryoshka.refit import refit_both, refit_decoder
+from matryoshka.toy_progress import Progress
 from matryoshka.trainer import Trainer
 from matryoshka.truth_scores import TruthScores
 from sae import SAE
 
-if TYPE_CHECKING:  # scripts import this module, not it them
+if TYPE_CHECKING:  # scripts import this module, which needs them for its annotations alone
     from toy_model import ToyData
     from train_toy import Config
 
@@ -45,6 +46,7 @@ REFITS: dict[str, Callable[[SAE, Tensor], SAE]] = {
     ", refit": lambda sae, x: refit_decoder(sae, [x]),
     ", refit both": lambda sae, x: refit_both(sae, lambda: [x]),
 }
+FOLLOWED_REFIT = ", refit"  # that whose worst cosine is recorded in training
 
 
 class Member(NamedTuple):
@@ -67,46 +69,6 @@ class StackResult(NamedTuple):
         return self.saes[[run["sae"] for run in self.runs].index(name)]
 
 
-class Progress:
-    """Where training stands, in memory that processes share: steps done, then what to show."""
-
-    FIGURES = ("l0", "fvu", "sparsity_weight")
-
-    def __init__(self, context: Any, names: Sequence[str]):
-        """context: of `multiprocessing`; names: the kinds of SAE that are trained."""
-        self.names = tuple(names)
-        self.stop = context.Event()
-        self.steps = context.Value("q", 0)
-        self.latest = context.Array("d", [math.nan] * len(names) * len(self.FIGURES))
-
-    def advance(self, steps: int) -> None:
-        """Counts steps of a stack as done. Raises `KeyboardInterrupt` where all is to stop."""
-        if self.stop.is_set():
-            raise KeyboardInterrupt
-        with self.steps.get_lock():
-            self.steps.value += steps
-
-    def show(self, record: Mapping[str, np.ndarray]) -> None:
-        """Shows the first seed of a stack, whose SAEs stand as in `record`."""
-        of_first = [record[what].reshape(len(self.names), -1)[:, 0] for what in self.FIGURES]
-        self.latest[:] = np.transpose(of_first).ravel().tolist()
-
-    def text(self, width: int) -> str:
-        """The latest figures of every SAE, all of them or as many as fit in `width` characters; ""
-        where there are none yet."""
-        rows = np.array(self.latest[:]).reshape(len(self.names), -1)
-        if np.isnan(rows).any():
-            return ""
-        named = list(zip(self.names, *rows.T.tolist(), strict=True))
-        forms = (
-            [f"{name} L0 {l0:.2f} FVU {fvu:.3f} weight {w:.2g}" for name, l0, fvu, w in named],
-            [f"{name} L0 {l0:.2f} FVU {fvu:.3f}" for name, l0, fvu, _ in named],
-            [f"{name} {l0:.2f} {fvu:.3f}" for name, l0, fvu, _ in named],
-        )
-        texts = ["; ".join(form) for form in forms]
-        return next((text for text in texts if len(text) <= width), texts[-1])
-
-
 def train_stack(
     config: "Config",
     data: "ToyData",
@@ -122,6 +84,7 @@ def train_stack(
     for seed in seeds:
         for n in (config.n_eval, N_REFERENCE):
             _require_variance(data.held_out(seed, n)[1], seed)
+    # kind by kind, and within each seed by seed: as `ToyData.batches` repeats the seeds' samples
     members = [Member(name, seed) for name in config.saes for seed in seeds]
     device = torch.device(config.device)
     trainer = trainer_class(
@@ -129,22 +92,28 @@ def train_stack(
         [config_of(name, config) for name, _ in members],
         [seed for _, seed in members],
     )
-    curves = _train(trainer, config, data, members, progress)
+    curves = take_steps(trainer, config, data, members, progress)
 
-    trained = [sae.to("cpu") for sae in trainer.saes]
-    named = list(zip(members, trained, strict=True))
-    if config.refit:
-        x = [data.for_refit(seed, config.n_eval) for _, seed in members]
-        named += [
-            (Member(name + how, seed), _refitted(how, sae, x[i]))
-            for how in REFITS
-            for i, ((name, seed), sae) in enumerate(named[: len(members)])
-        ]
-    for (name, _), sae in named:
-        sae.about["name"] = name
-    runs = [score(config, data, sae, member) for member, sae in named]
-    _add_steps_to(runs, curves, len(members))
-    return StackResult(runs, [sae for _, sae in named], curves)
+    trained = {member: sae.to("cpu") for member, sae in zip(members, trainer.saes, strict=True)}
+    saes = trained | (refits_of(trained, config, data) if config.refit else {})
+    for member, sae in saes.items():
+        sae.about["name"] = member.name
+    runs = [score(config, data, sae, member) for member, sae in saes.items()]
+    add_steps_to(runs, members, curves)
+    return StackResult(runs, list(saes.values()), curves)
+
+
+def refits_of(
+    trained: Mapping[Member, SAE], config: "Config", data: "ToyData"
+) -> dict[Member, SAE]:
+    """The SAEs refitted, in every way of REFITS, on samples that they were not trained on."""
+    seeds = dict.fromkeys(seed for _, seed in trained)
+    x = {seed: data.for_refit(seed, config.n_eval) for seed in seeds}
+    return {
+        Member(name + how, seed): _refitted(how, sae, x[seed])
+        for how in REFITS
+        for (name, seed), sae in trained.items()
+    }
 
 
 def _untrained(config: "Config", member: Member) -> SAE:
@@ -179,16 +148,16 @@ def _refitted(how: str, sae: SAE, x: Tensor) -> SAE:
 # --------------------------------------------------------------------------------------- training
 
 
-def _train(
+def take_steps(
     trainer: Trainer,
     config: "Config",
     data: "ToyData",
     members: Sequence[Member],
     progress: Progress,
 ) -> dict[str, np.ndarray]:
-    """Takes all steps; returns the curves: [n_records, n_saes] each, and "step" [n_records]."""
+    """Trains; returns the curves: [n_records, n_saes] each, and "step" [n_records]."""
     device = torch.device(config.device)
-    seeds = [seed for name, seed in members if name == members[0].name]
+    seeds = list(dict.fromkeys(seed for _, seed in members))
     batches = data.batches(seeds, config.batch_size, device, copies=len(config.saes))
     reference = [data.held_out(seed, N_REFERENCE)[1].to(device) for _, seed in members]
     directions = [data.directions(seed).to(device) for _, seed in members]
@@ -221,7 +190,7 @@ def measure(
         "worst_cosine": [worst_cosine(*pair) for pair in zip(saes, directions, strict=True)],
     }
     if with_refit and np.isfinite(values["fvu"]).all():  # else `check_finite` ends the training
-        refitted = [_refitted(", refit", sae, x) for sae, x in zip(saes, xs, strict=True)]
+        refitted = [_refitted(FOLLOWED_REFIT, sae, x) for sae, x in zip(saes, xs, strict=True)]
         pairs = zip(refitted, directions, strict=True)
         values["worst_cosine_refit"] = [worst_cosine(*pair) for pair in pairs]
     return {name: np.array(value) for name, value in values.items()}
@@ -253,15 +222,16 @@ def check_finite(
     )
 
 
-def _add_steps_to(
-    runs: Sequence[dict[str, Any]], curves: Mapping[str, np.ndarray], n_trained: int
+def add_steps_to(
+    runs: Sequence[dict[str, Any]], members: Sequence[Member], curves: Mapping[str, np.ndarray]
 ) -> None:
-    """Adds "steps_to" to the entries of what was followed in training: [trained, refitted, ...]."""
-    for k, name in enumerate(("worst_cosine", "worst_cosine_refit")):
-        if name in curves:
-            followed = runs[k * n_trained : (k + 1) * n_trained]
-            for run, worst in zip(followed, curves[name].T, strict=True):
-                run["steps_to"] = steps_to(curves["step"], worst)
+    """Adds "steps_to" to the entries of results.json of what was followed in training: the
+    members, and their first refit where there are curves of it."""
+    entries = {(run["sae"], run["seed"]): run for run in runs}
+    followed = {"worst_cosine": "", "worst_cosine_refit": FOLLOWED_REFIT}
+    for curve in followed.keys() & curves.keys():
+        for (name, seed), worst in zip(members, curves[curve].T, strict=True):
+            entries[name + followed[curve], seed]["steps_to"] = steps_to(curves["step"], worst)
 
 
 def steps_to(steps: np.ndarray, worst: np.ndarray) -> dict[str, int | None]:

@@ -12,12 +12,13 @@ import torch
 import train_toy
 from matryoshka import toy_stack
 from matryoshka.errors import UserError
-from matryoshka.toy_stack import Member, Progress, measure, score, steps_to
+from matryoshka.toy_progress import Progress
+from matryoshka.toy_stack import Member, measure, score, steps_to
 from sae import SAE
 from toy_model import FeatureTree, ToyData
 
 DATA = ToyData(FeatureTree.from_json(Path(__file__).parents[1] / "tree.json"), 20)
-CONFIG = train_toy.check(train_toy.Config(n_eval=5_000, threshold=0.95), DATA.tree)
+CONFIG = train_toy.checked(train_toy.Config(n_eval=5_000, threshold=0.95), DATA.tree)
 
 
 def ideal(seed: int = 0, cosines: Any = 1.0, dead: int = 0) -> SAE:
@@ -121,7 +122,7 @@ class Perfect:
 
 def stack_of(n_steps: int, refit: bool = False, seeds: tuple[int, ...] = (1, 2)) -> Any:
     config = train_toy.Config(n_steps=n_steps, n_eval=500, refit=refit, batch_size=10)
-    config = train_toy.check(config, DATA.tree)
+    config = train_toy.checked(config, DATA.tree)
     progress = Progress(multiprocessing.get_context("spawn"), config.saes)
     kind: Any = Perfect
     return toy_stack.train_stack(config, DATA, seeds, progress, kind), progress
@@ -159,7 +160,7 @@ def test_refits_follow_the_trained_and_are_followed_apart():
 def test_samples_that_are_all_the_same_are_refused_before_training():
     never = FeatureTree.from_dict({"active_prob": 1, "children": [{"active_prob": 1e-9}]})
     data = ToyData(never, 20)
-    config = train_toy.check(train_toy.Config(n_eval=500, n_prefixes=1), never)
+    config = train_toy.checked(train_toy.Config(n_eval=500, n_prefixes=1), never)
     progress = Progress(multiprocessing.get_context("spawn"), config.saes)
     with pytest.raises(UserError, match="500 held-out samples of seed 6 are all the same"):
         toy_stack.train_stack(config, data, [6], progress)

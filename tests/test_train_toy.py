@@ -13,7 +13,7 @@ import torch
 from toy_commands import ROOT, blank_figures, cli, figures, short_run_in, undrawn_cli
 
 import train_toy
-from matryoshka import metrics, toy_report
+from matryoshka import metrics, toy_report, toy_workers
 from matryoshka.errors import UserError
 from matryoshka.kinds import KINDS
 from matryoshka.toy_stack import REFITS
@@ -78,9 +78,9 @@ def test_the_defaults_are_the_write_ups():
         "workers": 0,
         "unhedged": 0.0,
     }
-    filled_in = train_toy.check(Config(), train_toy.load_tree("tree.json"))
+    filled_in = train_toy.checked(Config(), train_toy.load_tree("tree.json"))
     assert filled_in.n_latents == 20
-    assert train_toy.SEEDS_A_STACK == 10
+    assert toy_workers.SEEDS_A_STACK == 10
 
 
 def test_help_names_every_flag_with_its_default(capsys):
@@ -409,17 +409,17 @@ def test_bad_input_is_one_line_and_touches_nothing(tmp_path, capsys, monkeypatch
 def test_what_the_memory_holds_is_not_refused(monkeypatch):
     tree = train_toy.load_tree("tree.json")
     monkeypatch.setattr(train_toy, "_memory", lambda: 20_000_000)
-    assert train_toy.check(Config(n_eval=27_000), tree)
+    assert train_toy.checked(Config(n_eval=27_000), tree)
     with pytest.raises(UserError, match=r"--n-eval 28000 takes at least 0\.0202 GB .* 0\.02 GB"):
-        train_toy.check(Config(n_eval=28_000), tree)
+        train_toy.checked(Config(n_eval=28_000), tree)
     with pytest.raises(UserError, match=r"--n-eval 10000 takes at least 0\.0216 GB"):
-        train_toy.check(Config(n_eval=10_000, seeds=9, workers=3), tree)
+        train_toy.checked(Config(n_eval=10_000, seeds=9, workers=3), tree)
     with pytest.raises(UserError, match=r"--batch-size 3000 takes at least 0\.024 GB"):
-        train_toy.check(Config(batch_size=3_000, n_eval=1_000, workers=1), tree)
+        train_toy.checked(Config(batch_size=3_000, n_eval=1_000, workers=1), tree)
     with pytest.raises(UserError, match=r"--n-latents 13000 takes at least 0\.0208 GB"):
-        train_toy.check(Config(n_latents=13_000, n_eval=1_000, workers=1), tree)
+        train_toy.checked(Config(n_latents=13_000, n_eval=1_000, workers=1), tree)
     with pytest.raises(UserError, match=r"--seeds 4000 takes at least 0\.0256 GB"):
-        train_toy.check(Config(seeds=4_000, n_eval=1_000, workers=1), tree)
+        train_toy.checked(Config(seeds=4_000, n_eval=1_000, workers=1), tree)
 
 
 def test_training_that_diverges_stops_with_the_last_good_metrics(tmp_path):
