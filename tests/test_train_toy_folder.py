@@ -14,10 +14,9 @@ from toy_commands import (
     blank_figures,
     figures,
     is_running,
-    read_until_training,
     short_run_in,
     started,
-    wait_for_children,
+    wait_for_training,
 )
 
 import train_toy
@@ -54,7 +53,7 @@ def test_the_same_settings_run_again_and_say_so(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"n_steps": 121}, "holds a run with --n-steps 120, not --n-steps 121"),
+        ({"n_steps": 31}, "holds a run with --n-steps 30, not --n-steps 31"),
         ({"seeds": 2}, "holds a run with --seeds 1, not --seeds 2"),
         ({"betas": (0.5, 0.9)}, "holds a run with --betas 0.5 0.9375, not --betas 0.5 0.9"),
         ({"refit": True}, "holds a run with --refit False, not --refit True"),
@@ -96,7 +95,7 @@ def test_a_results_file_of_something_else_is_not_overwritten(tmp_path, content):
 
 def test_the_results_of_an_earlier_version_are_not_overwritten(tmp_path):
     (tmp_path / "results.json").write_text('{"config": {"steps": 40000}}')
-    with pytest.raises(UserError, match="holds a run of an earlier version, not --n-steps 120"):
+    with pytest.raises(UserError, match="holds a run of an earlier version, not --n-steps 30"):
         short_run_in(tmp_path)
 
 
@@ -261,27 +260,32 @@ def test_a_worker_that_is_killed_is_one_line(tmp_path):
         train_toy.run(Config(out=str(tmp_path), **{**SHORT, "seeds": 2, "workers": 2}), Killed)
 
 
-@pytest.mark.parametrize(("seeds", "steps"), [(1, 40_000), (2, 10**9)])
-def test_ctrl_c_stops_every_process_at_once(tmp_path, seeds, steps):
-    with started("--seeds", seeds, "--workers", 2, "--steps", steps, "--out", tmp_path) as process:
-        if steps == 40_000:
-            read_until_training(process)
-        else:  # its first figures would come in an hour
-            wait_for_children(process.pid, 2)
-            time.sleep(5)
+@pytest.fixture
+def notes(tmp_path):
+    (tmp_path / "notes").mkdir()
+    return tmp_path / "notes"
+
+
+FOR_EVER = ("--workers", 2, "--steps", 10**9)  # the first figures come in an hour
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_ctrl_c_stops_every_process_at_once(tmp_path, notes, seeds):
+    out = tmp_path / "out"
+    with started(notes, *FOR_EVER, "--seeds", seeds, "--out", out) as process:
+        wait_for_training(process, notes, seeds)
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "interrupted: 0 of" in err
     assert "Traceback" not in err
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert [path.name for path in out.iterdir()] == [".lock"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc to look into")
-def test_workers_end_with_a_parent_that_is_killed(tmp_path):
-    with started("--seeds", 2, "--workers", 2, "--steps", 10**9, "--out", tmp_path) as process:
-        workers = wait_for_children(process.pid, 2)
-        time.sleep(5)  # until they train
+def test_workers_end_with_a_parent_that_is_killed(tmp_path, notes):
+    with started(notes, *FOR_EVER, "--seeds", 2, "--out", tmp_path / "out") as process:
+        workers = wait_for_training(process, notes, 2)
         assert all(map(is_running, workers))
         process.kill()
         deadline = time.monotonic() + 300

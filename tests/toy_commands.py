@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import train_toy
 from matryoshka.toy_report import figures_of
+from matryoshka.trainer import Trainer
 from train_toy import Config
 
 ROOT = Path(__file__).parents[1]
-SHORT: dict[str, Any] = {"n_steps": 120, "batch_size": 50, "n_eval": 2_000, "workers": 1}
+SHORT: dict[str, Any] = {"n_steps": 30, "batch_size": 50, "n_eval": 1_000, "workers": 1}
 
 
 UNDRAWN = """
@@ -23,6 +26,21 @@ import sys, train_toy
 train_toy.draw = lambda *_: None
 train_toy.main(sys.argv[1:])
 """
+
+NOTED = """
+import sys, toy_commands, train_toy
+run = train_toy.run
+train_toy.run = lambda config, **rest: run(config, toy_commands.Noted, **rest)
+train_toy.main(sys.argv[1:])
+"""
+
+
+class Noted(Trainer):
+    """Leaves a file in the folder `NOTES` as its process takes a step, called by its number."""
+
+    def step(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        Path(os.environ["NOTES"], str(os.getpid())).touch()
+        return super().step(x)
 
 
 def blank_figures(config: Config, *_: object) -> None:
@@ -50,10 +68,16 @@ def _completed(words: list[str], **kwargs: Any) -> "subprocess.CompletedProcess[
 
 
 @contextlib.contextmanager
-def started(*args: object) -> Iterator["subprocess.Popen[str]"]:
-    """The script in a group of processes of its own, of which none outlives the test."""
+def started(notes: Path, *args: object) -> Iterator["subprocess.Popen[str]"]:
+    """The script in a group of processes of its own, of which none outlives the test; each that
+    trains is noted in the folder `notes`."""
     process = subprocess.Popen(
-        command(*args), cwd=ROOT, stderr=subprocess.PIPE, text=True, process_group=0
+        [sys.executable, "-c", NOTED, *map(str, args)],
+        cwd=ROOT,
+        env=os.environ | {"NOTES": str(notes), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
     )
     try:
         yield process
@@ -63,14 +87,14 @@ def started(*args: object) -> Iterator["subprocess.Popen[str]"]:
         process.communicate()
 
 
-def read_until_training(process: "subprocess.Popen[str]") -> None:
-    """Reads stderr until the bar shows that every SAE is trained."""
-    assert process.stderr is not None
-    seen = ""
-    while seen.count("FVU") < 2:
-        character = process.stderr.read(1)
-        assert character, f"it ended: {seen}"
-        seen += character
+def wait_for_training(process: "subprocess.Popen[str]", notes: Path, n: int) -> list[int]:
+    """Waits until `n` processes train, and returns their numbers."""
+    deadline = time.monotonic() + 300
+    while len(found := [int(path.name) for path in notes.iterdir()]) < n:
+        assert process.poll() is None, "it ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
 
 
 def short_run_in(out: Path, **settings: Any) -> dict[str, Any]:
@@ -82,23 +106,9 @@ def figures(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [dict(run) for run in results["runs"]]
 
 
-def children(pid: int) -> list[int]:
-    """The worker processes of a process; not multiprocessing's tracker of resources."""
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    words = {int(p): Path(f"/proc/{p}/cmdline").read_bytes() for p in found}
-    return [p for p, line in words.items() if b"spawn_main" in line]
-
-
-def wait_for_children(pid: int, n: int) -> list[int]:
-    deadline = time.monotonic() + 300
-    while len(children(pid)) < n:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return children(pid)
-
-
 def is_running(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0] != "Z"
-    except FileNotFoundError:
+        state = Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):  # it may end between being opened and read
         return False
+    return state != "Z"
