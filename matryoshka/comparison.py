@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from matryoshka import frontier_plot, plots
 from matryoshka.cache_config import CacheConfig
 from matryoshka.cache_format import MANIFEST, read_record
 from matryoshka.cache_reader import ActivationCache
@@ -261,6 +260,8 @@ def by_sae(done: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]
 
 def draw(run: Path, comparison: Comparison, done: Sequence[Mapping[str, Any]]) -> None:
     """Every SAE, all seeds: training curves; of the first seed: FVU by prefix, and densities."""
+    from matryoshka import frontier_plot, plots  # only here: matplotlib takes a second
+
     curves: dict[str, dict[str, list[list[float]]]] = {}  # a metric's curve for each seed
     for result in done:
         dropped = result["training"].get("dropped", {})

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from toy_commands import blank_figures
 
+import train_toy
 from matryoshka.errors import UserError
 from matryoshka.kernels import Params
 from matryoshka.trainer import Trainer
@@ -110,9 +112,15 @@ def test_all_is_the_three_together():
             assert (name == other) == torch.equal(params, states[other]), (name, other)
 
 
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_toy, "draw", blank_figures)
+
+
 SHORT: dict[str, Any] = {"seeds": 1, "n_steps": 20, "workers": 1}
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_every_variant_asked_for_is_trained_and_summed_up(tmp_path, capsys):
     args = ["--seeds=1", "--steps=20", "--workers=1", f"--out={tmp_path}"]
     ablate_toy.main([*args, "--variants=none,normalizer"])
@@ -130,6 +138,7 @@ def test_every_variant_asked_for_is_trained_and_summed_up(tmp_path, capsys):
     assert "normalizer" in printed
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_another_ablation_is_not_overwritten(tmp_path):
     ablate_toy.run(Config(out=str(tmp_path), variants="none", **SHORT))
     with pytest.raises(UserError, match="--variants none, not --variants moments: choose another"):

@@ -20,7 +20,7 @@ from matryoshka.trainer import Trainer
 from matryoshka.trainer_config import TrainerConfig
 from sae import SAE, seeded_generator
 
-D_MODEL, N_LATENTS, BATCH, N_STEPS = 16, 400, 32, 60
+D_MODEL, N_LATENTS, BATCH, N_STEPS = 16, 264, 16, 60
 CONFIG = {"n_steps": N_STEPS, "target_l0": 20.0, "lr": 1e-3, "matmul_dtype": "bfloat16"}
 CONFIG["gradient"] = "dense"
 CONTROLS = [
