@@ -39,7 +39,8 @@ from matryoshka.environment import environment, fix_kernels
 from matryoshka.files import make_folder, one_writer, write_json
 from matryoshka.metrics import best_cosine, clean_features, decoder_cosines, fvu, l0
 from matryoshka.prefix_draws import expected_reach
-from matryoshka.toy_stack import Progress, train_stack
+from matryoshka.toy_progress import Progress
+from matryoshka.toy_stack import train_stack
 from sae import SAE, matryoshka_loss
 from toy_model import FeatureTree, ToyData
 
