@@ -15,7 +15,7 @@ from matryoshka import plots
 from matryoshka.plots import COLOURS, FAINT, INK, MISSED, _figure, _legend, _style, _write
 from matryoshka.prefix_draws import expected_reach, reach
 from sae import STREAM_PREFIXES, prefix_probabilities, sample_prefixes, seeded_generator
-from studies import tables
+from studies import tables, toy_tables
 
 Results = dict[str, Any]
 BLUE = COLOURS["matryoshka"]
@@ -235,13 +235,13 @@ def clean_by_threshold(path: Path, results: Results) -> None:
     thresholds = np.linspace(0.6, 1.0, 401)
     kinds = kinds_in(results)
     colours = plots._colours(kinds)
-    for ax, title, how in zip(axes, titles, tables.REFITS, strict=True):
+    for ax, title, how in zip(axes, titles, toy_tables.REFITS, strict=True):
         for sae in kinds:
             runs = tables.runs_of(results, sae + how)
             best = np.array([run["best_cosine"] for run in runs])  # [n_seeds, n_features]
             clean = (best[:, :, None] > thresholds).sum(axis=1).mean(axis=0)
             ax.plot(thresholds, clean, color=colours[sae], linewidth=1.7)
-        for level in map(float, tables.THRESHOLDS):
+        for level in map(float, toy_tables.THRESHOLDS):
             ax.axvline(level, color=FAINT, linewidth=0.7, linestyle=":", zorder=0)
         ax.set_title(title)
         ax.set_xlim(0.6, 1.002)

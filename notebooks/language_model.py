@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from matryoshka.command_line import table
-from studies import tables
+from studies import kept_results, standin_tables, tables
 
 EVALUATION, TRAINING = "standin/evaluation.json", "standin/training.json"
 HELD_OUT = {True: "not trained on", False: "TRAINED ON", None: "perhaps trained on"}
@@ -17,7 +17,7 @@ class StandIn:
 
     def __init__(self) -> None:
         evaluation, training = tables.read(EVALUATION), tables.read(TRAINING)
-        self.runs = tables.standin_by_kind()
+        self.runs = standin_tables.standin_by_kind()
         self.first = next(iter(self.runs.values()))[0]
         name = self.first["source"]
         (self.evaluated,) = (s for s in evaluation["sources"] if s["source"] == name)
@@ -53,7 +53,7 @@ class StandIn:
         rows = []
         for sae, runs in self.runs.items():
             fvus = [[run["fvu_by_prefix"]["fvu"][i] for run in runs] for i in shown]
-            rows.append([sae, *(tables.spread(fvu, 3) for fvu in fvus)])
+            rows.append([sae, *(kept_results.spread(fvu, 3) for fvu in fvus)])
         return table(["FVU of the first", *(f"{prefixes[i]:,}" for i in shown)], rows)
 
     def concepts(self) -> str:
@@ -75,4 +75,4 @@ class StandIn:
 def mean_percent(rates: list[Any]) -> str:
     """The mean of the rates that are known, in percent; "-" where none is."""
     known = [rate for rate in rates if rate is not None]
-    return tables.percent(np.mean(known) if known else np.nan, 0)
+    return kept_results.percent(np.mean(known) if known else np.nan, 0)

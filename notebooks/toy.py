@@ -4,13 +4,13 @@ from typing import Any
 
 import scipy.stats
 
-from studies import tables
+from studies import tables, toy_tables
 
 
 def failures(results: dict[str, Any]) -> str:
     """How many Matryoshka seeds fall short, and how their FVU stands apart."""
     runs = tables.runs_of(results, "matryoshka")
-    complete = tables.complete_seeds(results)
+    complete = toy_tables.complete_seeds(results)
     whole = [run["fvu"] for run in runs if run["seed"] in complete]
     short = [run["fvu"] for run in runs if run["seed"] not in complete]
     kinds = runs[0]["lost"]

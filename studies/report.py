@@ -18,17 +18,10 @@ import train_toy
 from matryoshka import plots
 from matryoshka.command_line import main_guard, parse, setting
 from matryoshka.files import write_atomically
-from studies.tables import (
-    REFITS,
-    RESULTS,
-    ROOT,
-    TABLES,
-    complete_seeds,
-    named,
-    read,
-    runs_of,
-    standin_by_kind,
-)
+from studies.kept_results import RESULTS, ROOT, read, runs_of
+from studies.standin_tables import standin_by_kind
+from studies.tables import TABLES, named
+from studies.toy_tables import REFITS, complete_seeds
 
 
 @dataclasses.dataclass(frozen=True)

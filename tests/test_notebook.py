@@ -13,7 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from matryoshka.command_line import parse
-from studies import tables
+from studies import kept_results, tables, toy_tables
 
 sys.path.insert(0, str(tables.ROOT / "notebooks"))
 
@@ -74,7 +74,7 @@ def test_a_changed_result_would_be_seen(tmp_path, monkeypatch):
     results["runs"][0]["fvu"] += 0.5
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "sampled.json").write_text(json.dumps(results))
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(kept_results, "RESULTS", tmp_path)
     assert not any(tables.toy() in shown for shown in markdown(COMMITTED))
 
 
@@ -139,7 +139,7 @@ def test_flags_are_written_as_the_command_line_takes_them():
 
 
 def test_what_is_missing_is_said_in_its_place(monkeypatch, tmp_path):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(kept_results, "RESULTS", tmp_path)
     for shown in (
         showing.or_absence(tables.toy),
         showing.made_by("toy/sampled.json", "train_toy.py"),
@@ -152,7 +152,7 @@ def test_stand_in_tables_are_the_evaluations_numbers():
     stand_in = language_model.StandIn()
     lines = stand_in.by_prefix().splitlines()[2:]
     for line, runs in zip(lines, stand_in.runs.values(), strict=True):
-        assert line.rstrip(" |").endswith(tables.spread([run["fvu"] for run in runs], 3))
+        assert line.rstrip(" |").endswith(kept_results.spread([run["fvu"] for run in runs], 3))
     n_kinds = len(stand_in.runs)
     for concept, line in enumerate(stand_in.concepts().splitlines()[2:]):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -213,7 +213,7 @@ def test_no_line_of_the_thresholds_figure_hides_another(drawn):
     """A panel a stage: its curves are apart somewhere in the middle of what is drawn."""
     toy = tables.read("toy/sampled.json")
     panels = drawn(figures.clean_by_threshold, toy).axes
-    assert len(panels) == len(tables.REFITS)
+    assert len(panels) == len(toy_tables.REFITS)
     for panel in panels:
         curves = [line.get_ydata() for line in panel.lines if len(line.get_ydata()) > 2]
         assert len(curves) == len(tables.kinds_of(toy))
@@ -223,7 +223,9 @@ def test_no_line_of_the_thresholds_figure_hides_another(drawn):
 
 def test_curves_are_what_the_cosines_say(drawn):
     toy = tables.read("toy/sampled.json")
-    for panel, how in zip(drawn(figures.clean_by_threshold, toy).axes, tables.REFITS, strict=True):
+    for panel, how in zip(
+        drawn(figures.clean_by_threshold, toy).axes, toy_tables.REFITS, strict=True
+    ):
         for line, sae in zip(panel.lines, figures.kinds_in(toy), strict=False):
             runs = tables.runs_of(toy, sae + how)
             at = abs(line.get_xdata() - 0.95).argmin()
@@ -235,7 +237,7 @@ def test_figures_take_whatever_kinds_there_are(drawn):
     toy = tables.read("toy/sampled.json")
     renamed = [run | {"sae": run["sae"].replace("vanilla", "another")} for run in toy["runs"]]
     third = [run | {"sae": "a third"} for run in tables.runs_of(toy, "vanilla")]
-    refits = [run | {"sae": f"a third{how}"} for run in third for how in tables.REFITS]
+    refits = [run | {"sae": f"a third{how}"} for run in third for how in toy_tables.REFITS]
     results = toy | {"runs": renamed + refits}
     assert len(drawn(figures.cosines, results).axes) == 3 * 3
     (legend,) = drawn(figures.clean_by_threshold, results).legends

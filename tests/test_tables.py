@@ -5,15 +5,16 @@ import json
 import numpy as np
 import pytest
 
+from matryoshka import toy_report
 from matryoshka.errors import UserError
 from matryoshka.files import json_text
-from studies import tables
+from studies import kept_results, standin_tables, tables, toy_tables
 
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     """Writes made-up files in place of results/: kept(name, runs=[...], **of_the_source)."""
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(kept_results, "RESULTS", tmp_path)
 
     def write(name, runs=(), **source):
         path = tmp_path / name
@@ -85,7 +86,7 @@ def test_files_that_lack_what_a_table_shows_are_named(name, tmp_path, monkeypatc
         copy = tmp_path / path.relative_to(tables.RESULTS)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text('{"sources": [{}], "runs": [{}]}')
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(kept_results, "RESULTS", tmp_path)
     with pytest.raises(UserError, match=rf"`results/\S+\.json`.* lacks what table {name} shows"):
         tables.named(name)
 
@@ -105,20 +106,20 @@ def test_where_names_each_place_once(kept):
 
 
 def test_a_count_has_its_exact_interval():
-    assert tables.share(88, 100) == "88 of 100 (80-94%)"
+    assert toy_report.share(88, 100) == "88 of 100 (80-94%)"
     for n in (2, 7, 40):  # where none or all succeed, the interval has a closed form
         limit = 0.025 ** (1 / n)
-        assert tables.share(0, n) == f"0 of {n} (0-{100 * (1 - limit):.0f}%)"
-        assert tables.share(n, n) == f"{n} of {n} ({100 * limit:.0f}-100%)"
+        assert toy_report.share(0, n) == f"0 of {n} (0-{100 * (1 - limit):.0f}%)"
+        assert toy_report.share(n, n) == f"{n} of {n} ({100 * limit:.0f}-100%)"
 
 
 def test_a_spread_is_mean_and_standard_deviation():
-    assert tables.spread([1.0, 2.0, 6.0], 3) == "3.000 ± 2.646"  # sqrt((4 + 1 + 9) / 2)
+    assert kept_results.spread([1.0, 2.0, 6.0], 3) == "3.000 ± 2.646"  # sqrt((4 + 1 + 9) / 2)
 
 
 def test_seeds_that_never_come_to_it_have_no_steps():
     runs = [{"steps_to": {"0.9": steps}} for steps in (100, None, 400, 1000)]
-    assert tables.median_steps(runs, "0.9") == 400
+    assert toy_tables.median_steps(runs, "0.9") == 400
 
 
 def test_the_toys_table_counts_as_many_as_reported(kept):
@@ -129,10 +130,13 @@ def test_the_toys_table_counts_as_many_as_reported(kept):
     shown = tables.toy()
     assert cells(shown)[0][0] == "4 seeds"
     counts = column(shown, "as many clean as reported")
-    assert counts[:2] == [f"20/20 in {tables.share(3, 4)}", f"11/20 in {tables.share(4, 4)}"]
+    assert counts[:2] == [
+        f"20/20 in {toy_report.share(3, 4)}",
+        f"11/20 in {toy_report.share(4, 4)}",
+    ]
     assert column(shown, "clean > 0.9")[:2] == ["19.25", "11.00"]
     assert column(shown, "clean > 0.99")[:2] == ["17.25", "9.00"]
-    assert column(shown, "FVU")[1] == tables.spread([0, 0.1, 0.2, 0.3], 4)
+    assert column(shown, "FVU")[1] == kept_results.spread([0, 0.1, 0.2, 0.3], 4)
 
 
 def test_recipes_take_each_files_seeds_and_each_kinds_time(kept):
@@ -146,7 +150,7 @@ def test_recipes_take_each_files_seeds_and_each_kinds_time(kept):
             runs.append(toy_run("matryoshka, refit", seed, clean, steps_to={"0.9": 100}))
         kept(f"toy/{file}.json", runs)
     first, *_, last = cells(tables.recipes())[1:]
-    shown = ["5 to 7", tables.share(2, 3), "0.6000", "0.7000", "1.000", "6,000"]
+    shown = ["5 to 7", toy_report.share(2, 3), "0.6000", "0.7000", "1.000", "6,000"]
     assert first == ["sampled prefixes (the paper)", *shown, "12.0", "100"]
     assert last == ["expected prefixes", *shown, "18.0", "100"]
 
@@ -155,7 +159,7 @@ def test_starred_columns_of_the_refits_are_over_the_seeds_that_had_all_features(
     for file in ("sampled", "expected", "restarts", "restarts_unseen"):
         runs = []
         for sae in ("matryoshka", "vanilla"):
-            for how in tables.REFITS:
+            for how in toy_tables.REFITS:
                 whole = toy_run(sae + how, 0, 20, 0.25, best_cosine=[0.75, 1.0])
                 whole["clean_at"] = {"0.9": 20, "0.95": 20, "0.99": 19}
                 runs += [whole, toy_run(sae + how, 1, 17, 0.75, best_cosine=[0.1, 1.0])]
@@ -174,7 +178,7 @@ def test_trees_show_whatever_kinds_there_are(kept):
         for every in (0, 100):
             runs = []
             for i, sae in enumerate("abc"):
-                for how in tables.REFITS:
+                for how in toy_tables.REFITS:
                     runs += [toy_run(sae + how, seed, 10 + i + seed, i / 4) for seed in (0, 1)]
             kept(f"trees/{name}_{every}.json", runs)
     head, *rows = cells(tables.trees())
@@ -224,10 +228,10 @@ def evaluated(source, sae, absorption=(0.5,), **more):
 def test_the_stand_ins_runs_are_found_by_their_recipe(kept):
     names = ["sampled_seed1", "sampled_seed0", "sampled_seed0/refit", "unsampled_seed0"]
     kept("standin/evaluation.json", [evaluated(f, sae) for f in names for sae in "ab"])
-    found = tables.standin_runs("a", "sampled")
+    found = standin_tables.standin_runs("a", "sampled")
     assert [run["source"] for run in found] == ["sampled_seed0", "sampled_seed1"]
     assert {run["sae"] for run in found} == {"a"}
-    (refitted,) = tables.standin_runs("b", "sampled", "/refit")
+    (refitted,) = standin_tables.standin_runs("b", "sampled", "/refit")
     assert refitted["source"] == "sampled_seed0/refit"
 
 
