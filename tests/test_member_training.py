@@ -144,7 +144,9 @@ def test_a_file_of_members_that_was_changed_is_not_gone_on_with(
 # ---------------------------------------------------------------------------------- one diverges
 
 
-@pytest.mark.parametrize("nth", [None, 5, 40])  # killed before the drop is in a checkpoint, after
+@pytest.mark.parametrize(  # killed before the drop is in a checkpoint, after, and not at all
+    "nth", [5, 40, pytest.param(None, marks=pytest.mark.slow)]
+)
 def test_an_sae_that_diverges_is_dropped_and_the_others_go_on(
     cache: Path,
     tmp_path: Path,
@@ -318,11 +320,11 @@ def test_a_recipe_trains(cache: Path, tmp_path: Path, recipe: str) -> None:
 
 
 def test_batchtopk_fires_as_often_as_asked_on_what_it_has_not_seen(tmp_path: Path) -> None:
-    cache = write_cache(tmp_path / "cache", 60_000, d_model=24, n_features=96)
-    settings = {"n_latents": 128, "activation": "batchtopk", "batch_size": 256, "tokens": 50_000}
-    settings |= {"target_l0": 6.0, "n_steps": 800, "widths": (0.25, 1.0), "checkpoint_every": 800}
+    cache = write_cache(tmp_path / "cache", 30_000, d_model=24, n_features=96)
+    settings = {"n_latents": 64, "activation": "batchtopk", "batch_size": 128, "tokens": 20_000}
+    settings |= {"target_l0": 6.0, "n_steps": 400, "widths": (0.25, 1.0), "checkpoint_every": 400}
     results = run(config_for(cache, tmp_path / "out", **settings))
-    x = ActivationCache(cache).acts(50_000, 60_000)
+    x = ActivationCache(cache).acts(20_000, 30_000)
     for result in results["runs"]:
         acts = SAE.load(tmp_path / "out" / f"{result['sae']}.safetensors").encode(x)
         assert result["target_l0"] == 6.0

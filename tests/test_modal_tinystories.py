@@ -23,7 +23,7 @@ import cache_activations
 import evaluate
 import modal_tinystories
 import train
-from matryoshka import cache_writer, modal_launch, volume_caches
+from matryoshka import cache_writer, modal_launch, plots, volume_caches
 from matryoshka.comparison import Comparison, parse
 from matryoshka.errors import UserError
 from matryoshka.files import one_writer
@@ -163,6 +163,8 @@ def test_several_l0s_are_one_pass_a_kind_and_a_frontier(
     finished: tuple[Launch, dict[str, Any]], data: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(evaluate, "draw", lambda *_: None)
+    for others in ("training_curves", "fvu_by_prefix", "density_histograms"):
+        monkeypatch.setattr(plots, others, lambda *_: None)
     volume = finished[0].volume
     launch = launch_for(data, tmp_path, volume=volume, name="frontier", target_l0=(5, 9))
     results = modal_tinystories.run(launch)

@@ -3,6 +3,7 @@
 Skipped, with a reason, where there is no Chromium or no Selenium.
 """
 
+import contextlib
 import itertools
 import json
 import time
@@ -325,7 +326,8 @@ def test_a_phone_needs_no_sideways_scrolling(tab):
         tab.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_pictures_are_of_the_page(page, tmp_path):
+def test_pictures_are_of_the_page(driver, page, tmp_path, monkeypatch):
+    monkeypatch.setattr(screenshots, "chromium", lambda: contextlib.nullcontext(driver))
     folder = page.removeprefix("file://").removesuffix("/index.html")
     flags = ["--page", folder, "--latent", f"matryoshka/{CHILD}", "--open", str(PARENT)]
     screenshots.main([*flags, "--to", str(tmp_path), "--height", "700"])

@@ -1,8 +1,10 @@
 """The script itself: a short run end to end, its files, its refusals, its repeatability."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -226,11 +228,23 @@ def test_any_number_of_kinds_is_trained_and_drawn(tmp_path, monkeypatch, names):
 # ---------------------------------------------------------------------------------------- a run
 
 
+@contextlib.contextmanager
+def open_files(limit):
+    """How many files this process and those that it starts may have open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("toy")
+    out, env = tmp_path_factory.mktemp("toy"), os.environ | {"COLUMNS": "80"}
     args = ["--steps", 100, "--batch-size", 50, "--n-eval", 5_000, "--seeds", 3, "--workers", 2]
-    result = cli(*args, "--seed", 5, "--out", out, env=os.environ | {"COLUMNS": "80"})
+    with open_files(80):  # 18 SAEs of five tensors: one from another process is copied
+        result = cli(*args, "--refit", "--seed", 5, "--out", out, env=env)
     assert result.returncode == 0, result.stderr
     return out, result, json.loads((out / "results.json").read_text())
 
@@ -238,7 +252,7 @@ def short_run(tmp_path_factory):
 def test_a_run_end_to_end(short_run):
     out, result, results = short_run
     assert [(r["sae"], r["seed"]) for r in results["runs"]] == [
-        (name, seed) for seed in (5, 6, 7) for name in KINDS
+        (name + how, seed) for seed in (5, 6, 7) for how in ("", *REFITS) for name in KINDS
     ]
     for run in results["runs"]:
         assert len(run["best_cosine"]) == run["n_features"] == 20
@@ -268,7 +282,7 @@ def test_the_figures_are_those_of_the_saved_saes(short_run):
     out, _, results = short_run
     data = ToyData(train_toy.load_tree("tree.json"), 20)
     for run in results["runs"]:
-        sae = SAE.load(out / f"{run['sae']}_seed{run['seed']}.safetensors")
+        sae = SAE.load(out / train_toy.file_name(run["sae"], run["seed"]))
         features, x = data.held_out(run["seed"], 5_000)
         assert metrics.fvu(x, sae(x)).item() == pytest.approx(run["fvu"], rel=1e-5)
         directions = data.directions(run["seed"])
@@ -323,18 +337,6 @@ def test_refit_of_saes_that_are_dead_does_not_end_the_run(tmp_path):
     results = short_run_in(tmp_path, refit=True, sparsity_weight=1000.0, n_steps=400, n_eval=500)
     assert min(run["l0"] for run in results["runs"]) == 0
     assert max(run["dead_share"] for run in results["runs"]) == 1
-
-
-def test_many_seeds_need_no_more_open_files_than_one(tmp_path):
-    """A tensor handed over by another process is an open file, unless it is copied."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 60, hard))
-    try:  # 24 SAEs of five tensors
-        short_run_in(tmp_path, seeds=4, workers=2, refit=True, n_steps=5, n_eval=500)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert len(list(tmp_path.glob("*.safetensors"))) == 24
 
 
 # -------------------------------------------------------------------------------------- refusals
@@ -431,17 +433,18 @@ def test_training_that_diverges_stops_with_the_last_good_metrics(tmp_path):
 # -------------------------------------------------------------------------------- reproducibility
 
 
-def test_figures_do_not_depend_on_which_kernels_the_cpu_would_choose(tmp_path):
-    # Each limit is what MKL would see on an older CPU; without `fix_kernels` the bits differ.
+@pytest.mark.parametrize("older", ["SSE4_2", pytest.param("AVX2", marks=pytest.mark.slow)])
+def test_figures_do_not_depend_on_which_kernels_the_cpu_would_choose(tmp_path, older):
+    # The limit is what MKL would see on an older CPU; without `fix_kernels` the bits differ.
     found = []
-    for limit in ("", "AVX2", "SSE4_2"):
+    for limit in ("", older):
         environment = {k: v for k, v in os.environ.items() if k not in ("MKL_CBWR",)}
         out = tmp_path / (limit or "none")
         args = ["--steps", 30, "--n-eval", 500, "--refit", "--out", out]
         result = undrawn_cli(*args, env=environment | {"MKL_ENABLE_INSTRUCTIONS": limit})
         assert result.returncode == 0, result.stderr
         found.append(figures(json.loads((out / "results.json").read_text())))
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
 
 
 def test_the_tree_beside_the_script_is_found_from_anywhere(tmp_path, monkeypatch):
