@@ -87,7 +87,7 @@ def fix_kernels() -> None:
     toy's 40,000 steps a rounding decides whether a seed finds all features. Both read these
     variables when they first compute something, so this must come before that; processes born
     later inherit them. It costs half of a step's time again. Variables that are set already are
-    left alone. An Intel and an AMD CPU ended apart all the same: see docs/toy.md.
+    left alone. An Intel and an AMD CPU ended apart all the same: see docs/toy_details.md.
     """
     cpu_info = Path("/proc/cpuinfo")
     if cpu_info.exists() and " avx2 " in cpu_info.read_text():

@@ -1,7 +1,7 @@
 """Firings that repeat others: latents of nearly one direction that fire on the same token.
 
-    python -m studies.repeats --cache cache/standin/validation --saes runs/sign/*/*.safetensors \\
-        --out results/standin/repeats.json
+    python -m studies.repeats --cache cache/standin/validation \\
+        --saes runs/sign/*/{matryoshka,vanilla}.safetensors --out results/standin/repeats.json
 
 L1 charges an SAE for the length that its latents add, whatever their number: to share an activation
 among several latents of one direction is free. Where L0 is held, it is not: each takes the place of
@@ -36,7 +36,7 @@ class Config:
 
     saes: tuple[str, ...] = setting(help="SAEs: files of this project, or folders of other tools")
     cache: str = setting("cache/validation", "activations that they fire on")
-    cosine: float = setting(0.7, "of two decoder rows, over which they count as one direction")
+    cosine: float = setting(0.5, "of two decoder rows, over which they count as one direction")
     out: str = setting("runs/repeats.json", "file to write")
 
 

@@ -11,6 +11,7 @@ from studies.standin_tables import concepts, standin, standin_short
 from studies.toy_tables import (
     RECIPES,
     TREES,
+    at_the_truth,
     defects,
     edges,
     recipes,
@@ -102,8 +103,9 @@ TABLES: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     "unhedged": (unhedged, ("toy/unhedged.json", "trees/*_unhedged.json")),
     "edges": (
         edges,
-        ("toy/sampled.json", "toy/restarts.json", "trees/*_0.json", "trees/*_100.json"),
+        ("toy/sampled.json", "toy/unhedged.json", "trees/*_0.json", "trees/*_unhedged.json"),
     ),
+    "true_solution": (at_the_truth, ("trees/true_solution.json",)),
     "defects": (defects, ("ablation/ablation.json",)),
     "standin": (standin, ("standin/evaluation.json",)),
     "standin_short": (standin_short, ("standin/evaluation.json",)),

@@ -7,7 +7,7 @@ import numpy as np
 from matryoshka import toy_stack
 from matryoshka.command_line import table
 from matryoshka.toy_report import EDGES, is_whole_tree, share
-from studies import ablate_toy
+from studies import ablate_toy, true_solution
 from studies.kept_results import Results, Run, kinds_of, read, runs_of, spread
 
 THRESHOLDS = tuple(map(str, toy_stack.THRESHOLDS))  # cosines over which a feature is clean
@@ -192,28 +192,37 @@ def _of_pair(pair: Sequence[Sequence[Run]], key: str, digits: int) -> str:
 
 
 def edges() -> str:
-    """The true tree's edges that the forests of latents have: the paper's tree, then harder ones.
-    "-" where the file was kept before they were counted."""
+    """The true tree's edges that the forests of latents have: of the paper's tree, then of harder
+    ones. Files that were kept before edges were counted are left out."""
     files = {"the paper's tree": "toy/sampled", "the same, restarts": "toy/restarts"}
-    files |= {title: f"trees/{name}_0" for name, title in TREES.items()}
-    files |= {f"{title}, restarts": f"trees/{name}_100" for name, title in TREES.items()}
+    files |= {"the same, unhedged": "toy/unhedged"}
+    for name, title in TREES.items():
+        files |= {title: f"trees/{name}_0", f"{title}, restarts": f"trees/{name}_100"}
+        files[f"{title}, unhedged"] = f"trees/{name}_unhedged"
     rows = []
     for title, file in files.items():
         results = read(f"{file}.json")
         for how in (REFITS[0], REFITS[-1]):
-            of_kind = [runs_of(results, sae + how) for sae in kinds_of(results)]
-            rows.append([title + how, *(cell for runs in of_kind for cell in _edge_cells(runs))])
+            cells = [_edge_cells(runs_of(results, sae + how)) for sae in ("matryoshka", "vanilla")]
+            if any(cells):
+                rows.append([title + how, *(cell for pair in cells for cell in pair or ["", ""])])
     shown = [column for sae in ("matryoshka", "vanilla") for column in (sae, "whole tree")]
     return table([f"edges {' / '.join(EDGES)}, mean a seed", *shown], rows)
 
 
 def _edge_cells(runs: Sequence[Run]) -> list[str]:
-    """ "9.0 / 0.0 / 0.0", and in how many seeds the forest is the tree."""
+    """ "9.0 / 0.0 / 0.0", and in how many seeds the forest is the tree; [] where not counted."""
     counted = [run["edges"] for run in runs if "edges" in run]
     if not counted:
-        return ["-", "-"]
+        return []
     means = [f"{np.mean([edges[what] for edges in counted]):.1f}" for what in EDGES]
     return [" / ".join(means), share(sum(map(is_whole_tree, runs)), len(counted))]
+
+
+def at_the_truth() -> str:
+    """The loss where training ends and at the true dictionary, of features in few dimensions."""
+    headers = ["20 features in 14 dimensions", "loss", "FVU", "L0", "clean > 0.9"]
+    return table(headers, true_solution.summary(read("trees/true_solution.json")["runs"]))
 
 
 def defects() -> str:

@@ -79,6 +79,23 @@ def test_a_folder_in_the_place_of_a_file_is_named(kept, tmp_path):
         tables.toy()
 
 
+def test_edges_are_shown_where_they_were_counted(kept):
+    found = {"found": 9, "wrong": 0, "missing": 0}
+    runs = [{"sae": sae, "edges": found} for sae in ("matryoshka", "matryoshka, refit both")]
+    old = [{"sae": "matryoshka"}]
+    kept("toy/sampled.json", runs)
+    for file in ("toy/restarts", "toy/unhedged"):
+        kept(f"{file}.json", old)
+    for name in toy_tables.TREES:
+        for ending in ("0", "100", "unhedged"):
+            kept(f"trees/{name}_{ending}.json", runs[:1] if ending == "unhedged" else old)
+    rows = cells(toy_tables.edges())[1:]
+    titles = ["the paper's tree", "the paper's tree, refit both"]
+    titles += [f"{title}, unhedged" for title in toy_tables.TREES.values()]
+    assert [row[0] for row in rows] == titles
+    assert rows[0][1:] == ["9.0 / 0.0 / 0.0", toy_report.share(1, 1), "", ""]
+
+
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_files_that_lack_what_a_table_shows_are_named(name, tmp_path, monkeypatch):
     """Every file that is kept, with its keys or its runs gone."""

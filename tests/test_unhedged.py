@@ -180,7 +180,7 @@ def test_the_true_tree_is_an_equilibrium_of_orthogonal_features():
 
 
 def test_two_likely_children_make_a_wrong_tree_the_optimum():
-    """The table of docs/toy.md: parent T, children M0 and M1 that exclude each other, or none."""
+    """The table of docs/toy_details.md: parent T, and M0, M1 or neither: never both."""
     T, M0, M1 = torch.eye(3, dtype=torch.float64)
     x = torch.stack([T + M0, T + M1, T])
     chances = torch.tensor([0.35, 0.35, 0.3], dtype=torch.float64)
