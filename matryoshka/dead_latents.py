@@ -24,7 +24,7 @@ def add_auxiliary_gradient(
     objective: Objective,
     dead: Tensor,
     how: Auxiliary,
-    known: Sequence[Acts] = (),
+    known: Acts | None = None,
 ) -> None:
     """Adds the gradient of the auxiliary loss of each SAE that has dead latents.
 
@@ -35,13 +35,13 @@ def add_auxiliary_gradient(
 
     Gao et al. 2024 (arXiv 2406.04093, appendix A.2), as Bussmann et al. 2025 use it. by_level: one
     such loss for each prefix, divided by their number: e is what that prefix leaves, and only the
-    dead latents that it adds explain it. dead: bool [n_saes, n_latents]; known: the activations,
-    where they were computed already.
+    dead latents that it adds explain it. dead: bool [n_saes, n_latents]; known: the activations
+    of a stack of one SAE, where they were computed already.
     """
     for i in range(len(dead)):
         if dead[i].any():
             x, p = objective.x[i], params.one(i)
-            acts = known[i] if known else _acts(objective, p, i)
+            acts = known or _acts(objective, p, i)
             groups = _levels(objective, i) if how.by_level else [torch.ones_like(dead[i])]
             left, share = x - p.b_dec, how.weight / len(groups)
             for group in groups:
@@ -59,8 +59,8 @@ def _decoded(acts: Acts, W_dec: Tensor, group: Tensor) -> Tensor:
     """What the latents of a group, bool [n_latents], decode to: [batch, d_model]."""
     if acts.dense is not None:
         return acts.dense[group].T @ W_dec[group]
-    assert acts.firing is not None
-    latent, sample, a = acts.firing
+    assert acts.sparse is not None
+    latent, sample, a = acts.sparse
     by_sample = sample.argsort(stable=True)
     latent, sample = latent[by_sample], sample[by_sample]
     a = a[by_sample] * group[latent]

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from matryoshka.dead_latents import Auxiliary, add_auxiliary_gradient, resample
 from matryoshka.kernels import Objective, Params
-from matryoshka.kernels.layout import Acts, Firing
+from matryoshka.kernels.layout import Acts, SparseActs
 from matryoshka.prefix_draws import width_reach
 from sae import seeded_generator
 
@@ -97,9 +97,9 @@ def test_activations_that_are_known_are_taken_as_they_are(by_level):
     p = Params.of(flat, D_MODEL, N_LATENTS).one(0)
     dense = torch.relu(objective.x[0] @ p.W_enc.T + p.b_enc).T
     latent, sample = (index.flip(0) for index in dense.nonzero(as_tuple=True))
-    listed = Acts(dense.shape, None, Firing(latent, sample, dense[latent, sample]))
+    listed = Acts(dense.shape, None, SparseActs(latent, sample, dense[latent, sample]))
     found = []
-    for known in ((), (Acts(dense.shape, dense, None),), (listed,)):
+    for known in (None, Acts(dense.shape, dense, None), listed):
         views = [Params.of(tensor, D_MODEL, N_LATENTS) for tensor in (torch.zeros_like(flat), flat)]
         add_auxiliary_gradient(*views, objective, dead_of(MANY), Auxiliary(0.25, by_level), known)
         found.append(torch.cat([tensor.flatten() for tensor in views[0]]))

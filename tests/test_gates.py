@@ -109,7 +109,7 @@ def test_the_largest_are_those_that_batchtopk_keeps(seed, batch, k, shift, sprea
     expected = batchtopk(preacts.T.clone(), Gate(norms, k)).T
     n = max(1, round(k * batch))
     found = largest(preacts, norms, n, Workspace())
-    latent, sample, a = found.firing
+    latent, sample, a = found.sparse
     dense = torch.zeros_like(preacts)
     dense[latent, sample] = a
     assert torch.equal(dense, expected)
@@ -234,11 +234,11 @@ def test_what_a_kernel_hands_on_are_the_activations(kernel, kind, activation):
     threshold = one.log_threshold[0].exp() if activation == "jumprelu" else None
     gate = Gate(one.W_dec.norm(dim=1), K, threshold)
     expected = ACTIVATIONS[activation](x[0] @ one.W_enc.T + one.b_enc, gate)
-    (acts,) = stats.acts
+    acts = stats.acts
     if acts.dense is not None:
         assert_close(acts.dense.T, expected)
     else:
-        latent, sample, a = acts.firing
+        latent, sample, a = acts.sparse
         dense = torch.zeros_like(expected)
         dense[sample, latent] = a
         assert_close(dense, expected)

@@ -38,7 +38,7 @@ def write(grads: Params, params: Params, objective: Objective) -> Stats:
     gram = torch.bmm(W_dec, W_dec.mT)
     norms = gram.diagonal(dim1=1, dim2=2).sqrt()  # [n_saes, n_latents]
 
-    slope, weighted = sparsity_slopes(acts, norms[:, None], objective.sparsity)
+    slope, length_slope = sparsity_slopes(acts, norms[:, None], objective.sparsity)
     slope = price.mT * norms[:, None] * slope
 
     g_acts = torch.baddbmm(slope, acts, gram * shared)
@@ -57,7 +57,7 @@ def write(grads: Params, params: Params, objective: Objective) -> Stats:
         reach = of_decoder.reach[..., None] * (2 / batch)
         price = of_decoder.price[..., None] / batch
         shared, W_dec_reached = torch.minimum(reach, reach.mT), W_dec * reach
-    shrink = torch.bmm(ones, weighted).mT * price / norms.clamp_min(MIN_NORM)[..., None]
+    shrink = torch.bmm(ones, length_slope).mT * price / norms.clamp_min(MIN_NORM)[..., None]
     correlation = torch.bmm(acts.mT, acts)  # [n_saes, n_latents, n_latents]
     linear = torch.bmm(acts.mT, x_centred).mul_(-reach).addcmul_(W_dec, shrink)
     torch.baddbmm(linear, correlation * shared, W_dec, out=grads.W_dec)
@@ -81,11 +81,11 @@ def loss_of(params: Params, x: Tensor, i: int, objective: Objective) -> Tensor:
     x_centred, reach = x - params.b_dec, objective.reach[i]
     shared = torch.minimum(reach[:, None], reach) * (params.W_dec @ params.W_dec.T)
     fit = torch.addmm((x_centred @ params.W_dec.T) * (-2 * reach), acts, shared).mul_(acts).sum()
-    weighted = acts * params.W_dec.norm(dim=1)
+    cost = acts * params.W_dec.norm(dim=1)
     if objective.sparsity == "log":
-        weighted = ((weighted + 0.1) / 0.1).log()
+        cost = ((cost + 0.1) / 0.1).log()
     elif objective.sparsity == "l0":
-        weighted = (acts > 0).to(acts.dtype)
-    price = (weighted @ objective.price[i]).sum()
-    loss: Tensor = (x_centred.square().sum() + fit + price) / len(x)
+        cost = (acts > 0).to(acts.dtype)
+    sparsity_loss = (cost @ objective.price[i]).sum()
+    loss: Tensor = (x_centred.square().sum() + fit + sparsity_loss) / len(x)
     return loss

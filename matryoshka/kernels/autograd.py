@@ -13,22 +13,22 @@ from sae import Sparsity, matryoshka_loss
 
 def write(grads: Params, params: Params, objective: Objective) -> Stats:
     """Writes the gradient; see `write_gradient`."""
-    l0s, mean_squares, least = [], [], []
+    l0s, mean_squares, leasts = [], [], []
     for i in range(len(objective.x)):
-        parts, l0, mean_square, of_sae = _gradient(i, params.one(i), objective)
+        parts, l0, mean_square, least = _gradient(i, params.one(i), objective)
         for grad, part in zip(grads.one(i), parts, strict=True):
             grad.copy_(part)
         l0s.append(l0)
         mean_squares.append(mean_square)
-        least.append(of_sae)
+        leasts.append(least)
     kernels = ("autograd",) * len(l0s)
-    of_batchtopk = torch.stack(least) if objective.activation == "batchtopk" else None
+    of_batchtopk = torch.stack(leasts) if objective.activation == "batchtopk" else None
     return Stats(torch.stack(l0s), torch.stack(mean_squares), kernels, of_batchtopk)
 
 
 def loss_of(params: Params, x: Tensor, i: int, objective: Objective) -> tuple[Tensor, Tensor]:
     """SAE i's loss on x [batch, d_model], and its activations [batch, n_latents]."""
-    acts, price = activations(params, x, objective)
+    acts, sparsity = activations(params, x, objective)
     order = objective.reach[i].argsort(descending=True, stable=True)
     ends = objective.ends_of(i).tolist()
     ranked = objective.reach[i, order]
@@ -42,7 +42,7 @@ def loss_of(params: Params, x: Tensor, i: int, objective: Objective) -> tuple[Te
         [0, *ends],  # what the lengths lack of a weight of 1 is the bias alone's
         [1 - float(ranked[0]), *length_weights(ranked, ends)],
         weight,
-        price if isinstance(price, str) else price[:, order],
+        sparsity if isinstance(sparsity, str) else sparsity[:, order],
     )
     return loss, acts
 

@@ -22,39 +22,39 @@ def write(task: Task, dtype: torch.dtype, grouped: bool) -> Tensor:
     near = task.acts.near
     ranked, order = task.reach.sort(descending=True, stable=True)
     W_dec, decoder_price = task.params.W_dec, task.decoder_price
-    where: slice | Tensor = slice(None)
+    latents: slice | Tensor = slice(None)  # in the order in which they are from here on
     if len(task.ends) > 1:
         acts = torch.index_select(
             acts, 0, order, out=task.workspace.empty("ranked", acts, *acts.shape)
         )
-        W_dec, price, where = W_dec[order], price[order], order
+        W_dec, price, latents = W_dec[order], price[order], order
         decoder_price = decoder_price[order]
         near = None if near is None else near[order]
 
     norms = W_dec.norm(dim=1)
-    slope, weighted = sparsity_slopes(acts, norms[:, None], task.sparsity)
+    slope, length_slope = sparsity_slopes(acts, norms[:, None], task.sparsity)
     slope = slope * (price * norms / batch)[:, None]  # [n_latents, batch], or [n_latents, 1]
     g_acts = task.workspace.empty("g_acts", x, *acts.shape).copy_(slope)
-    shrink = weighted.sum(1) * decoder_price / norms.clamp_min(MIN_NORM) / batch
+    shrink = length_slope.sum(1) * decoder_price / norms.clamp_min(MIN_NORM) / batch
     g_W_dec = W_dec * shrink[:, None]
     blocks = Blocks(acts.to(dtype), W_dec.to(dtype), ranked, task)
     add = blocks.add_grouped if grouped else blocks.add_sliced
-    total = add(g_acts, g_W_dec)
+    g_b_dec = add(g_acts, g_W_dec)
     if near is not None:
-        threshold = task.params.log_threshold[0, where].exp()
+        threshold = task.params.log_threshold[0, latents].exp()
         slopes = threshold * (g_acts * near).sum(1) + price * near.sum(1) / batch
-        grads.log_threshold[0, where] = jumprelu.log_threshold_gradient(
+        grads.log_threshold[0, latents] = jumprelu.log_threshold_gradient(
             slopes, threshold, task.bandwidth
         )
     zero_where_silent(g_acts, acts)
 
-    grads.W_enc[where] = (g_acts.to(dtype) @ x.to(dtype)).to(x.dtype)
-    grads.b_enc[0, where] = g_acts.sum(1)
-    grads.W_dec[where] = g_W_dec
-    grads.b_dec[0] = total
+    grads.W_enc[latents] = (g_acts.to(dtype) @ x.to(dtype)).to(x.dtype)
+    grads.b_enc[0, latents] = g_acts.sum(1)
+    grads.W_dec[latents] = g_W_dec
+    grads.b_dec[0] = g_b_dec
     mean_square = torch.empty_like(task.reach)
     sums = torch.linalg.vector_norm(acts, dim=1).square()  # acts may be the caller's: not in place
-    mean_square[where] = sums / batch * norms.square()
+    mean_square[latents] = sums / batch * norms.square()
     return mean_square
 
 
@@ -73,25 +73,26 @@ class Blocks:
         """
         self.acts, self.W_dec, self.ranked = acts, W_dec, ranked
         self.ends, self.workspace, self.unhedged = task.ends, task.workspace, task.unhedged
-        self.minus_x = task.params.b_dec - task.x  # what no latents at all leave, less x
+        self.bias_residual = task.params.b_dec - task.x  # of the length 0: no latents at all
 
     def add_sliced(self, g_acts: Tensor, g_W_dec: Tensor) -> Tensor:
-        """Block by block: residuals are suffix sums of what each prefix leaves."""
-        left, ends = self.minus_x, self.ends
-        batch, sizes = len(left), ends.diff(prepend=ends.new_zeros(1)).tolist()
+        """Block by block: a block's residual is the weighted sum, over the prefixes that contain
+        it, of what they decode to less x."""
+        decoded, ends = self.bias_residual, self.ends  # less x, by the lengths so far
+        batch, sizes = len(decoded), ends.diff(prepend=ends.new_zeros(1)).tolist()
         # of each prefix, [n_blocks]; read one by one: an index would be copied to a GPU first
         shares = torch.stack([self.ranked[end - 1] for end in ends.tolist()])
         weights = -shares.diff(append=shares.new_zeros(1))
-        residuals = self.workspace.empty("residuals", left, len(sizes), *left.shape)
+        residuals = self.workspace.empty("residuals", decoded, len(sizes), *decoded.shape)
         acts, W_dec = torch.split(self.acts, sizes), torch.split(self.W_dec, sizes)
         blocks = list(zip(residuals, acts, W_dec, strict=True))
         for residual, a, d in blocks:
-            left = torch.addmm(left, a.T, d, out=residual)
-        full = left * (2 / batch) if self.unhedged else None
+            decoded = torch.addmm(decoded, a.T, d, out=residual)
+        full = decoded * (2 / batch) if self.unhedged else None
         residuals[-1].mul_(weights[-1] * (2 / batch))
         for k in reversed(range(len(sizes) - 1)):
-            own = weights[k] * (2 / batch)
-            torch.addcmul(residuals[k + 1], residuals[k], own, out=residuals[k])
+            weight = weights[k] * (2 / batch)
+            torch.addcmul(residuals[k + 1], residuals[k], weight, out=residuals[k])
         g_blocks = zip(blocks, torch.split(g_acts, sizes), torch.split(g_W_dec, sizes), strict=True)
         for (residual, a, d), g_a, g_d in g_blocks:
             g_a.addmm_(d, residual.T)
@@ -101,10 +102,10 @@ class Blocks:
     def add_grouped(self, g_acts: Tensor, g_W_dec: Tensor) -> Tensor:
         """All blocks at once. Residual k is sum_q min(s_k, s_q) D_q, with D_q what block q decodes
         to; x is taken off D_0 alone, which is enough since min(s_k, s_0) = s_k."""
-        batch, n_blocks = len(self.minus_x), len(self.ends)
+        batch, n_blocks = len(self.bias_residual), len(self.ends)
         ends = self.ends.to(self.acts.device, torch.int32)
         residuals = grouped_mm(self.acts.T, self.W_dec, offs=ends)  # [n_blocks, batch, d_model]
-        residuals[0] += self.minus_x
+        residuals[0] += self.bias_residual
         full = residuals.sum(0) if self.unhedged else None
         if n_blocks > 1:
             # Reaches times the number of prefixes: whole numbers for sampled prefixes, and for
@@ -126,5 +127,5 @@ class Blocks:
 
     def of_bias_alone(self) -> Tensor:
         """The gradient of b_dec from the length 0: [d_model]."""
-        batch = len(self.minus_x)
-        return self.minus_x.sum(0) * ((1 - self.ranked[0]) * (2 / batch))
+        batch = len(self.bias_residual)
+        return self.bias_residual.sum(0) * ((1 - self.ranked[0]) * (2 / batch))

@@ -44,7 +44,7 @@ def write_gradient(
     is_small = gradient in ("auto", "dense") and n_latents <= MAX_LATENTS_OF_ALL_PAIRS
     if gradient == "all_pairs" or is_small:
         return all_pairs.write(grads, params, objective)
-    l0s, mean_squares, least, kernels, acts = [], [], [], list[str](), []
+    l0s, mean_squares, least, kernels = [], [], [], list[str]()
     for i in range(n_saes):
         task = task_of(i, grads, params, objective, matmul_dtype, workspace or Workspace())
         n_active = count_active(task.acts, task.workspace)
@@ -61,10 +61,13 @@ def write_gradient(
         if task.acts.least is not None:
             least.append(task.acts.least)
         kernels.append(kernel)
-        acts.append(task.acts)
-    means = torch.stack(l0s), torch.stack(mean_squares)
-    known = tuple(acts) if n_saes == 1 else ()
-    return Stats(*means, tuple(kernels), torch.stack(least) if least else None, known)
+    return Stats(
+        l0=torch.stack(l0s),
+        mean_square=torch.stack(mean_squares),
+        kernels=tuple(kernels),
+        least=torch.stack(least) if least else None,
+        acts=task.acts if n_saes == 1 else None,
+    )
 
 
 def losses(params: Params, objective: Objective) -> Tensor:
@@ -97,21 +100,27 @@ def task_of(
     workspace: Workspace,
 ) -> Task:
     """SAE i's part of the objective, its activations computed."""
-    p, x = params.one(i), objective.x[i]
-    ends = objective.ends_of(i)
-    acts = encode(p, x, objective, matmul_dtype, workspace)
-    reach, price, bandwidth = objective.reach[i], objective.price[i], objective.bandwidth
-    sparsity, unhedged = objective.sparsity, objective.unhedged
+    own_params, x = params.one(i), objective.x[i]
     return Task(
-        grads.one(i), p, acts, x, reach, price, ends, sparsity, bandwidth, workspace, unhedged
+        grads=grads.one(i),
+        params=own_params,
+        acts=encode(own_params, x, objective, matmul_dtype, workspace),
+        x=x,
+        reach=objective.reach[i],
+        price=objective.price[i],
+        ends=objective.ends_of(i),
+        sparsity=objective.sparsity,
+        bandwidth=objective.bandwidth,
+        workspace=workspace,
+        unhedged=objective.unhedged,
     )
 
 
 def count_active(acts: Acts, workspace: Workspace) -> Tensor:
     """How many activations are not 0: a float64 tensor []."""
     if acts.dense is None:
-        assert acts.firing is not None
-        return acts.firing.a.new_tensor(len(acts.firing.a), dtype=torch.float64)
+        assert acts.sparse is not None
+        return acts.sparse.a.new_tensor(len(acts.sparse.a), dtype=torch.float64)
     signs = torch.sign(acts.dense, out=workspace.empty("signs", acts.dense, *acts.shape))
     return signs.sum(dim=1).sum(dtype=torch.float64)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from matryoshka.kernels import jumprelu
-from matryoshka.kernels.layout import Acts, Firing, MatmulDtype, Objective, Params, Workspace
+from matryoshka.kernels.layout import Acts, MatmulDtype, Objective, Params, SparseActs, Workspace
 
 # `largest` guesses what it looks for from every 61st score, for 1.25 times as many as are wanted.
 SAMPLE_EVERY, MARGIN = 61, 1.25
@@ -63,7 +63,7 @@ def largest(preacts: Tensor, norms: Tensor, n: int, workspace: Workspace) -> Act
     latent, sample, a = (part.index_select(0, kept) for part in (latent, sample, a))
     scores = scores.index_select(0, kept)
     least = scores.amin() if len(scores) else least
-    return Acts(preacts.shape, None, Firing(latent, sample, a), None, least)
+    return Acts(preacts.shape, None, SparseActs(latent, sample, a), None, least)
 
 
 def guess(preacts: Tensor, norms: Tensor, n: int) -> Tensor:
@@ -75,13 +75,13 @@ def guess(preacts: Tensor, norms: Tensor, n: int) -> Tensor:
     return bound
 
 
-def over(preacts: Tensor, bounds: Tensor, workspace: Workspace) -> Firing:
+def over(preacts: Tensor, bounds: Tensor, workspace: Workspace) -> SparseActs:
     """What exceeds its latent's bound [n_latents]."""
     mask = workspace.empty("over", preacts.new_empty(0, dtype=torch.bool), *preacts.shape)
     torch.gt(preacts, bounds[:, None], out=mask)
     index = mask.view(-1).nonzero()[:, 0]
     latent = index // preacts.shape[1]
-    return Firing(latent, index - latent * preacts.shape[1], preacts.view(-1)[index])
+    return SparseActs(latent, index - latent * preacts.shape[1], preacts.view(-1)[index])
 
 
 def least_let_through(acts: Tensor, norms: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from sae import ACTIVATIONS, Gate, Sparsity
 
 MatmulDtype = Literal["float32", "bfloat16"]
-Price = Sparsity | Literal["l0"]  # what an active latent costs; l0, of jumprelu: 1
+Cost = Sparsity | Literal["l0"]  # of an activation, times its latent's price; l0, of jumprelu: 1
 
 WITHOUT_NORMS = ("relu", "jumprelu")  # activation functions that do not look at ||d_j||
 
@@ -50,8 +50,8 @@ class Params(NamedTuple):
         return Params(*(tensor[i] for tensor in self))
 
 
-class Firing(NamedTuple):
-    """A list of activations, sorted by latent: all that are not 0. For jumprelu also the zeros
+class SparseActs(NamedTuple):
+    """Activations as a list, sorted by latent: all that are not 0. For jumprelu also the zeros
     just below their threshold, since these move it."""
 
     latent: Tensor  # int64 [n]
@@ -64,8 +64,8 @@ class Acts:
     """The activations of one SAE on a batch, [n_latents, batch]: a row a latent."""
 
     shape: torch.Size
-    dense: Tensor | None  # None: only `firing` is known
-    firing: Firing | None  # None: only `dense` is known
+    dense: Tensor | None  # None: they are in `sparse` alone
+    sparse: SparseActs | None  # None: they are in `dense` alone
     near: Tensor | None = None  # bool: of jumprelu, less than half a bandwidth from the threshold
     least: Tensor | None = None  # []: the smallest a_j ||d_j|| that batchtopk let through
 
@@ -77,9 +77,9 @@ class Stats(NamedTuple):
     mean_square: Tensor  # [n_saes, n_latents], of a_j ||d_j||
     kernels: tuple[str, ...] = ()  # an SAE each: how its gradient was computed
     least: Tensor | None = None  # [n_saes], of the a_j ||d_j|| that batchtopk let through
-    # The activations, where the kernel had them and there is one SAE, since the next one's
-    # overwrite them. Valid until the next step.
-    acts: tuple[Acts, ...] = ()
+    # The activations of a stack of one SAE, where the kernel kept them; of several, each one's
+    # overwrite those of the one before. Valid until the next step.
+    acts: Acts | None = None
 
 
 class Workspace:
@@ -114,7 +114,7 @@ class Objective:
     # For each SAE int64 [n_reaches]: how many latents have the highest reach, the highest two, and
     # so on. None: they are counted, which waits for a GPU.
     ends: Sequence[Tensor] | None = None
-    sparsity: Price = "l1"
+    sparsity: Cost = "l1"
     activation: str = "relu"
     k: float = 0.0  # active latents a sample, of topk and batchtopk
     bandwidth: float = 0.0  # of jumprelu's kernel, in scaled activations
@@ -170,7 +170,7 @@ class Task:
     reach: Tensor  # [n_latents]
     price: Tensor  # [n_latents]
     ends: Tensor  # [n_reaches]
-    sparsity: Price
+    sparsity: Cost
     bandwidth: float
     workspace: Workspace
     unhedged: bool = False
@@ -184,19 +184,19 @@ class Task:
         """The activations as a matrix [n_latents, batch]."""
         if self.acts.dense is not None:
             return self.acts.dense
-        assert self.acts.firing is not None
-        latent, sample, a = self.acts.firing
+        assert self.acts.sparse is not None
+        latent, sample, a = self.acts.sparse
         dense = self.workspace.empty("dense", a, *self.acts.shape).zero_()
         return dense.view(-1).index_copy_(0, latent * dense.shape[1] + sample, a).view_as(dense)
 
-    def firing(self) -> Firing:
-        """The activations one by one."""
-        if self.acts.firing is not None:
-            return self.acts.firing
+    def sparse_acts(self) -> SparseActs:
+        """The activations as a list."""
+        if self.acts.sparse is not None:
+            return self.acts.sparse
         acts = self.dense_acts()
-        shown = acts if self.acts.near is None else self.acts.near | (acts != 0)
-        latent, sample = shown.nonzero(as_tuple=True)
-        return Firing(latent, sample, acts[latent, sample])
+        listed = acts if self.acts.near is None else self.acts.near | (acts != 0)
+        latent, sample = listed.nonzero(as_tuple=True)
+        return SparseActs(latent, sample, acts[latent, sample])
 
 
 def count_ends(reach: Tensor) -> Tensor:
@@ -206,11 +206,11 @@ def count_ends(reach: Tensor) -> Tensor:
     return counts.cumsum(0)
 
 
-def sparsity_slopes(acts: Tensor, norms: Tensor, sparsity: Price) -> tuple[Tensor, Tensor]:
-    """f'(a ||d||) and a f'(a ||d||), for f the identity or the logarithm; shapes broadcast.
+def sparsity_slopes(acts: Tensor, norms: Tensor, sparsity: Cost) -> tuple[Tensor, Tensor]:
+    """Of the cost f(c) of a contribution c = a ||d||: its slope f'(c), and its slope a f'(c) in the
+    row's length ||d||; shapes broadcast.
 
-    Both are 0 for "l0", whose price only the threshold's gradient has. The second, summed over the
-    batch, is what draws a decoder row's length down: `shrink` in the kernels.
+    Both are 0 for "l0", which only the threshold's gradient has a part of.
     """
     if sparsity == "l0":
         return torch.zeros_like(norms), norms.new_zeros(()).expand_as(acts)

@@ -22,12 +22,13 @@ def write(task: Task) -> Tensor:
     latent, sample, a, s = active.latent, active.sample, active.a, active.s
 
     residuals, by_run = active.residuals(task)
-    slope, weighted = sparsity_slopes(a, norms[latent], task.sparsity)
+    slope, length_slope = sparsity_slopes(a, norms[latent], task.sparsity)
     g_a = torch.sparse.sampled_addmm(by_run, residuals, W_dec.T, beta=0).values()
     g_a -= s * torch.sparse.sampled_addmm(active.by_sample(), x_centred, W_dec.T, beta=0).values()
     g_a = g_a.mul_(2).add_(price[latent] * norms[latent] * slope).div_(batch)
 
     def total(values: Tensor) -> Tensor:
+        """The sum over the batch: [n_active] -> [n_latents]."""
         return torch.zeros_like(task.reach).index_add_(0, latent, values)
 
     if task.acts.near is not None:
@@ -35,18 +36,18 @@ def write(task: Task) -> Tensor:
         slopes = threshold * total(g_a * is_near) + price * total(is_near.to(a.dtype)) / batch
         grads.log_threshold[0] = jumprelu.log_threshold_gradient(slopes, threshold, task.bandwidth)
         g_a *= a != 0
-    shrink = total(weighted) * task.decoder_price / norms.clamp_min(MIN_NORM) / batch
+    shrink = total(length_slope) * task.decoder_price / norms.clamp_min(MIN_NORM) / batch
     torch.mul(W_dec, shrink[:, None], out=grads.W_dec)
     if task.unhedged:
-        left = torch.addmm(x_centred, active.by_sample(), W_dec, beta=-1)  # [batch, d_model]
-        grads.W_dec.addmm_(active.by_latent(active.sample, a, batch), left, alpha=2 / batch)
-    else:
-        by_latent = active.by_latent(active.run, a, len(residuals))
-        grads.W_dec.addmm_(by_latent, residuals, alpha=2 / batch)
-        by_latent = active.by_latent(active.sample, s * a, batch)
-        grads.W_dec.addmm_(by_latent, x_centred, alpha=-2 / batch)
-    by_latent = active.by_latent(active.sample, g_a, batch)
-    torch.addmm(grads.W_enc, by_latent, x, beta=0, out=grads.W_enc)
+        full = torch.addmm(x_centred, active.by_sample(), W_dec, beta=-1)  # [batch, d_model]
+        grads.W_dec.addmm_(active.by_latent(active.sample, a, batch), full, alpha=2 / batch)
+    else:  # the two halves of the residuals, one by one
+        acts_of_runs = active.by_latent(active.run, a, len(residuals))
+        grads.W_dec.addmm_(acts_of_runs, residuals, alpha=2 / batch)
+        acts_reached = active.by_latent(active.sample, s * a, batch)
+        grads.W_dec.addmm_(acts_reached, x_centred, alpha=-2 / batch)
+    g_acts = active.by_latent(active.sample, g_a, batch)
+    torch.addmm(grads.W_enc, g_acts, x, beta=0, out=grads.W_enc)
     grads.b_enc[0] = total(g_a)
     sums = total(a) if task.unhedged else total(a) * task.reach
     grads.b_dec[0] = (sums @ W_dec - x_centred.sum(0)) * (2 / batch)
@@ -74,7 +75,9 @@ class Active:
     @classmethod
     def of(cls, task: Task) -> "Active":
         """Those of the task."""
-        latent, sample, a = task.firing()  # sorted by latent, until they are sorted by sample below
+        latent, sample, a = (
+            task.sparse_acts()
+        )  # sorted by latent, until they are sorted by sample below
         reach, device, (n_latents, batch) = task.reach, task.reach.device, task.acts.shape
         rank = torch.empty_like(reach, dtype=torch.int64)
         rank[reach.argsort(descending=True, stable=True)] = torch.arange(n_latents, device=device)
