@@ -81,7 +81,7 @@ def run(
             f"{cache.folder} holds {cache.n_tokens} activations: too few for --batch-size "
             f"{config.batch_size}"
         )
-    with naming_memory(config):
+    with refusing_too_large(config):
         training = Training(config, cache, device)
     make_folder(training.out)
     with one_writer(training.out):
@@ -110,7 +110,7 @@ def run(
             print(f"warning: {slow}", file=sys.stderr)
         clear_leftovers(training.out, training.names)
         cut_metrics(training.out / METRICS, training.metrics_bytes)
-        with naming_memory(config):
+        with refusing_too_large(config):
             train(training, on_checkpoint)
         return complete(training, results)
 
@@ -130,8 +130,8 @@ def open_activations(config: TrainingConfig, device: torch.device) -> Activation
 
 
 @contextlib.contextmanager
-def naming_memory(config: TrainingConfig) -> Iterator[None]:
-    """Raises `UserError` where there is no memory for a run of this size."""
+def refusing_too_large(config: TrainingConfig) -> Iterator[None]:
+    """A block in which a lack of memory becomes a `UserError` that names the settings."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -154,7 +154,7 @@ def _require_representable(peak: Tensor, dtype: torch.dtype, where: str) -> None
 
 
 @contextlib.contextmanager
-def naming_memory(what: str) -> Iterator[None]:
+def refusing_too_large(what: str) -> Iterator[None]:
     """A `UserError` where memory ends: there is too little for `what`."""
     try:
         yield
@@ -306,7 +306,7 @@ def _cache_blocks(
                 require_same_rows(folder, shard, block, source)
             else:
                 where = f"rows {rows[0]} to {rows[1] - 1} of {source.name}"
-                with naming_memory(
+                with refusing_too_large(
                     f"a shard of {config.rows_per_shard} rows in batches of {config.batch_size}: "
                     "give a smaller --batch-size or --rows-per-shard"
                 ):

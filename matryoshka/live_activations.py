@@ -22,7 +22,7 @@ from tqdm import tqdm
 from matryoshka.cache_config import CacheConfig
 from matryoshka.cache_format import DTYPES, Recipe, Shard, whole_number
 from matryoshka.cache_reader import Batch, Batches, check_batches, in_batches, shuffle, steps_in
-from matryoshka.cache_writer import compute_shard, naming_memory, recipe_of
+from matryoshka.cache_writer import compute_shard, recipe_of, refusing_too_large
 from matryoshka.errors import UserError
 from matryoshka.sources import Block, Source
 
@@ -206,7 +206,7 @@ class LiveActivations:
         first_row = first * self._rows_at_once
         where = f"rows {first_row} to {first_row + part.n_rows - 1} of {self.folder}"
         n_used = int(self._before[end] - self._before[first])  # the last rows may bring more
-        with naming_memory(
+        with refusing_too_large(
             f"{n_used} activations in batches of {self._rows_at_once} rows: give a smaller "
             "--rows-at-once or --buffer"
         ):

@@ -22,7 +22,8 @@ def untrained(member: Member, d_model: int) -> SAE:
 
 
 class MemberTraining:
-    """Where the training of one SAE stands. It ends where it would have ended alone."""
+    """Where the training of one SAE stands. It has a trainer of its own, since SAEs of one training
+    may be of any size and kind; so it ends where it would have ended alone."""
 
     SUMS = ("silent", "l0_sum", "final_l0_sum")  # tensors that a checkpoint keeps
 
@@ -47,7 +48,7 @@ class MemberTraining:
 
     def step(self, x: Tensor) -> None:
         """One step on x [batch, d_model]. Raises `ValueError` where x is not finite."""
-        metrics = self.trainer.step(x)
+        metrics = self.trainer.step(x)  # of a stack of one
         self.silent.add_(len(x)).mul_(metrics["mean_square"][0] == 0)
         self.l0_sum += metrics["l0"][0]
         if self.trainer.n_steps_done > self.config.n_steps - self.n_final:
