@@ -180,6 +180,8 @@ STAND_IN = language_model.StandIn()
 text(
     made_by(language_model.TRAINING, "train_tinystories.py"),
     tables.standin,
+    "Expected prefixes and bfloat16, of before the random streams moved:",
+    tables.standin_variants,
     STAND_IN.judged_on(),
     STAND_IN.better(),
 )
@@ -187,7 +189,13 @@ text(
 # %% [markdown]
 # At equal L0, a Matryoshka SAE has to do more than a vanilla one, and the write-up reports that it
 # costs FVU on the real model. On the stand-in it does not; the original code gave the same sign on
-# it, in one seed. Why is not understood, so take neither sign as settled.
+# it, in one seed. There L1 is why: it lets a vanilla SAE's latents repeat each other for nothing.
+# One seed, 2,000 steps, sparsity charged for in three ways (docs/language_models.md):
+
+# %%
+text(tables.signs)
+
+# %% [markdown]
 #
 # *Loss recovered* is 0% where the mean stands in for the activations and 100% where nothing is
 # replaced. *Highest cosine*: of a latent's decoder direction to the nearest other one, a mean over

@@ -16,12 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from matryoshka.command_line import main_guard, parse, setting
 from matryoshka.errors import UserError
 from matryoshka.files import make_folder, without_paths, write_json
-from matryoshka.metrics import density_histogram
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,16 +28,6 @@ class Config:
     runs: tuple[str, ...] = setting(help="folders of runs")
     file: str = setting("results.json", "which file of each")
     to: str = setting(help="the file to write, in results/")
-
-
-def kept_run(run: dict[str, Any], name: str, n_tokens: int | None) -> dict[str, Any]:
-    """A run as it is kept: older evaluations had a count a latent in place of a histogram."""
-    run = {"source": name, **run}
-    fired = run.pop("fired", None)
-    if fired is not None and n_tokens:
-        run["density_histogram"] = density_histogram(torch.tensor(fired), n_tokens)
-    kept: dict[str, Any] = without_paths(run)
-    return kept
 
 
 def keep(folders: Sequence[Path], file: str) -> dict[str, Any]:
@@ -54,9 +41,8 @@ def keep(folders: Sequence[Path], file: str) -> dict[str, Any]:
     for name, folder in zip(names, folders, strict=True):
         content = results_in(folder / file)
         of_file = content.pop("runs", [])
-        n_tokens = (content.get("cache") or {}).get("n_tokens")
         sources.append({"source": name, **without_paths(content)})
-        runs += [kept_run(run, name, n_tokens) for run in of_file]
+        runs += [{"source": name, **without_paths(run)} for run in of_file]
     return {"sources": sources, "runs": runs}
 
 

@@ -2,32 +2,46 @@
 else."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from matryoshka.command_line import table
 from studies.kept_results import Run, kinds_of, percent, read, runs_of, spread
 
+EVALUATION = "standin/evaluation.json"
+OLDER = "standin/older_streams.json"  # of before random streams were independent of each other
 STANDIN = {
     "matryoshka": ("matryoshka", "sampled", ""),
     "vanilla": ("vanilla", "sampled", ""),
     "matryoshka, refit": ("matryoshka", "sampled", "/refit"),
     "vanilla, refit": ("vanilla", "sampled", "/refit"),
+    "matryoshka, refit both": ("matryoshka", "sampled", "/refit_both"),
+}
+VARIANTS = {
+    "matryoshka": ("matryoshka", "sampled", ""),
+    "vanilla": ("vanilla", "sampled", ""),
+    "matryoshka, refit": ("matryoshka", "sampled", "/refit"),
     "expected prefixes": ("matryoshka", "expected", ""),
     "expected prefixes, refit": ("matryoshka", "expected", "/refit"),
-    "matryoshka, refit both": ("matryoshka", "sampled", "/refit_both"),
     "matryoshka, bfloat16": ("matryoshka", "bfloat16", ""),
     "vanilla, bfloat16": ("vanilla", "bfloat16", ""),
     "matryoshka, bfloat16, dense": ("matryoshka", "bfloat16_dense", ""),
     "vanilla, bfloat16, dense": ("vanilla", "bfloat16_dense", ""),
 }
 
+# What sparsity is charged by, by the folder of the run.
+SIGNS = {
+    "L1, as the write-up has it": "l1",
+    "a logarithm of the same": "log",
+    "L0 itself, by BatchTopK": "batchtopk",
+}
 
-def standin_runs(sae: str, recipe: str, refit: str = "") -> list[Run]:
+
+def standin_runs(sae: str, recipe: str, refit: str = "", file: str = EVALUATION) -> list[Run]:
     """What evaluate.py found of one kind of SAE on the stand-in, by seed."""
     pattern = re.compile(f"{recipe}_seed\\d+{refit}")
-    runs = runs_of(read("standin/evaluation.json"), sae)
+    runs = runs_of(read(file), sae)
     return sorted(
         (run for run in runs if pattern.fullmatch(run["source"])), key=lambda run: run["source"]
     )
@@ -35,22 +49,26 @@ def standin_runs(sae: str, recipe: str, refit: str = "") -> list[Run]:
 
 def standin_by_kind() -> dict[str, list[Run]]:
     """The stand-in's runs of each kind of SAE that is trained as the write-up has it."""
-    kinds = kinds_of(read("standin/evaluation.json"))
+    kinds = kinds_of(read(EVALUATION))
     return {sae: standin_runs(sae, "sampled") for sae in kinds}
 
 
 def standin() -> str:
     """The stand-in language model: held-out figures over seeds, before and after the refit."""
-    return _standin(list(STANDIN))
+    return _standin({title: standin_runs(*of_title) for title, of_title in STANDIN.items()})
 
 
 def standin_short() -> str:
-    """As `standin`, of what is trained as the write-up has it."""
-    return _standin(list(STANDIN)[:4])
+    """As `standin`, without the refit of both halves."""
+    return _standin({title: standin_runs(*STANDIN[title]) for title in list(STANDIN)[:4]})
 
 
-def _standin(titles: Sequence[str]) -> str:
-    by_title = {title: standin_runs(*STANDIN[title]) for title in titles}
+def standin_variants() -> str:
+    """Expected prefixes and products in bfloat16, beside what they vary, all of older streams."""
+    return _standin({title: standin_runs(*of, file=OLDER) for title, of in VARIANTS.items()})
+
+
+def _standin(by_title: Mapping[str, Sequence[Run]]) -> str:
     n_seeds = max(map(len, by_title.values()))
     headers = [f"stand-in, {n_seeds} seeds", "FVU", "L0", "dead", "loss recovered"]
     rows = [[title, *_standin_row(runs)] for title, runs in by_title.items()]
@@ -65,6 +83,28 @@ def _standin_row(runs: Sequence[Run]) -> list[str]:
         for key in ("dead_share", "loss_recovered", "absorption")
     )
     return [fvu, l0, dead, recovered, cosine, absorbed]
+
+
+def signs() -> str:
+    """Matryoshka and vanilla where sparsity is charged for in other ways: FVU, and repeats."""
+    counted = read("standin/repeats.json")["runs"]
+    share = {(run["run"], run["sae"]): run["share"] for run in counted}
+    rows = []
+    for title, source in SIGNS.items():
+        runs = [run for run in read("standin/signs.json")["runs"] if run["source"] == source]
+        pair = [next(run for run in runs if run["sae"] == sae) for sae in ("matryoshka", "vanilla")]
+        cells = [
+            [
+                f"{run['fvu']:.4f}",
+                f"{run['l0']:.1f}",
+                f"{run['dead_share']:.0%}",
+                f"{share[source, run['sae']]:.1%}",
+            ]
+            for run in pair
+        ]
+        rows.append([title, *(" / ".join(of_both) for of_both in zip(*cells, strict=True))])
+    headers = ["matryoshka / vanilla", "FVU", "L0", "dead", "repeats, of all firings"]
+    return table(headers, rows)
 
 
 def concepts() -> str:

@@ -3,11 +3,9 @@
 import json
 
 import pytest
-import torch
 
 from matryoshka import files
 from matryoshka.errors import UserError
-from matryoshka.metrics import density_histogram
 from studies import keep
 
 
@@ -61,15 +59,6 @@ def test_no_path_of_the_machine_is_kept(tmp_path):
 @pytest.mark.parametrize("text", ["noanabeshima/tiny_model", "a sentence / with / slashes", "l1"])
 def test_what_is_no_path_stays(text):
     assert files.without_paths({"x": [text]}) == {"x": [text]}
-
-
-def test_a_count_a_latent_becomes_a_histogram_and_nothing_else_changes(tmp_path):
-    runs = [{"sae": "a", "fired": [0, 5, 100], "fvu": 0.5}, {"sae": "b", "fvu": 0.25}]
-    folder = run_folder(tmp_path / "x", {"cache": {"n_tokens": 100}, "runs": runs})
-    first, second = keep.keep([folder], "results.json")["runs"]
-    histogram = density_histogram(torch.tensor([0, 5, 100]), 100)
-    assert first == {"source": "x", "sae": "a", "fvu": 0.5, "density_histogram": histogram}
-    assert second == {"source": "x", "sae": "b", "fvu": 0.25}
 
 
 def test_the_command_writes_a_line_a_run(tmp_path, capsys):
