@@ -194,6 +194,7 @@ text(
 
 # %%
 text(tables.signs)
+text("BatchTopK, unhedged training, and SAELens's SAE (docs/recipes.md):", tables.frontier)
 
 # %% [markdown]
 #

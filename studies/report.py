@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import train_toy
-from matryoshka import plots
+from matryoshka import frontier_plot, plots
 from matryoshka.command_line import main_guard, parse, setting
 from matryoshka.files import write_atomically
 from studies.kept_results import RESULTS, ROOT, read, runs_of
-from studies.standin_tables import standin_by_kind
+from studies.standin_tables import frontier_lines, standin_by_kind
 from studies.tables import TABLES, named
 from studies.toy_tables import REFITS, complete_seeds
 
@@ -84,6 +84,7 @@ def write() -> None:
     """Draws the figures, and puts every table between its markers."""
     plots.fvu_by_prefix(RESULTS / "standin" / "fvu_by_prefix.png", fvu_curves())
     plots.density_histograms(RESULTS / "standin" / "densities.png", density_histograms())
+    frontier_plot.draw(RESULTS / "standin" / "frontier.png", frontier_lines())
     draw_refits(RESULTS / "toy" / "refit_cosines.png")
     for page in pages():
         text = with_tables(page.read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from matryoshka.command_line import table
+from matryoshka.frontier import Lines, frontier_table, lines_of
 from studies.kept_results import Run, kinds_of, percent, read, runs_of, spread
 
 EVALUATION = "standin/evaluation.json"
@@ -83,6 +84,27 @@ def _standin_row(runs: Sequence[Run]) -> list[str]:
         for key in ("dead_share", "loss_recovered", "absorption")
     )
     return [fvu, l0, dead, recovered, cosine, absorbed]
+
+
+def frontier_lines() -> Lines:
+    """SAEs of several L0s by kind: BatchTopK, unhedged, the write-up's, and SAELens's own."""
+    runs = [
+        run | {"kind": "unhedged"} if run["source"].startswith("unhedged") else run
+        for run in read("standin/frontier.json")["runs"]
+    ]
+    written_up = [run for of_kind in standin_by_kind().values() for run in of_kind]
+    theirs = read("standin/saelens.json")
+    config = theirs["sources"][0]["config"]
+    like_ours = {"n_latents": config["n_latents"], "target_l0": config["k"]}
+    like_ours |= {"activation": "batchtopk"}
+    names = {"matryoshka_batchtopk": "SAELens's matryoshka", "batchtopk": "SAELens's vanilla"}
+    runs += [run | like_ours | {"kind": names[run["sae"]]} for run in theirs["runs"]]
+    return lines_of([*runs, *written_up])
+
+
+def frontier() -> str:
+    """What each kind reaches at each L0, means over its seeds."""
+    return frontier_table(frontier_lines())
 
 
 def signs() -> str:

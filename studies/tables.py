@@ -7,7 +7,15 @@ from matryoshka.errors import UserError
 from studies import bench
 from studies import synth as synth_study
 from studies.kept_results import RESULTS, ROOT, Run, kinds_of, read, runs_of, where
-from studies.standin_tables import OLDER, concepts, signs, standin, standin_short, standin_variants
+from studies.standin_tables import (
+    OLDER,
+    concepts,
+    frontier,
+    signs,
+    standin,
+    standin_short,
+    standin_variants,
+)
 from studies.toy_tables import (
     RECIPES,
     TREES,
@@ -108,6 +116,10 @@ TABLES: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     "true_solution": (at_the_truth, ("trees/true_solution.json",)),
     "defects": (defects, ("ablation/ablation.json",)),
     "standin": (standin, ("standin/evaluation.json",)),
+    "frontier": (
+        frontier,
+        ("standin/frontier.json", "standin/evaluation.json", "standin/saelens.json"),
+    ),
     "signs": (signs, ("standin/signs.json", "standin/repeats.json")),
     "standin_variants": (standin_variants, (OLDER,)),
     "standin_short": (standin_short, ("standin/evaluation.json",)),

@@ -56,7 +56,8 @@ def test_the_command_writes_pages_and_figures(tmp_path, monkeypatch, capsys):
         written = tmp_path / page.relative_to(tables.ROOT)
         assert written.read_text() == report.with_tables(page.read_text())
     figures = sorted(path.name for path in tmp_path.rglob("*.png"))
-    assert figures == ["densities.png", "fvu_by_prefix.png", "refit_cosines.png"]
+    expected = ["densities.png", "frontier.png", "fvu_by_prefix.png", "refit_cosines.png"]
+    assert figures == expected
     for path in tmp_path.rglob("*.png"):
         assert matplotlib.image.imread(path).shape[1] == 1660
     out = capsys.readouterr().out
