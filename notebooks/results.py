@@ -270,6 +270,7 @@ for part, table in (
     ("toy-whole", lambda: bench_table("toy-whole")),
 ):
     text(measured_by(part), table)
+text("A step on another CPU, and of BatchTopK (docs/speed.md):", tables.step_epyc)
 text("What browsing costs (docs/browse.md):", tables.browsing)
 
 # %% [markdown]

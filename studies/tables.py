@@ -59,6 +59,11 @@ def step() -> str:
     return bench.show(read("bench/step.json")["sources"][0]["step"])
 
 
+def step_epyc() -> str:
+    """The same on another CPU, and of BatchTopK."""
+    return bench.show(read("bench/step_epyc.json")["sources"][0]["step"])
+
+
 def growth() -> str:
     """A step by the size of the dictionary, against the dense products of that size, and by L0."""
     times = read("bench/growth.json")["sources"][0]["growth"]
@@ -127,6 +132,7 @@ TABLES: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     "synth": (synth, ("synth/mini.json", "synth/mini_saelens.json")),
     "synth_lrs": (synth_lrs, ("synth/mini_saelens.json",)),
     "bench": (step, ("bench/step.json",)),
+    "bench_epyc": (step_epyc, ("bench/step_epyc.json",)),
     "growth": (growth, ("bench/growth.json",)),
     "data": (data, ("bench/data.json",)),
     "browsing": (browsing, ("bench/browse.json",)),
