@@ -22,12 +22,21 @@ is one wherever latents that are active together are orthogonal and reconstruct 
 """
 
 import torch
+from torch import Tensor
 
 from matryoshka.kernels import Params
 
 
+def along_decoder(W_enc: Tensor, W_dec: Tensor, out: Tensor | None = None) -> Tensor:
+    """Each latent's encoder w_j turned to its decoder's direction u_j: <w_j, u_j> u_j.
+
+    All three are [..., n_latents, d_model], a row a latent; `out` may be W_enc.
+    """
+    u = torch.nn.functional.normalize(W_dec, dim=-1)
+    length = (W_enc * u).sum(dim=-1, keepdim=True)
+    return torch.mul(length, u, out=out)
+
+
 def tie(params: Params) -> None:
-    """Turns each latent's encoder w_j to its decoder's direction u_j, in place: <w_j, u_j> u_j."""
-    u = torch.nn.functional.normalize(params.W_dec, dim=-1)
-    length = (params.W_enc * u).sum(dim=-1, keepdim=True)
-    torch.mul(length, u, out=params.W_enc)
+    """Turns each latent's encoder to its decoder's direction, in place."""
+    along_decoder(params.W_enc, params.W_dec, out=params.W_enc)

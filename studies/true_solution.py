@@ -37,15 +37,21 @@ from matryoshka.command_line import (
 )
 from matryoshka.environment import environment, fix_kernels
 from matryoshka.files import make_folder, one_writer, write_json
+from matryoshka.kinds import config_of
 from matryoshka.metrics import best_cosine, clean_features, decoder_cosines, fvu, l0
 from matryoshka.prefix_draws import expected_reach
 from matryoshka.toy_progress import Progress
 from matryoshka.toy_stack import train_stack
+from matryoshka.unhedged import along_decoder
 from sae import SAE, matryoshka_loss
 from toy_model import FeatureTree, ToyData
 
 RESULTS = "true_solution.json"
-KINDS: dict[str, dict[str, Any]] = {"matryoshka": {}, "vanilla": {}, "tied": {"unhedged": 1.0}}
+KINDS: dict[str, dict[str, Any]] = {  # settings of train_toy.py
+    "matryoshka": {"saes": ("matryoshka",)},
+    "vanilla": {"saes": ("vanilla",)},
+    "tied": {"saes": ("vanilla",), "unhedged": 1.0},
+}
 LR, BATCH_SIZE = 0.003, 1000
 DIGITS = {"loss": 4, "fvu": 4, "l0": 2, "clean": 1}  # what is scored, and how it is shown
 
@@ -76,8 +82,7 @@ class Loss:
         """x [n, d_model], scaled; params as `parameters` has them, latents in order."""
         W_enc, b_enc, W_dec, b_dec = params
         if self.is_tied:
-            along = normalize(W_dec).T  # [d_model, n_latents]
-            W_enc = along * (W_enc * along).sum(0)
+            W_enc = along_decoder(W_enc.T, W_dec).T
         acts = torch.relu(x @ W_enc + b_enc)
         weights = self.reach - torch.cat([self.reach[1:], self.reach.new_zeros(1)])
         lengths = 1 + weights.nonzero()[:, 0]  # of one prefix only the last has a weight
@@ -114,8 +119,7 @@ def descended(sae: SAE, loss: Loss, batches: Any, n_steps: int, holds_decoder: b
         falling.step()
     W_enc, b_enc, W_dec, b_dec = (param.detach() for param in params)
     if loss.is_tied:
-        along = normalize(W_dec).T
-        W_enc = along * (W_enc * along).sum(0)
+        W_enc = along_decoder(W_enc.T, W_dec).T
     return sae.with_tensors(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec)
 
 
@@ -175,17 +179,16 @@ def run(config: Config) -> list[dict[str, Any]]:
             d_model=config.d_model,
             target_l0=config.target_l0,
             n_steps=config.train_steps,
-            saes=("vanilla" if kind == "tied" else kind,),
             n_latents=data.tree.n_features,
             **settings,
         )
         progress = Progress(multiprocessing.get_context(), of_kind.saes)
         stack = train_stack(of_kind, data, seeds, progress)
-        prefixes = of_kind.n_prefixes if kind == "matryoshka" else 1
-        reach = expected_reach(of_kind.n_latents, prefixes)
+        n_prefixes = config_of(of_kind.saes[0], of_kind).n_prefixes
+        reach = expected_reach(of_kind.n_latents, n_prefixes)
         for i, (seed, sae) in enumerate(zip(seeds, stack.saes, strict=True)):
             price = float(stack.curves["sparsity_weight"][-1, i])
-            found = points(config, data, sae, Loss(reach, price, kind == "tied"), seed)
+            found = points(config, data, sae, Loss(reach, price, of_kind.unhedged > 0), seed)
             runs += [
                 {"kind": kind, "seed": seed, "point": point, "price": price, **values}
                 for point, values in found.items()
