@@ -30,10 +30,10 @@ from typing import Any
 
 import modal
 
-from matryoshka import leases, modal_calls
+from matryoshka import leases
 from matryoshka.errors import UserError
 from matryoshka.leases import Joined
-from matryoshka.modal_calls import each, hands_back_refusals, here, reason_of
+from matryoshka.modal_calls import commit, each, hands_back_refusals, here, reason_of, reload
 from matryoshka.modal_launch import (
     Launch,
     download,
@@ -133,16 +133,6 @@ of_every_function: dict[str, Any] = {
 on_a_gpu: dict[str, Any] = {"gpu": LAUNCH.gpu, "cpu": 4.0, "memory": 16 * 1024}
 
 
-def commit() -> None:
-    """Shows others what was written; `volume` is looked up when called: the tests replace it."""
-    modal_calls.commit(volume)
-
-
-def reload() -> None:
-    """Shows what others wrote."""
-    modal_calls.reload(volume)
-
-
 def book() -> Any:
     """Says which call works on what: the Modal Dict of this name."""
     return modal.Dict.from_name("matryoshka-tinystories-calls", create_if_missing=True)
@@ -166,12 +156,12 @@ def cache_part(job: "CacheJob", thing: str) -> int | Joined:
     """Caches a range of rows. Returns how many shards it made; finished ones are kept."""
     if other := at_work(thing):
         return other
-    reload()
+    reload(volume)
     print(job, flush=True)
     try:
         return job.do(pick_device("auto"))
     finally:
-        commit()
+        commit(volume)
 
 
 @app.function(**of_every_function, **on_a_gpu, timeout=6 * 3600)
@@ -183,12 +173,12 @@ def train_one(job: "parts.TrainJob", thing: str) -> dict[str, Any] | Joined:
     """
     if other := at_work(thing):
         return other
-    reload()
+    reload(volume)
     print(job, flush=True)
     config = dataclasses.replace(job.config, cache=str(copied_near(Path(job.config.cache))))
-    trained = train.run(config, on_checkpoint=commit)
+    trained = train.run(config, on_checkpoint=lambda: commit(volume))
     evaluated = evaluate.run(evaluate.Config(run=config.out, **job.evaluation))
-    commit()
+    commit(volume)
     about = {"out": config.out, "saes": list(config.saes), "seed": config.seed}
     return {**about, "training": trained, "evaluation": evaluated}
 
@@ -206,15 +196,15 @@ def compare(launch: Launch, root: str) -> dict[str, Any] | Joined:
     run = Path(root) / "runs" / comparison.name
     if other := at_work(f"{launch.volume}:{run}"):
         return other
-    reload()
+    reload(volume)
     parts.require_same_shape(run, comparison.shape)
     cache, validation = both_caches(comparison, launch, Path(root))
     evaluation = parts.how_to_evaluate(comparison, validation, Path(root))
     parts.claim(run, comparison.shape)
-    commit()
+    commit(volume)
     jobs = parts.train_jobs(comparison, run, cache, evaluation)
     done = each(train_one, jobs, book, launch.volume)
-    reload()
+    reload(volume)
     parts.draw(run, comparison, done)
     results = {
         "config": comparison.shape,
@@ -223,7 +213,7 @@ def compare(launch: Launch, root: str) -> dict[str, Any] | Joined:
         "runs": done,
     }
     write_json(run / "results.json", results)
-    commit()
+    commit(volume)
     shown = {"table": parts.report(comparison, results), "folder": comparison.name}
     return results | shown | {"words": launch.words}
 
@@ -238,11 +228,11 @@ def both_caches(comparison: Any, launch: Launch, root: Path) -> tuple[Path, Path
     for (config, n_parts), is_finished in zip(wanted, is_there, strict=True):
         if not is_finished:
             jobs += make_cache_jobs(config, root, n_parts)
-    commit()
+    commit(volume)
     each(cache_part, jobs, book, launch.volume)
-    reload()
+    reload(volume)
     finish_caches(jobs)
-    commit()
+    commit(volume)
     return found[0][0], found[1][0]
 
 

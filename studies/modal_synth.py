@@ -13,7 +13,6 @@ clock (`estimate` below has the assumptions), and 32 GB on the Volume; its cost 
 price of an H100's hour. The Volume costs until `modal volume delete matryoshka-synth`.
 """
 
-import functools
 import json
 import sys
 from collections.abc import Callable
@@ -22,9 +21,8 @@ from typing import Any
 
 import modal
 
-from matryoshka import modal_calls
 from matryoshka.errors import UserError
-from matryoshka.modal_calls import hands_back_refusals, reason_of
+from matryoshka.modal_calls import commit, hands_back_refusals, reason_of, reload
 
 # Those that studies/synth_peers.py was run with beside SAELens.
 REQUIREMENTS = (
@@ -54,10 +52,6 @@ on_a_gpu: dict[str, Any] = {
 }
 
 
-commit = functools.partial(modal_calls.commit, volume)
-reload = functools.partial(modal_calls.reload, volume)
-
-
 def folder(size: str) -> Path:
     """Where everything of that size is on the Volume."""
     return Path(ROOT) / size
@@ -69,11 +63,11 @@ def sample(size: Any) -> dict[str, Any]:
     """Draws the samples, or finds them; returns what is known of them."""
     from studies import synth_data
 
-    reload()
+    reload(volume)
     try:
         return synth_data.run(synth_data.Config(size=size, out=str(folder(size) / "data")))
     finally:
-        commit()
+        commit(volume)
 
 
 @app.function(**on_a_gpu)
@@ -82,7 +76,7 @@ def train_ours(size: Any, seed: int) -> dict[str, Any]:
     """Trains and scores the project's SAEs of one seed; returns what studies/synth.py does."""
     from studies import synth
 
-    reload()
+    reload(volume)
     at = folder(size)
     config = synth.Config(
         size=size,
@@ -92,9 +86,9 @@ def train_ours(size: Any, seed: int) -> dict[str, Any]:
         out=str(at / f"ours_seed{seed}.json"),
     )
     try:
-        return synth.run(config, on_checkpoint=commit)
+        return synth.run(config, on_checkpoint=lambda: commit(volume))
     finally:
-        commit()
+        commit(volume)
 
 
 @app.function(**on_a_gpu)
@@ -103,7 +97,7 @@ def train_peers(size: Any, seeds: int) -> dict[str, Any]:
     """Trains and scores SAELens's SAEs; returns what studies/synth_peers.py does."""
     from studies import synth_peers
 
-    reload()
+    reload(volume)
     at = folder(size)
     config = synth_peers.Config(
         size=size,
@@ -113,9 +107,9 @@ def train_peers(size: Any, seeds: int) -> dict[str, Any]:
         out=str(at / "saelens.json"),
     )
     try:
-        return synth_peers.run(config, on_done=commit)
+        return synth_peers.run(config, on_done=lambda: commit(volume))
     finally:
-        commit()
+        commit(volume)
 
 
 # ------------------------------------------------------------------------ here, on your machine
