@@ -25,7 +25,7 @@ sys.path.insert(0, "..")  # the repository, where it is not installed
 import figures
 import language_model
 import toy
-from showing import bench_table, figure, made_by, measured_by, png, text
+from showing import figure, made_by, measured_by, png, text
 
 import train_toy
 from matryoshka import plots
@@ -266,8 +266,8 @@ for part, table in (
     ("step", tables.step),
     ("growth", tables.growth),
     ("data", tables.data),
-    ("toy", lambda: bench_table("toy")),
-    ("toy-whole", lambda: bench_table("toy-whole")),
+    ("toy", lambda: tables.of_bench("toy")),
+    ("toy-whole", lambda: tables.of_bench("toy-whole")),
 ):
     text(measured_by(part), table)
 text("A step on another CPU, and of BatchTopK (docs/speed.md):", tables.step_epyc)

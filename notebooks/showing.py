@@ -14,7 +14,7 @@ import train_tinystories
 import train_toy
 from matryoshka.errors import UserError
 from matryoshka.kinds import KINDS
-from studies import ablate_toy, bench, tables
+from studies import ablate_toy, tables
 
 # Settings that say where files are or how the work is shared, not what is computed.
 NOT_SHOWN = {"out", "overwrite", "cache", "device", "workers", "resume", "checkpoint_every"}
@@ -128,11 +128,6 @@ def with_todays_names(config: dict[str, Any], program: str) -> dict[str, Any]:
     if str(recorded.get("tree", "")).startswith("trees/"):
         recorded["tree"] = f"studies/{recorded['tree']}"
     return recorded
-
-
-def bench_table(part: str) -> str:
-    """A part of studies.bench as it prints it."""
-    return bench.show(tables.read(f"bench/{part}.json")["sources"][0][part])
 
 
 def measured_by(part: str) -> str:

@@ -54,14 +54,19 @@ def _first_seed(name: str) -> list[Run]:
 # ------------------------------------------------------------------------------------------ speed
 
 
+def of_bench(part: str, file: str = "") -> str:
+    """A part of studies.bench as it prints it; `file`: in results/bench, where not of that name."""
+    return bench.show(read(f"bench/{file or part}.json")["sources"][0][part])
+
+
 def step() -> str:
     """A step at full size on a CPU, as a multiple of its five dense products."""
-    return bench.show(read("bench/step.json")["sources"][0]["step"])
+    return of_bench("step")
 
 
 def step_epyc() -> str:
     """The same on another CPU, and of BatchTopK."""
-    return bench.show(read("bench/step_epyc.json")["sources"][0]["step"])
+    return of_bench("step", "step_epyc")
 
 
 def growth() -> str:
@@ -81,7 +86,7 @@ def growth() -> str:
 
 def data() -> str:
     """Caching against the bare forward pass, and a streamed batch."""
-    return bench.show(read("bench/data.json")["sources"][0]["data"])
+    return of_bench("data")
 
 
 def browsing() -> str:
