@@ -72,11 +72,9 @@ class PairSums:
         self._waiting = []
         by_latent = latent.argsort(kind="stable")
         n_pairs = np.bincount(latent, n_later, self.n_latents)
-        ends = np.bincount(latent, minlength=self.n_latents).cumsum()
-        begin = 0
+        starts = np.append(0, np.bincount(latent, minlength=self.n_latents).cumsum())
         for low, high in _blocks(n_pairs):
-            firsts = by_latent[begin : ends[high - 1]]
-            begin = ends[high - 1]
+            firsts = by_latent[starts[low] : starts[high]]
             self._add_pairs(low, high, latent, value, firsts, n_later[firsts])
 
     def _add_pairs(
