@@ -3,6 +3,7 @@
     python -m studies.bench                    all of it; under five minutes on two CPU cores
     python -m studies.bench --part step        a step at full size, against dense arithmetic
     python -m studies.bench --part toy-whole   train_toy.py itself, for one seed and for ten
+    python -m studies.bench --part pair        train.py itself, 30,000 steps: for a GPU
 
 Machines are noisy: the variants of a table take turns, so that a slow moment hits all of them. The
 yardstick at full size is the five dense matrix products that a step cannot do without if it works
@@ -14,7 +15,9 @@ fire 30 latents an input; where the size or the L0 varies, that would take too l
 only placed there. "Fresh" ones are as initialised: half of their latents fire. "bfloat16": with the
 matrix products' operands rounded to it, as `--matmul-dtype bfloat16` has them; left out where the
 machine has no instructions for it, and a product would take up to seventy times as long.
-"batchtopk" has the widths and the auxiliary loss of `train.py --recipe paper`.
+"batchtopk" has the widths and the auxiliary loss of `train.py --recipe paper`, as SAELens's has.
+The pair is a Matryoshka and a vanilla SAE, trained side by side on a cache of such data; it is no
+part of "all".
 Writes a JSON file with every median, its quartiles, and where it was measured.
 """
 
@@ -33,8 +36,10 @@ import numpy as np
 import torch
 
 import cache_activations
+import train
 import train_toy
 from matryoshka import tiny_model
+from matryoshka.array_files import cache_arrays
 from matryoshka.cache_config import load_source
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.cache_writer import cache_rows, finish
@@ -42,19 +47,27 @@ from matryoshka.command_line import main_guard, parse, pick_device, require_posi
 from matryoshka.environment import environment, multiplies_bfloat16
 from matryoshka.errors import UserError
 from matryoshka.files import make_folder, write_json
+from matryoshka.kernels import MatmulDtype
 from matryoshka.process import threads
 from matryoshka.trainer import Trainer
 from matryoshka.trainer_config import TrainerConfig
 from matryoshka.training_config import RECIPES
 from sae import SAE, seeded_generator
 from studies import bench_cases
-from studies.bench_cases import Case, load_original, original_step
+from studies.bench_cases import (
+    Case,
+    Synthetic,
+    load_original,
+    original_step,
+    require_saelens,
+    saelens_step,
+)
 
 Times = dict[str, dict[str, float]]
 Prefixes = Literal["sampled", "expected"]
 # What `train.py --recipe paper` trains but for its size, its batch and its learning rate.
 BATCHTOPK = {name: RECIPES["paper"][name] for name in ("widths", "auxiliary")}
-Part = Literal["all", "toy", "toy-whole", "step", "growth", "data"]
+Part = Literal["all", "toy", "toy-whole", "step", "growth", "data", "pair"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +79,10 @@ class Config:
     original: str = setting(
         "", "a clone of github.com/noanabeshima/matryoshka-saes: --part step times its step, too"
     )
+    saelens: bool = setting(
+        False, "--part step times SAELens's step, too, which pip install sae-lens==6.54.12 brings"
+    )
+    pair_steps: int = setting(30_000, "steps of --part pair")
     out: str = setting("runs/bench", "folder for the JSON file")
     device: str = setting(
         "auto", "torch device of the full-size step; auto: the GPU if there is one"
@@ -170,12 +187,17 @@ def bench_toy_whole() -> Times:
 # ------------------------------------------------------------------------------------- full size
 
 
+PAIR_BATCHES = 100  # of activations that the pair is trained on, again and again
+
+
 def steps_at_once(device: torch.device) -> int:
     """How many are timed together: a GPU's are not waited for one by one in training, either."""
     return 20 if device.type == "cuda" else 1
 
 
-def bench_step(repeats: int, device: torch.device, original: Any = None) -> Times:
+def bench_step(
+    repeats: int, device: torch.device, original: Any = None, saelens: bool = False
+) -> Times:
     """A step at full size: trained and fresh, by prefixes, and its parts; with the SAEs' L0."""
     vanilla, matryoshka = Case.trained(device, 1), Case.trained(device, 10)
     batchtopk = Case.trained(device, 5, "batchtopk", **BATCHTOPK)
@@ -212,6 +234,10 @@ def bench_step(repeats: int, device: torch.device, original: Any = None) -> Time
             ("matryoshka, 10 prefixes, fresh", fresh, 10),
         ):
             variants[f"the original: {name}"] = original_step(original, case, n_prefixes)
+    if saelens:
+        for name, case in (("", batchtopk), (", fresh", fresh_batchtopk)):
+            variants[f"SAELens: batchtopk, 5 widths{name}"] = saelens_step(case)
+        variants["SAELens, autocast: batchtopk, 5 widths"] = saelens_step(batchtopk, autocast=True)
     times = alternate(variants, repeats, device, steps_at_once(device))
     times["vanilla"]["l0"] = vanilla.l0()
     times["matryoshka, 10 prefixes"]["l0"] = matryoshka.l0()
@@ -238,6 +264,40 @@ def bench_growth(repeats: int, device: torch.device) -> Times:
         if has_bfloat16:
             variants[f"L0 {l0}, bfloat16"] = case.step(10, matmul_dtype="bfloat16")
     return times | alternate(variants, repeats, device, steps_at_once(device))
+
+
+def bench_pair(n_steps: int, device: torch.device) -> Times:
+    """`train.py` from its settings to its last checkpoint, once in each dtype: both SAEs at full
+    size. With the share of the time that was spent waiting for data, and L0 and FVU at the end."""
+    data, times = Synthetic(bench_cases.N_LATENTS, bench_cases.L0), Times()
+    dtypes: list[MatmulDtype] = ["float32"]
+    if multiplies_bfloat16(device):
+        dtypes.append("bfloat16")
+    with tempfile.TemporaryDirectory() as folder:
+        cache = cache_arrays(Path(folder) / "cache", (data.draw() for _ in range(PAIR_BATCHES)))
+        for dtype in dtypes:
+            config = train.Config(
+                cache=str(cache.folder),
+                n_latents=bench_cases.N_LATENTS,
+                batch_size=bench_cases.BATCH,
+                target_l0s=(float(bench_cases.L0),),
+                n_steps=n_steps,
+                matmul_dtype=dtype,
+                device=str(device),
+                out=str(Path(folder) / dtype),
+            )
+            start = time.perf_counter()
+            results = train.run(config)
+            seconds = time.perf_counter() - start
+            times[f"{n_steps} steps, {dtype}"] = {
+                "median": 1e3 * seconds,
+                "waited_share": results["waited_for_data"] / results["seconds"],
+            } | {
+                f"{run['sae']}_{x}": run[x]
+                for run in results["runs"]
+                for x in ("final_l0", "training_fvu")
+            }
+    return times
 
 
 # ------------------------------------------------------------------------------------- the data
@@ -300,21 +360,26 @@ def show(times: Times) -> str:
 
 def run(config: Config) -> dict[str, Any]:
     """Measures what `config.part` says, and writes it to a JSON file in `config.out`."""
-    require_positive(config, "repeats")
+    require_positive(config, "repeats", "pair_steps")
     device = pick_device(config.device)
     if config.original and config.part not in ("all", "step"):
         raise UserError(f"--original is of --part step, and not of --part {config.part}")
+    if config.saelens and config.part not in ("all", "step"):
+        raise UserError(f"--saelens is of --part step, and not of --part {config.part}")
     original = load_original(config.original) if config.original else None
+    if config.saelens:
+        require_saelens()
     out = Path(config.out)
     make_folder(out)
     parts: dict[str, Callable[[], Times]] = {
         "toy": lambda: bench_toy(config.repeats),
         "toy-whole": bench_toy_whole,
-        "step": lambda: bench_step(config.repeats, device, original),
+        "step": lambda: bench_step(config.repeats, device, original, config.saelens),
         "growth": lambda: bench_growth(config.repeats, device),
         "data": lambda: bench_data(config.repeats, device),
     }
     asked = list(parts) if config.part == "all" else [config.part]
+    parts["pair"] = lambda: bench_pair(config.pair_steps, device)  # no part of all
     results: dict[str, Any] = {name: parts[name]() for name in asked}
     results["environment"] = environment(device)
     results["peak_memory"] = peak_memory(device)

@@ -5,6 +5,7 @@ Tests make the sizes below smaller.
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from matryoshka.kernels import MatmulDtype, Workspace, write_gradient
 from matryoshka.kernels.encode import encode
 from matryoshka.trainer import Trainer
 from matryoshka.trainer_config import TrainerConfig
+from matryoshka.training_config import RECIPES
 from sae import SAE, seeded_generator
 
 D_MODEL, N_LATENTS, BATCH, L0 = 768, 3072, 1024, 30
@@ -195,3 +197,41 @@ def original_step(original: Any, case: Case, n_prefixes: int) -> Callable[[], ob
             getattr(theirs, name).copy_(getattr(case.sae, name))
         theirs.normalizer.running_avg.fill_(float(case.x.norm(dim=1).mean()))
     return lambda: theirs.step(case.x)
+
+
+def require_saelens() -> None:
+    """Raises `UserError` where SAELens is not installed."""
+    if importlib.util.find_spec("sae_lens") is None:
+        raise UserError("--saelens: it is not installed: pip install sae-lens==6.54.12")
+
+
+def saelens_step(case: Case, autocast: bool = False) -> Callable[[], object]:
+    """A call that takes one step of SAELens's MatryoshkaBatchTopK trainer, from the weights of
+    `case`, an SAE of batchtopk, in the widths of `train.py --recipe paper`."""
+    import sae_lens
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    sae, device = case.sae, str(case.x.device)
+    shares = RECIPES["paper"]["widths"]
+    config = sae_lens.MatryoshkaBatchTopKTrainingSAEConfig(
+        d_in=D_MODEL,
+        d_sae=sae.n_latents,
+        k=sae.k,
+        matryoshka_widths=[round(share * sae.n_latents) for share in shares],
+        device=device,
+    )
+    theirs = sae_lens.MatryoshkaBatchTopKTrainingSAE(config)
+    with torch.no_grad():
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+            getattr(theirs, name).copy_(getattr(sae, name))
+    steps = SAETrainerConfig(
+        total_training_samples=UNMOVED.n_steps * BATCH,
+        train_batch_size_samples=BATCH,
+        lr=UNMOVED.lr,
+        lr_end=UNMOVED.lr,
+        device=device,
+        autocast=autocast,
+    )
+    trainer = SAETrainer(steps, theirs, itertools.repeat(case.x))
+    return lambda: trainer.step(case.x)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from matryoshka.cache_reader import ActivationCache
-from matryoshka.command_line import main_guard, parse, require_positive, setting, table
+from matryoshka.command_line import main_guard, parse, pick_device, require_positive, setting, table
 from matryoshka.environment import environment
 from matryoshka.errors import UserError
 from matryoshka.files import make_folder, without_paths, write_json
@@ -61,6 +61,7 @@ class Config:
         "expected_average_only_in", "SAELens's normalize_activations"
     )
     seed: int = setting(0, "of the batches, and of SAELens's random numbers")
+    device: str = setting("auto", "torch device; auto: the GPU where there is one")
     saes: str = setting("runs/saelens", "folder for the SAEs, as SAELens saves them")
     out: str = setting("runs/saelens/results.json", "file to write")
 
@@ -85,7 +86,7 @@ def started(config: Config, cache: ActivationCache, held_out: ActivationCache) -
     source = {
         "source": "saelens",
         "config": without_paths(json.loads(json.dumps(settings))),
-        "environment": environment(torch.device("cpu"))
+        "environment": environment(pick_device(config.device))
         | {"sae_lens": importlib.metadata.version("sae-lens")},
         "cache": {"make": without_paths(cache.recipe), "n_tokens": cache.n_tokens},
         "validation_cache": {"n_tokens": held_out.n_tokens},
@@ -133,12 +134,12 @@ def train(
 
     trainer, more: further settings of the trainer and of the SAE, by SAELens's names.
     """
-    device = more.get("device", "cpu")
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
+    device = str(pick_device(config.device))
     torch.manual_seed(config.seed)  # SAELens draws its start from the global generator
-    sae = untrained(config, kind, cache.d_model, **more)
+    sae = untrained(config, kind, cache.d_model, device=device, **more)
     steps = SAETrainerConfig(
         total_training_samples=config.n_steps * config.batch_size,
         train_batch_size_samples=config.batch_size,
@@ -173,7 +174,7 @@ def untrained(config: Config, kind: str, d_model: int, **more: Any) -> Any:
     )
 
 
-def batches(config: Config, cache: ActivationCache, device: str = "cpu") -> Iterator[Tensor]:
+def batches(config: Config, cache: ActivationCache, device: str) -> Iterator[Tensor]:
     """The project's batches from the first step on, after those that the scale is estimated on."""
     size, seed = config.batch_size, config.seed
     if config.normalize != "none":

@@ -113,17 +113,19 @@ def one_run(
         batch_size=size.batch_size,
         normalize="none",
         seed=seed,
+        device=config.device,
     )
     began = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
-        device = str(pick_device(config.device))
         trained = saelens_standin.train(
-            settings, kind, lr, train, trainer_settings(config.size), device=device, **more
+            settings, kind, lr, train, trainer_settings(config.size), **more
         )
     seconds = round(time.perf_counter() - began, 2)
     folder = Path(config.runs) / f"{name}_lr{lr:g}_seed{seed}"
     trained.save_inference_model(folder)
-    figures = score(sae_lens.SAE.load_from_disk(folder, device=device), held_out, truth)
+    figures = score(
+        sae_lens.SAE.load_from_disk(folder, device=str(pick_device(config.device))), held_out, truth
+    )
     about = {"source": "synth_saelens", "sae": name, "lr": lr, "seed": seed, "settings": more}
     return {**about, **figures, "seconds": seconds}
 

@@ -65,6 +65,14 @@ def test_the_step_part_end_to_end(small, tmp_path, capsys):
     assert results["environment"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
+def test_the_pair_is_trained_whole(small, tmp_path):
+    bench.main(["--part", "pair", "--pair-steps", "30", "--out", str(tmp_path), "--device", "cpu"])
+    times = json.loads((tmp_path / "pair.json").read_text())["pair"]
+    assert times["30 steps, float32"]["median"] > 0
+    assert 0 < times["30 steps, float32"]["vanilla_training_fvu"] < 1
+
+
 def test_variants_take_turns():
     calls = []
     times = bench.alternate(
@@ -115,6 +123,8 @@ def test_the_original_is_stepped_from_the_same_weights(small):
         (["--original", "broken"], "SyntaxError"),
         (["--original", "broken/sae.py"], "no sae.py"),
         (["--original", ".", "--part", "toy"], "--part toy"),
+        (["--saelens", "--part", "toy"], "--part toy"),
+        (["--pair-steps", "0"], "pair-steps"),
         (["--repeats", "0"], "repeats"),
         (["--part", "nonsense"], "nonsense"),
     ],

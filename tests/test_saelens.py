@@ -17,7 +17,7 @@ from sae import SAE
 
 sae_lens = pytest.importorskip("sae_lens")
 
-from studies import saelens_standin  # noqa: E402 - it needs sae_lens
+from studies import bench_cases, saelens_standin  # noqa: E402 - it needs sae_lens
 
 CPU = torch.device("cpu")
 
@@ -166,3 +166,26 @@ def test_a_gated_sae_is_refused_by_name(tmp_path):
     sae_lens.GatedTrainingSAE(config).save_inference_model(tmp_path / "in")
     with pytest.raises(UserError, match="'gated' cannot be read here"):
         convert.load(tmp_path / "in")
+
+
+def test_the_timed_step_of_saelens_is_from_our_weights_and_leaves_them(monkeypatch):
+    for name, value in (("D_MODEL", 16), ("N_LATENTS", 64), ("BATCH", 32), ("L0", 4)):
+        monkeypatch.setattr(bench_cases, name, value)
+    case = bench_cases.Case.fresh(torch.device("cpu"), "batchtopk", 4)
+    made = []
+    monkeypatch.setattr(
+        sae_lens,
+        "MatryoshkaBatchTopKTrainingSAE",
+        lambda config, kind=sae_lens.MatryoshkaBatchTopKTrainingSAE: (
+            made.append(kind(config)) or made[0]
+        ),
+    )
+    step = bench_cases.saelens_step(case)
+    losses = [float(step().loss) for _ in range(3)]
+    assert 0 < losses[0] == pytest.approx(losses[2], rel=1e-4)
+    (theirs,) = made
+    assert theirs.cfg.matryoshka_widths == [2, 6, 14, 30, 64]
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        torch.testing.assert_close(
+            getattr(theirs, name), getattr(case.sae, name), atol=1e-5, rtol=0
+        )
