@@ -3,11 +3,20 @@
 A latent's activations lie side by side, so that latents can be read in any order.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from matryoshka.kernels import jumprelu
-from matryoshka.kernels.layout import Acts, MatmulDtype, Objective, Params, SparseActs, Workspace
+from matryoshka.kernels.layout import (
+    Acts,
+    MatmulDtype,
+    Objective,
+    Params,
+    SparseActs,
+    Workspace,
+    pick,
+)
 
 # `largest` guesses what it looks for from every 61st score, for 1.25 times as many as are wanted.
 SAMPLE_EVERY, MARGIN = 61, 1.25
@@ -57,11 +66,10 @@ def largest(preacts: Tensor, norms: Tensor, n: int, workspace: Workspace) -> Act
     latent, sample, a = over(preacts, bound * (1 - 1e-5) / norms, workspace)
     if len(a) < n and bound > 0:
         latent, sample, a = over(preacts, torch.zeros_like(norms), workspace)
-    scores = a * norms[latent]
+    scores = a * pick(norms, latent)
     least = scores.topk(n, sorted=False).values.amin() if len(a) > n else scores.new_zeros(())
     kept = ((scores >= least) & (scores > 0)).nonzero()[:, 0]
-    latent, sample, a = (part.index_select(0, kept) for part in (latent, sample, a))
-    scores = scores.index_select(0, kept)
+    latent, sample, a, scores = (pick(part, kept) for part in (latent, sample, a, scores))
     least = scores.amin() if len(scores) else least
     return Acts(preacts.shape, None, SparseActs(latent, sample, a), None, least)
 
@@ -69,7 +77,7 @@ def largest(preacts: Tensor, norms: Tensor, n: int, workspace: Workspace) -> Act
 def guess(preacts: Tensor, norms: Tensor, n: int) -> Tensor:
     """A bound that about MARGIN * n of the scores exceed, from a sample of them; 0 at least."""
     index = torch.arange(0, preacts.numel(), SAMPLE_EVERY)
-    scores = preacts.view(-1)[index] * norms[index // preacts.shape[1]]
+    scores = pick(preacts.view(-1), index) * pick(norms, index // preacts.shape[1])
     n_over = min(len(scores), int(MARGIN * n / SAMPLE_EVERY) + 8)
     bound: Tensor = scores.topk(n_over, sorted=False).values.amin().clamp_min(0)
     return bound
@@ -79,9 +87,9 @@ def over(preacts: Tensor, bounds: Tensor, workspace: Workspace) -> SparseActs:
     """What exceeds its latent's bound [n_latents]."""
     mask = workspace.empty("over", preacts.new_empty(0, dtype=torch.bool), *preacts.shape)
     torch.gt(preacts, bounds[:, None], out=mask)
-    index = mask.view(-1).nonzero()[:, 0]
+    index = torch.from_numpy(np.flatnonzero(mask.numpy()))  # in a third of nonzero's time
     latent = index // preacts.shape[1]
-    return SparseActs(latent, index - latent * preacts.shape[1], preacts.view(-1)[index])
+    return SparseActs(latent, index - latent * preacts.shape[1], pick(preacts.view(-1), index))
 
 
 def least_let_through(acts: Tensor, norms: Tensor) -> Tensor:

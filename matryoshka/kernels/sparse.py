@@ -1,17 +1,19 @@
 """The gradient from the active latents alone: everything but the encoder is a sparse product.
 
 A *run* is the active latents of one sample that have the same reach. All of them have the same
-residual, so there is one a run.
+residual, so there is one a run. In it the input, with its sign turned, is like what one more run
+decodes to, whose reach no other exceeds.
 """
 
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from matryoshka.kernels import jumprelu
-from matryoshka.kernels.layout import MIN_NORM, Task, sparsity_slopes
+from matryoshka.kernels.layout import MIN_NORM, Task, pick, sparsity_slopes
 
 
 def write(task: Task) -> Tensor:
@@ -19,13 +21,12 @@ def write(task: Task) -> Tensor:
     active = Active.of(task)
     grads, W_dec, x, price = task.grads, task.params.W_dec, task.x, task.price
     batch, norms, x_centred = len(x), W_dec.norm(dim=1), x - task.params.b_dec
-    latent, sample, a, s = active.latent, active.sample, active.a, active.s
+    latent, sample, a = active.latent, active.sample, active.a
 
-    residuals, by_run = active.residuals(task)
-    slope, length_slope = sparsity_slopes(a, norms[latent], task.sparsity)
+    residuals, by_run = active.residuals(task, x_centred)
+    slope, length_slope = sparsity_slopes(a, pick(norms, latent), task.sparsity)
     g_a = torch.sparse.sampled_addmm(by_run, residuals, W_dec.T, beta=0).values()
-    g_a -= s * torch.sparse.sampled_addmm(active.by_sample(), x_centred, W_dec.T, beta=0).values()
-    g_a = g_a.mul_(2).add_(price[latent] * norms[latent] * slope).div_(batch)
+    g_a = g_a.mul_(2).add_(pick(price * norms, latent) * slope).div_(batch)
 
     def total(values: Tensor) -> Tensor:
         """The sum over the batch: [n_active] -> [n_latents]."""
@@ -41,11 +42,9 @@ def write(task: Task) -> Tensor:
     if task.unhedged:
         full = torch.addmm(x_centred, active.by_sample(), W_dec, beta=-1)  # [batch, d_model]
         grads.W_dec.addmm_(active.by_latent(active.sample, a, batch), full, alpha=2 / batch)
-    else:  # the two halves of the residuals, one by one
+    else:
         acts_of_runs = active.by_latent(active.run, a, len(residuals))
         grads.W_dec.addmm_(acts_of_runs, residuals, alpha=2 / batch)
-        acts_reached = active.by_latent(active.sample, s * a, batch)
-        grads.W_dec.addmm_(acts_reached, x_centred, alpha=-2 / batch)
     g_acts = active.by_latent(active.sample, g_a, batch)
     torch.addmm(grads.W_enc, g_acts, x, beta=0, out=grads.W_enc)
     grads.b_enc[0] = total(g_a)
@@ -75,18 +74,17 @@ class Active:
     @classmethod
     def of(cls, task: Task) -> "Active":
         """Those of the task."""
-        latent, sample, a = (
-            task.sparse_acts()
-        )  # sorted by latent, until they are sorted by sample below
+        latent, sample, a = task.sparse_acts()  # by latent; from `by_rank` on by sample
         reach, device, (n_latents, batch) = task.reach, task.reach.device, task.acts.shape
         rank = torch.empty_like(reach, dtype=torch.int64)
         rank[reach.argsort(descending=True, stable=True)] = torch.arange(n_latents, device=device)
-        by_rank = (sample * n_latents + rank[latent]).argsort()
+        keys = sample * n_latents + pick(rank, latent)
+        by_rank = torch.from_numpy(np.argsort(keys.numpy()))  # in half of PyTorch's time
         rank_by_latent = torch.empty_like(by_rank)
         rank_by_latent[by_rank] = torch.arange(len(by_rank), device=device)
         latent_starts = starts_of(latent, n_latents)
-        latent, sample, a = latent[by_rank], sample[by_rank], a[by_rank]
-        s = reach[latent]
+        latent, sample, a = (pick(part, by_rank) for part in (latent, sample, a))
+        s = pick(reach, latent)
         first = torch.ones_like(sample, dtype=torch.bool)
         first[1:] = (sample[1:] != sample[:-1]) | (s[1:] != s[:-1])
         run = first.cumsum(0) - 1
@@ -104,34 +102,40 @@ class Active:
     def by_latent(self, columns: Tensor, values: Tensor, n_columns: int) -> Tensor:
         """A sparse matrix [n_latents, n_columns] of `values` [n_active] in those columns."""
         at = self.rank_by_latent
-        return csr(self.latent_starts, columns[at], values[at], n_columns)
+        return csr(self.latent_starts, pick(columns, at), pick(values, at), n_columns)
 
-    def residuals(self, task: Task) -> tuple[Tensor, Tensor]:
-        """sum_q min(s_r, s_q) (what run q decodes to), over the runs q of run r's sample.
+    def residuals(self, task: Task, x_centred: Tensor) -> tuple[Tensor, Tensor]:
+        """sum_q min(s_r, s_q) (what run q decodes to) - s_r x, over the runs q of run r's sample.
 
-        The other half of the residual, -s_r x, is never written down. -> [n_runs, d_model], and
-        activations as a sparse matrix [n_runs, n_latents].
+        -> [n_runs, d_model], and activations as a sparse matrix [n_runs, n_latents].
         """
-        run_sample, run_reach = self.sample[self.starts_run], self.s[self.starts_run]
-        starts = starts_of(self.run, len(run_sample))
+        first = self.starts_run.nonzero()[:, 0]
+        run_sample, run_reach = pick(self.sample, first), pick(self.s, first)
+        n_runs, (batch, d_model) = len(first), x_centred.shape
+        starts = starts_of(self.run, n_runs)
         by_run = csr(starts, self.latent, self.a, self.n_latents)
-        shape = len(run_sample), task.x.shape[1]
-        decoded = task.workspace.empty("decoded", task.x, *shape)
-        torch.addmm(decoded, by_run, task.params.W_dec, beta=0, out=decoded)
-        mixed = task.workspace.empty("mixed_runs", task.x, *shape)
-        pairs = pairs_of_runs(run_sample, run_reach, self.n_samples)
-        return torch.addmm(mixed, pairs, decoded, beta=0, out=mixed), by_run
+        decoded = task.workspace.empty("decoded", task.x, n_runs + batch, d_model)
+        torch.addmm(decoded[:n_runs], by_run, task.params.W_dec, beta=0, out=decoded[:n_runs])
+        torch.neg(x_centred, out=decoded[n_runs:])
+        mixed = task.workspace.empty("mixed_runs", task.x, n_runs, d_model)
+        shared = shared_reaches(run_sample, run_reach, batch)
+        return torch.addmm(mixed, shared, decoded, beta=0, out=mixed), by_run
 
 
-def pairs_of_runs(run_sample: Tensor, run_reach: Tensor, batch: int) -> Tensor:
-    """min(s_r, s_q) for all pairs of runs of the same sample: sparse [n_runs, n_runs]."""
-    n_pairs = torch.bincount(run_sample, minlength=batch)[run_sample]  # of each run
-    pair_starts = n_pairs.cumsum(0) - n_pairs
-    run = torch.repeat_interleave(n_pairs)  # [n_pairs]
-    starts = starts_of(run_sample, batch)
-    other = torch.arange(len(run), device=run.device) + (starts[run_sample] - pair_starts)[run]
-    weights = torch.minimum(run_reach[run], run_reach[other])
-    return csr(pair_starts, other, weights, len(run_sample))
+def shared_reaches(run_sample: Tensor, run_reach: Tensor, batch: int) -> Tensor:
+    """min(s_r, s_q) for each run r [n_runs], sorted by sample, and all runs q of its sample; and
+    s_r for the sample itself: sparse [n_runs, n_runs + batch]."""
+    n_runs, device = len(run_sample), run_sample.device
+    n_others = pick(torch.bincount(run_sample, minlength=batch), run_sample)  # of each run
+    row_starts = (n_others + 1).cumsum(0) - (n_others + 1)
+    run = torch.repeat_interleave(n_others + 1)  # [n_entries]
+    first = pick(pick(starts_of(run_sample, batch), run_sample) - row_starts, run)
+    other = torch.arange(len(run), device=device) + first
+    weights = torch.minimum(pick(run_reach, run), pick(run_reach, other.clamp_max(n_runs - 1)))
+    of_sample = row_starts + n_others  # the last entry of each row
+    other[of_sample] = n_runs + run_sample
+    weights[of_sample] = run_reach
+    return csr(row_starts, other, weights, n_runs + batch)
 
 
 def starts_of(index: Tensor, size: int) -> Tensor:
