@@ -42,6 +42,7 @@ from studies.keep import results_in
 
 KINDS = ("matryoshka_batchtopk", "batchtopk")
 WARMUP_STEPS, DECAY_SHARE, LR_END = 100, 0.2, 0.1  # those of matryoshka.trainer_config
+NOT_SHAPING = ("lrs", "kinds", "device", "out")  # settings that runs of one file may differ in
 NORM_BATCHES = 100  # from which the input's scale is estimated
 
 
@@ -52,6 +53,7 @@ class Config:
     cache: str = setting("cache/train", "activations to train on")
     validation_cache: str = setting("cache/validation", "activations to score on")
     lrs: tuple[float, ...] = setting((1e-3, 3e-4, 3e-3), "learning rates, in turn")
+    kinds: tuple[str, ...] = setting(KINDS, "SAELens's SAEs, in turn")
     n_latents: int = setting(1024, "latents")
     k: float = setting(20.0, "latents that fire on a sample, on average")
     widths: tuple[int, ...] = setting((32, 96, 256, 512, 1024), "prefixes of the Matryoshka SAE")
@@ -69,34 +71,45 @@ class Config:
 def run(config: Config) -> dict[str, Any]:
     """Trains what `config.out` does not hold; returns what it then holds. Raises `UserError`."""
     require_positive(config, "n_latents", "k", "n_steps", "batch_size")
+    for kind in config.kinds:
+        if kind not in KINDS:
+            raise UserError(f"--kinds {kind}: expected {' or '.join(KINDS)}")
     cache, held_out = ActivationCache(config.cache), ActivationCache(config.validation_cache)
-    results = started(config, cache, held_out)
+    results, source = started(config, cache, held_out)
     done = {(run["sae"], run["lr"]) for run in results["runs"]}
     make_folder(Path(config.out).parent)
-    for lr, kind in itertools.product(config.lrs, KINDS):
+    for lr, kind in itertools.product(config.lrs, config.kinds):
         if (kind, lr) not in done:
-            results["runs"].append(one_run(config, kind, lr, cache, held_out))
+            made = one_run(config, kind, lr, cache, held_out)
+            results["runs"].append({"source": source, **made})
             write_json(Path(config.out), results)
     return results
 
 
-def started(config: Config, cache: ActivationCache, held_out: ActivationCache) -> dict[str, Any]:
-    """What `config.out` holds, or no runs yet. Raises `UserError` where its settings are others."""
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("lrs", "out")}
-    source = {
-        "source": "saelens",
+def started(
+    config: Config, cache: ActivationCache, held_out: ActivationCache
+) -> tuple[dict[str, Any], str]:
+    """What `config.out` holds, and which of its sources says where this process runs: what was
+    begun on one machine may be finished on another. Raises `UserError` for other settings.
+    """
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SHAPING}
+    about = {
         "config": without_paths(json.loads(json.dumps(settings))),
         "environment": environment(pick_device(config.device))
         | {"sae_lens": importlib.metadata.version("sae-lens")},
         "cache": {"make": without_paths(cache.recipe), "n_tokens": cache.n_tokens},
         "validation_cache": {"n_tokens": held_out.n_tokens},
     }
-    if not Path(config.out).exists():
-        return {"sources": [source], "runs": []}
-    results = results_in(Path(config.out))
-    if results["sources"][0]["config"] != source["config"]:
-        raise UserError(f"{config.out} has runs of other settings: give another --out")
-    return results
+    out = Path(config.out)
+    results = results_in(out) if out.exists() else {"sources": [], "runs": []}
+    for source in results["sources"]:
+        if source["config"] != about["config"]:
+            raise UserError(f"{config.out} has runs of other settings: give another --out")
+        if source["environment"] == about["environment"]:
+            return results, source["source"]
+    name = "saelens" + f"_{len(results['sources'])}" * bool(results["sources"])
+    results["sources"].append({"source": name, **about})
+    return results, name
 
 
 def one_run(
@@ -112,7 +125,6 @@ def one_run(
     folder = Path(config.saes) / f"{kind}_lr{lr:g}_seed{config.seed}"
     trained.save_inference_model(folder)
     return {
-        "source": "saelens",
         "sae": kind,
         "lr": lr,
         "seed": config.seed,

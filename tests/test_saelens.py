@@ -1,5 +1,6 @@
 """Against SAELens itself (`pip install -e '.[peers]'`): the same SAE there and here."""
 
+import dataclasses
 import json
 
 import pytest
@@ -128,6 +129,36 @@ def test_saes_that_saelens_trained_score_the_same_here(kind, normalize, made, tm
     (ours,) = results["runs"]
     for name in ("fvu", "l0", "dead_share"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+
+
+def test_runs_of_two_machines_in_one_file_say_so(made, tmp_path, monkeypatch):
+    """What one machine began another goes on with; each run names its own."""
+    trained = []
+
+    def one_run(config, kind, lr, *_):
+        trained.append((kind, lr))
+        return {"sae": kind, "lr": lr}
+
+    monkeypatch.setattr(saelens_standin, "one_run", one_run)
+    base = saelens_standin.Config(
+        cache=str(made / "train"),
+        validation_cache=str(made / "validation"),
+        lrs=(1e-2,),
+        out=str(tmp_path / "results.json"),
+    )
+    first = dataclasses.replace(base, kinds=("batchtopk",))
+    saelens_standin.run(first)
+    saelens_standin.run(first)
+    monkeypatch.setattr(saelens_standin, "environment", lambda _: {"device": "another"})
+    results = saelens_standin.run(base)
+    assert trained == [("batchtopk", 1e-2), ("matryoshka_batchtopk", 1e-2)]
+    assert [run["source"] for run in results["runs"]] == ["saelens", "saelens_1"]
+    assert [s["source"] for s in results["sources"]] == ["saelens", "saelens_1"]
+    assert results["sources"][1]["environment"]["device"] == "another"
+    with pytest.raises(UserError, match="other settings"):
+        saelens_standin.run(dataclasses.replace(base, k=3.0))
+    with pytest.raises(UserError, match="--kinds nonsense"):
+        saelens_standin.run(dataclasses.replace(base, kinds=("nonsense",)))
 
 
 TRAINING = {
