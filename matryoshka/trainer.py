@@ -19,6 +19,7 @@ from matryoshka.trainer_config import TrainerConfig, shared_settings
 from matryoshka.unhedged import tie
 from sae import OF_K, SAE, seeded_generator
 
+THRESHOLD_RATE = 10  # learning rate of jumprelu's log thresholds, as a multiple of the others'
 STREAM_RESAMPLE = 20  # random numbers of a seed: which samples dead latents start from
 
 
@@ -206,8 +207,14 @@ class Trainer:
 
     def _adam(self, lr: float | Tensor) -> None:
         """Adam on all parameters of all SAEs: one tensor, of which self._params are views, W_dec
-        among them."""
+        among them.
+
+        Adam moves a number by about lr a step, however steep its slope is, and a threshold may have
+        to grow a thousandfold. At the others' rate no price of L0 is felt in time.
+        """
         state, (beta1, beta2) = self._state, self.config.betas
+        thresholds = self._params.log_threshold
+        before = thresholds.clone()
         adam(
             [state["params"]],
             [self._flat_grads],
@@ -224,6 +231,8 @@ class Trainer:
             eps=1e-8,
             maximize=False,
         )
+        if thresholds.numel():
+            thresholds.lerp_(before, 1 - THRESHOLD_RATE)  # before + THRESHOLD_RATE (moved - before)
 
     @torch.inference_mode()
     def loss(self, x: Tensor) -> Tensor:

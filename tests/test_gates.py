@@ -14,8 +14,11 @@ from torch.testing import assert_close
 from matryoshka.kernels import Objective, Params, Workspace, write_gradient
 from matryoshka.kernels.encode import largest
 from matryoshka.prefix_draws import expected_reach, reach, width_reach
+from matryoshka.trainer import Trainer
+from matryoshka.trainer_config import TrainerConfig
 from sae import (
     ACTIVATIONS,
+    SAE,
     Gate,
     batchtopk,
     jumprelu,
@@ -252,3 +255,32 @@ def test_one_width_beside_the_bias_alone(kernel):
     ours, _ = gradient(kernel, params, objective)
     for one, other in zip(ours, expected, strict=True):
         assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("start", "n_steps"),
+    [(0.1, 2000), pytest.param(2.0, 2000, marks=SLOW), pytest.param(1e-3, 6000, marks=SLOW)],
+)
+def test_jumprelu_reaches_its_l0_from_any_start(start: float, n_steps: int) -> None:
+    """Thresholds that learn as slowly as weights do stay far above the target here."""
+    generator = seeded_generator(0)
+    directions = torch.nn.functional.normalize(torch.randn(60, 16, generator=generator), dim=1)
+    strengths = torch.rand(40, 256, 60, generator=generator)
+    xs = (strengths - 0.95).relu() @ directions  # 3 of 60 are active in the mean
+    sae = SAE(16, 64, activation="jumprelu")
+    with torch.no_grad():
+        sae.threshold.fill_(start)
+    config = TrainerConfig(
+        n_steps=n_steps,
+        target_l0=6,
+        n_prefixes=1,
+        lr=3e-3,
+        l0_control="steady",
+        sparsity_weight=1.2,
+    )
+    trainer = Trainer([sae], config, [0])
+    l0 = [float(trainer.step(xs[i % len(xs)])["l0"]) for i in range(n_steps)]
+    assert sum(l0[-n_steps // 20 :]) / (n_steps // 20) == pytest.approx(6, rel=0.02)
