@@ -1,7 +1,7 @@
 """The figure of a frontier: each score of SAEs of several sparsities against their L0."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,7 +24,8 @@ DASHES: dict[str, Literal["-", "--", ":", "-."]] = {  # of activations
 
 
 def draw(path: str | Path, lines: Lines) -> None:
-    """The four scores against L0: a dot an SAE, a line through the means of each target L0."""
+    """The four scores against L0: a dot an SAE, a line through the means of each target L0. A kind
+    of one target has no line, and diamonds in place of dots."""
     plots._write(path, _figure(lines))
 
 
@@ -43,27 +44,31 @@ def _figure(lines: Lines) -> Figure:
             plots._log_axis(ax, np.array(values, dtype=float))
     for ax in axes[1]:
         ax.set_xlabel("L0: active latents a token (log scale)")
+    looks = _looks(lines)
     handles = [
-        Line2D([], [], color=_colour(name), linestyle=_dash(name), marker="o", markersize=4,
+        Line2D([], [], **looks[name], markersize=4,
                label=f"{name}, {plots._count(len({run.get('seed') for run in points}), 'seed')}")
         for name, points in lines.items()
     ]  # fmt: skip
-    plots._legend(figure, handles, 0.06)
+    plots._legend(figure, handles, 0.06, handlelength=3.2)
     return figure
 
 
 def _panel(ax: Axes, lines: Lines, key: str) -> None:
-    seen = []
+    seen, looks = [], _looks(lines)
     for name, points in lines.items():
         known = [run for run in points if run.get(key) is not None]
         if not known:
             continue
         groups = by_target(known).values()
         x, y = ([mean(group, what) for group in groups] for what in ("l0", key))
-        colour = _colour(name)
-        ax.plot(x, y, color=colour, linestyle=_dash(name), linewidth=1.6)
+        look = looks[name]
+        ax.plot(x, y, **look | {"marker": ""}, linewidth=1.6)
         x = [run["l0"] for run in known]
-        ax.plot(x, [run[key] for run in known], "o", color=colour, markersize=3.2, alpha=0.75)
+        size = 6 if look["marker"] == "D" else 3.2
+        ax.plot(
+            x, [run[key] for run in known], **look | {"linestyle": ""}, markersize=size, alpha=0.75
+        )
         seen += x
     ax.grid(True)
     ax.set_xscale("log")
@@ -75,10 +80,17 @@ def _panel(ax: Axes, lines: Lines, key: str) -> None:
         ax.set_xlim(min(seen) / 1.15, max(seen) * 1.15)
 
 
-def _colour(name: str) -> str:
-    kind, others = name.split(",")[0], [*plots.CYCLE]
-    return plots.COLOURS.get(kind) or others[sum(map(ord, kind)) % len(others)]
-
-
-def _dash(name: str) -> Literal["-", "--", ":", "-."]:
-    return DASHES.get(name.split(", ")[-1], "-")
+def _looks(lines: Lines) -> dict[str, dict[str, Any]]:
+    """How each line is drawn: a colour a kind, dashes an activation, hollow diamonds where a kind
+    was trained for one L0."""
+    colours = plots._colours(dict.fromkeys(name.split(",")[0] for name in lines))
+    looks = {}
+    for name, points in lines.items():
+        is_line = len(by_target(points)) > 1
+        looks[name] = {
+            "color": colours[name.split(",")[0]],
+            "linestyle": DASHES.get(name.split(", ")[-1], "-") if is_line else "",
+            "marker": "o" if is_line else "D",
+            "markerfacecolor": colours[name.split(",")[0]] if is_line else "none",
+        }
+    return looks

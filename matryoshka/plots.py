@@ -660,12 +660,12 @@ def _sae_line(sae: str, colour: str, n_seeds: int, prefix: str, suffix: str = ""
     return Line2D([], [], color=colour, linewidth=2, label=f"{_label(sae)}, {what}{suffix}")
 
 
-def _legend(figure: Figure, handles: Sequence[Any], left: float) -> None:
+def _legend(figure: Figure, handles: Sequence[Any], left: float, handlelength: float = 1.8) -> None:
     """One row of `handles` at the top, or as many as they need: then the figure grows by them."""
     for n_columns in range(max(len(handles), 1), 0, -1):
         legend = figure.legend(
             handles=handles, loc="upper left", bbox_to_anchor=(left, 1.0), ncols=n_columns,
-            borderaxespad=0.4, columnspacing=1.8, handlelength=1.8,
+            borderaxespad=0.4, columnspacing=1.8, handlelength=handlelength,
         )  # fmt: skip
         if n_columns == 1 or legend.get_window_extent().x1 <= figure.bbox.x1:
             break

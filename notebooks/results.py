@@ -180,7 +180,7 @@ STAND_IN = language_model.StandIn()
 text(
     made_by(language_model.TRAINING, "train_tinystories.py"),
     tables.standin,
-    "Expected prefixes and bfloat16, of before the random streams moved:",
+    "bfloat16 and expected prefixes, on a GPU:",
     tables.standin_variants,
     STAND_IN.judged_on(),
     STAND_IN.better(),
@@ -190,11 +190,12 @@ text(
 # At equal L0, a Matryoshka SAE has to do more than a vanilla one, and the write-up reports that it
 # costs FVU on the real model. On the stand-in it does not; the original code gave the same sign on
 # it, in one seed. There L1 is why: it lets a vanilla SAE's latents repeat each other for nothing.
-# One seed, 2,000 steps, sparsity charged for in three ways (docs/language_models.md):
+# Three seeds, sparsity charged for in three ways (docs/language_models.md):
 
 # %%
 text(tables.signs)
-text("BatchTopK, unhedged training, and SAELens's SAE (docs/recipes.md):", tables.frontier)
+text("BatchTopK, unhedged training, and SAELens's SAEs (docs/recipes.md):", tables.frontier)
+text("SAELens's at each learning rate:", tables.saelens)
 
 # %% [markdown]
 #
@@ -205,8 +206,7 @@ text("BatchTopK, unhedged training, and SAELens's SAE (docs/recipes.md):", table
 # The refit of the decoder lowers FVU and with it, slightly, the cross-entropy recovered: what fits
 # the activations better need not serve the model better. *Refit both* fits the encoder anew as well
 # and kills many of the latents. Expected prefixes reconstruct alike. *bfloat16* rounds the operands
-# of training's matrix products, of the encoder's alone where few latents fire, and of all with
-# *dense*, as on a GPU.
+# of training's matrix products.
 #
 # ### The first latents alone
 
@@ -270,7 +270,8 @@ for part, table in (
     ("toy-whole", lambda: tables.of_bench("toy-whole")),
 ):
     text(measured_by(part), table)
-text("A step on another CPU, and of BatchTopK (docs/speed.md):", tables.step_epyc)
+text("A step on a GPU (docs/speed.md):", tables.step_gpu)
+text("And on a CPU that multiplies in bfloat16, beside other work:", tables.step_xeon)
 text("What browsing costs (docs/browse.md):", tables.browsing)
 
 # %% [markdown]

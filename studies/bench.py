@@ -237,7 +237,9 @@ def bench_step(
     if saelens:
         for name, case in (("", batchtopk), (", fresh", fresh_batchtopk)):
             variants[f"SAELens: batchtopk, 5 widths{name}"] = saelens_step(case)
-        variants["SAELens, autocast: batchtopk, 5 widths"] = saelens_step(batchtopk, autocast=True)
+        if multiplies_bfloat16(device):
+            name = "SAELens, autocast: batchtopk, 5 widths"
+            variants[name] = saelens_step(batchtopk, autocast=True)
     times = alternate(variants, repeats, device, steps_at_once(device))
     times["vanilla"]["l0"] = vanilla.l0()
     times["matryoshka, 10 prefixes"]["l0"] = matryoshka.l0()

@@ -11,7 +11,8 @@ from matryoshka.frontier import Lines, frontier_table, lines_of
 from studies.kept_results import Run, kinds_of, percent, read, runs_of, spread
 
 EVALUATION = "standin/evaluation.json"
-OLDER = "standin/older_streams.json"  # of before random streams were independent of each other
+FRONTIER = "standin/frontier.json"
+ON_GPU = "standin/gpu.json"
 STANDIN = {
     "matryoshka": ("matryoshka", "sampled", ""),
     "vanilla": ("vanilla", "sampled", ""),
@@ -19,23 +20,22 @@ STANDIN = {
     "vanilla, refit": ("vanilla", "sampled", "/refit"),
     "matryoshka, refit both": ("matryoshka", "sampled", "/refit_both"),
 }
+# On a GPU: the kind of SAE, the folder of its runs without the seed, and the file they are kept in.
 VARIANTS = {
-    "matryoshka": ("matryoshka", "sampled", ""),
-    "vanilla": ("vanilla", "sampled", ""),
-    "matryoshka, refit": ("matryoshka", "sampled", "/refit"),
-    "expected prefixes": ("matryoshka", "expected", ""),
-    "expected prefixes, refit": ("matryoshka", "expected", "/refit"),
-    "matryoshka, bfloat16": ("matryoshka", "bfloat16", ""),
-    "vanilla, bfloat16": ("vanilla", "bfloat16", ""),
-    "matryoshka, bfloat16, dense": ("matryoshka", "bfloat16_dense", ""),
-    "vanilla, bfloat16, dense": ("vanilla", "bfloat16_dense", ""),
+    "matryoshka": ("matryoshka_l0_20", "relu", "", FRONTIER),
+    "vanilla": ("vanilla_l0_20", "relu", "", FRONTIER),
+    "matryoshka, bfloat16": ("matryoshka", "bfloat16", "", ON_GPU),
+    "vanilla, bfloat16": ("vanilla", "bfloat16", "", ON_GPU),
+    "matryoshka, bfloat16, refit": ("matryoshka", "bfloat16", "/refit", ON_GPU),
+    "expected prefixes": ("matryoshka", "expected", "", ON_GPU),
+    "expected prefixes, refit": ("matryoshka", "expected", "/refit", ON_GPU),
 }
 
-# What sparsity is charged by, by the folder of the run.
+# What sparsity is charged by: the folder of the runs, what their SAEs' names end with, the file.
 SIGNS = {
-    "L1, as the write-up has it": "l1",
-    "a logarithm of the same": "log",
-    "L0 itself, by BatchTopK": "batchtopk",
+    "L1, as the write-up has it": ("relu", "_l0_20", FRONTIER),
+    "a logarithm of the same": ("log", "", "standin/signs.json"),
+    "L0 itself, by BatchTopK": ("batchtopk", "_l0_20", FRONTIER),
 }
 
 
@@ -65,8 +65,8 @@ def standin_short() -> str:
 
 
 def standin_variants() -> str:
-    """Expected prefixes and products in bfloat16, beside what they vary, all of older streams."""
-    return _standin({title: standin_runs(*of, file=OLDER) for title, of in VARIANTS.items()})
+    """Expected prefixes and products in bfloat16, beside what they vary, all on a GPU."""
+    return _standin({title: standin_runs(*of) for title, of in VARIANTS.items()})
 
 
 def _standin(by_title: Mapping[str, Sequence[Run]]) -> str:
@@ -90,16 +90,40 @@ def frontier_lines() -> Lines:
     """SAEs of several L0s by kind: BatchTopK, unhedged, the write-up's, and SAELens's own."""
     runs = [
         run | {"kind": "unhedged"} if run["source"].startswith("unhedged") else run
-        for run in read("standin/frontier.json")["runs"]
+        for run in read(FRONTIER)["runs"]
     ]
-    written_up = [run for of_kind in standin_by_kind().values() for run in of_kind]
+    return lines_of([*runs, *saelens_best()])
+
+
+def saelens_best() -> list[Run]:
+    """Of each kind that SAELens trained, the learning rate with the lowest FVU."""
     theirs = read("standin/saelens.json")
     config = theirs["sources"][0]["config"]
     like_ours = {"n_latents": config["n_latents"], "target_l0": config["k"]}
     like_ours |= {"activation": "batchtopk"}
     names = {"matryoshka_batchtopk": "SAELens's matryoshka", "batchtopk": "SAELens's vanilla"}
-    runs += [run | like_ours | {"kind": names[run["sae"]]} for run in theirs["runs"]]
-    return lines_of([*runs, *written_up])
+    return [
+        min(runs_of(theirs, sae), key=lambda run: run["fvu"]) | like_ours | {"kind": kind}
+        for sae, kind in names.items()
+    ]
+
+
+def saelens() -> str:
+    """SAELens's SAEs at each learning rate, and where they were trained."""
+    theirs = read("standin/saelens.json")
+    device = {s["source"]: s["environment"]["device"].split(",")[0] for s in theirs["sources"]}
+    rows = [
+        [
+            run["sae"],
+            f"{run['lr']:g}",
+            f"{run['fvu']:.4f}",
+            f"{run['l0']:.2f}",
+            percent(run["dead_share"], 1),
+            device[run["source"]],
+        ]
+        for run in sorted(theirs["runs"], key=lambda run: (run["sae"], run["lr"]))
+    ]
+    return table(["SAELens", "lr", "FVU", "L0", "dead", "on"], rows)
 
 
 def frontier() -> str:
@@ -112,19 +136,16 @@ def signs() -> str:
     counted = read("standin/repeats.json")["runs"]
     share = {(run["run"], run["sae"]): run["share"] for run in counted}
     rows = []
-    for title, source in SIGNS.items():
-        runs = [run for run in read("standin/signs.json")["runs"] if run["source"] == source]
-        pair = [next(run for run in runs if run["sae"] == sae) for sae in ("matryoshka", "vanilla")]
-        cells = [
-            [
-                f"{run['fvu']:.4f}",
-                f"{run['l0']:.1f}",
-                f"{run['dead_share']:.0%}",
-                f"{share[source, run['sae']]:.1%}",
-            ]
-            for run in pair
-        ]
-        rows.append([title, *(" / ".join(of_both) for of_both in zip(*cells, strict=True))])
+    for title, (recipe, end, file) in SIGNS.items():
+        columns = []
+        for kind in ("matryoshka", "vanilla"):
+            runs = standin_runs(kind + end, recipe, file=file)
+            repeats = float(np.mean([share[run["source"], run["sae"]] for run in runs]))
+            fvu, l0, dead = (
+                float(np.mean([run[key] for run in runs])) for key in ("fvu", "l0", "dead_share")
+            )
+            columns.append([f"{fvu:.4f}", f"{l0:.1f}", f"{dead:.0%}", f"{repeats:.1%}"])
+        rows.append([title, *(" / ".join(of_both) for of_both in zip(*columns, strict=True))])
     headers = ["matryoshka / vanilla", "FVU", "L0", "dead", "repeats, of all firings"]
     return table(headers, rows)
 

@@ -8,9 +8,11 @@ from studies import bench
 from studies import synth as synth_study
 from studies.kept_results import RESULTS, ROOT, Run, kinds_of, read, runs_of, where
 from studies.standin_tables import (
-    OLDER,
+    FRONTIER,
+    ON_GPU,
     concepts,
     frontier,
+    saelens,
     signs,
     standin,
     standin_short,
@@ -64,9 +66,14 @@ def step() -> str:
     return of_bench("step")
 
 
-def step_epyc() -> str:
-    """The same on another CPU, and of BatchTopK."""
-    return of_bench("step", "step_epyc")
+def step_xeon() -> str:
+    """The same on a CPU that multiplies in bfloat16."""
+    return of_bench("step", "step_xeon")
+
+
+def step_gpu() -> str:
+    """The same on a GPU."""
+    return of_bench("step", "step_gpu")
 
 
 def growth() -> str:
@@ -128,16 +135,18 @@ TABLES: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     "standin": (standin, ("standin/evaluation.json",)),
     "frontier": (
         frontier,
-        ("standin/frontier.json", "standin/evaluation.json", "standin/saelens.json"),
+        ("standin/frontier.json", "standin/saelens.json"),
     ),
-    "signs": (signs, ("standin/signs.json", "standin/repeats.json")),
-    "standin_variants": (standin_variants, (OLDER,)),
+    "saelens": (saelens, ("standin/saelens.json",)),
+    "signs": (signs, (FRONTIER, "standin/signs.json", "standin/repeats.json")),
+    "standin_variants": (standin_variants, (FRONTIER, ON_GPU)),
     "standin_short": (standin_short, ("standin/evaluation.json",)),
     "concepts": (concepts, ("standin/evaluation.json",)),
     "synth": (synth, ("synth/mini.json", "synth/mini_saelens.json")),
     "synth_lrs": (synth_lrs, ("synth/mini_saelens.json",)),
     "bench": (step, ("bench/step.json",)),
-    "bench_epyc": (step_epyc, ("bench/step_epyc.json",)),
+    "bench_xeon": (step_xeon, ("bench/step_xeon.json",)),
+    "bench_gpu": (step_gpu, ("bench/step_gpu.json",)),
     "growth": (growth, ("bench/growth.json",)),
     "data": (data, ("bench/data.json",)),
     "browsing": (browsing, ("bench/browse.json",)),

@@ -110,7 +110,8 @@ def test_commands_are_found():
     found = [param.values for param in commands()]
     modules = {module for module, _ in found}
     assert {"train_toy", "train_tinystories", "modal_tinystories", "studies.bench"} <= modules
-    assert ("studies.bench", "--part step --original FOLDER") in found  # over two lines
+    assert ("studies.bench", "--part step --original FOLDER --saelens") in found
+    assert any(module == "refit" and "--encoder --cache" in flags for module, flags in found)
 
 
 @pytest.mark.parametrize("page", PAGES)
