@@ -281,7 +281,7 @@ def _draw_steps(axes: Axes, times: Mapping[str, Mapping[str, float]], yardstick:
         colour = COLOURS["vanilla"] if "vanilla" in name else BLUE
         if name.endswith("five dense products"):
             colour = FAINT
-        strength = 0.4 if name.startswith("the original") else 0.85
+        strength = 0.4 if name.startswith(("the original", "SAELens")) else 0.85
         axes.barh(row, t["median"] / yardstick, 0.62, color=colour, alpha=strength)
         axes.hlines(row, t["q1"] / yardstick, t["q3"] / yardstick, color=INK, linewidth=1.2)
         axes.annotate(

@@ -1,7 +1,8 @@
 """What must hold on any device, on the GPU where there is one, else on the CPU.
 
 A GPU has kernels, streams and allocators of its own: the same code is run there from end to end and
-compared with the CPU, or with float64.
+compared with the CPU, or with float64. On a CPU other tests see to all of this, and a few cases here
+only to these tests being right.
 """
 
 import dataclasses
@@ -35,6 +36,9 @@ OF_KIND = {
     "jumprelu": {"activation": "jumprelu", "widths": (32.0, 320.0), "bandwidth": 0.1},
     "unhedged": {"activation": "batchtopk", "widths": (32.0, 320.0), "unhedged": 0.5},
 }
+
+if DEVICE.type == "cpu":
+    OF_KIND = {kind: OF_KIND[kind] for kind in ("relu, log", "batchtopk")}
 
 
 def trainer(kind: str, device: torch.device, **more: object) -> Trainer:
@@ -108,7 +112,7 @@ def test_a_checkpoint_goes_on_bit_for_bit(kind: str) -> None:
     assert states_equal(whole.state_dict(), second.state_dict())
 
 
-@pytest.mark.parametrize("kind", ["relu", "expected", "topk", "batchtopk", "jumprelu"])
+@pytest.mark.parametrize("kind", sorted(set(OF_KIND) - {"unhedged"}))
 def test_bfloat16_is_float32_to_its_rounding(kind: str) -> None:
     if not multiplies_bfloat16(DEVICE):
         pytest.skip("no instructions for bfloat16")
