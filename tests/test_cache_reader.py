@@ -339,6 +339,7 @@ def read_a_pass(folder: Path, result: Any) -> None:
     result.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
+@pytest.mark.processes
 def test_memory_does_not_grow_with_the_cache(tmp_path: Path) -> None:
     n_tokens, d_model = 1_200_000, 32
     folder = write_cache(tmp_path / "c", n_tokens, d_model=d_model, n_shards=24)

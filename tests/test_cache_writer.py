@@ -173,6 +173,7 @@ def run_and_die(config: Config, n_events: int, delay: float) -> None:
     os._exit(0)
 
 
+@pytest.mark.processes
 def test_killed_at_any_moment_ends_with_the_same_bytes(sources: Path, tmp_path: Path) -> None:
     run(config_for(sources, tmp_path / "whole"))
     expected = contents(tmp_path / "whole")

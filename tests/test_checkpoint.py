@@ -104,6 +104,7 @@ def slow(*arguments: Any) -> Any:
     return pytest.param(*arguments, marks=pytest.mark.slow)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("moment", "nth"), [*MOMENTS, *(slow(*m) for m in OTHER_MOMENTS)])
 def test_killed_at_any_moment_ends_with_the_same_bytes(
     cache: Path,
@@ -123,6 +124,7 @@ def test_killed_at_any_moment_ends_with_the_same_bytes(
     assert not left, "what a killed run left half written is cleared away"
 
 
+@pytest.mark.processes
 def test_killed_again_and_again_ends_with_the_same_bytes(
     cache: Path, tmp_path: Path, whole: tuple[dict[str, bytes], list[Any]]
 ) -> None:
@@ -144,6 +146,7 @@ def test_killed_again_and_again_ends_with_the_same_bytes(
     assert results["runs"] == whole[1]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("number", "nth"),
     [(signal.SIGINT, 1), slow(signal.SIGINT, 99), slow(signal.SIGTERM, 99), (signal.SIGTERM, 357)],
@@ -206,6 +209,7 @@ def write_until(config: Config, n_bytes: int, said: Path, test: int) -> None:
     train_tinystories.main(argv_for(config))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("n_bytes", [5_000, 30_000])  # below a checkpoint's length, and above it
 def test_a_full_disk_keeps_what_was_finished(
     cache: Path, tmp_path: Path, whole: tuple[dict[str, bytes], list[Any]], n_bytes: int

@@ -215,6 +215,7 @@ def from_cache(config: Config, cache: Path) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in OF_MODEL}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["gpt2", "tiny"])
 def test_a_run_that_was_killed_and_resumed_ends_with_the_same_bytes(
     config_for: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, name: str

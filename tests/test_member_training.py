@@ -116,6 +116,7 @@ def test_what_a_mixed_run_reports(mixed: Path) -> None:
         assert result["final_l0"] == pytest.approx(k, abs=0.01)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("moment", "nth"), [("step", 37), ("half written", 3)])
 def test_a_mixed_run_that_is_killed_ends_at_the_same_bytes(
     cache: Path, tmp_path: Path, mixed: Path, moment: str, nth: int

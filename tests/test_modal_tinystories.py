@@ -240,6 +240,7 @@ def dies_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) 
     monkeypatch.setattr(module, name, once)
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
     ("module", "name", "call", "message"),

@@ -58,6 +58,7 @@ def test_the_committed_cells_are_the_source():
     ], f"results.py was changed: {AGAIN}"
 
 
+@pytest.mark.processes
 def test_the_committed_outputs_are_those_of_a_run_from_top_to_bottom(executed):
     assert markdown(executed) == markdown(COMMITTED), f"results/ has changed: {AGAIN}"
     assert len(pictures(executed)) == len(pictures(COMMITTED)) > 0

@@ -16,7 +16,10 @@ import browse
 from studies import screenshots
 from studies.screenshots import chromium, why_not
 
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"no browser: {why_not()}")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(bool(why_not()), reason=f"no browser: {why_not()}"),
+]
 SECONDS = 120  # to wait at most
 
 

@@ -357,6 +357,7 @@ def save_again_and_again(path, ready):
             sae.save(path)
 
 
+@pytest.mark.processes
 def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path):
     path = tmp_path / "sae.safetensors"
     possible = [SAE(200, 3000, seed).W_enc for seed in (0, 1)]

@@ -433,6 +433,7 @@ def test_training_that_diverges_stops_with_the_last_good_metrics(tmp_path):
 # -------------------------------------------------------------------------------- reproducibility
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("older", ["SSE4_2", pytest.param("AVX2", marks=pytest.mark.slow)])
 def test_figures_do_not_depend_on_which_kernels_the_cpu_would_choose(tmp_path, older):
     # The limit is what MKL would see on an older CPU; without `fix_kernels` the bits differ.

@@ -255,6 +255,7 @@ class Killed(Trainer):
         os._exit(9)
 
 
+@pytest.mark.processes
 def test_a_worker_that_is_killed_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"a worker process was killed, .* try fewer --workers"):
         train_toy.run(Config(out=str(tmp_path), **{**SHORT, "seeds": 2, "workers": 2}), Killed)
@@ -269,6 +270,7 @@ def notes(tmp_path):
 FOR_EVER = ("--workers", 2, "--steps", 10**9)  # the first figures come in an hour
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_ctrl_c_stops_every_process_at_once(tmp_path, notes, seeds):
     out = tmp_path / "out"
@@ -282,6 +284,7 @@ def test_ctrl_c_stops_every_process_at_once(tmp_path, notes, seeds):
     assert [path.name for path in out.iterdir()] == [".lock"]
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc to look into")
 def test_workers_end_with_a_parent_that_is_killed(tmp_path, notes):
     with started(notes, *FOR_EVER, "--seeds", 2, "--out", tmp_path / "out") as process:

@@ -452,6 +452,7 @@ def train_and_measure(config: Config, result: Any, test: int) -> None:
     result.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
+@pytest.mark.processes
 def test_memory_does_not_grow_with_the_cache(tmp_path: Path) -> None:
     n_tokens, d_model = 1_000_000, 32
     folder = write_cache(tmp_path / "cache", n_tokens, d_model=d_model, n_features=8)
