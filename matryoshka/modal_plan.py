@@ -28,8 +28,8 @@ HASH = 4 * 1.2e9  # bytes/s of SHA-256 on four cores
 VOLUME_READ, VOLUME_WRITE = 1.0e9, 0.5e9  # bytes/s a container
 COMMIT = 2.0  # seconds, besides the writing
 GPU_SHARE = 0.4  # of the GPU's peak in float32
-# Seconds a step at least, in float32, where the host is what takes long; and FLOPs, over those
-# of five dense products.
+# Seconds that a step is taken to need at least, in float32, where the host is what takes long; and
+# FLOPs, over those of five dense products.
 STEP_FLOOR, STEP_FACTOR = 5e-3, 2.0
 EVALUATE, START = 60.0, 60.0  # seconds
 

@@ -210,7 +210,7 @@ class Trainer:
         among them.
 
         Adam moves a number by about lr a step, however steep its slope is, and a threshold may have
-        to grow a thousandfold. At the others' rate no price of L0 is felt in time.
+        to grow a thousandfold: at the others' rate L0 reaches its target too late.
         """
         state, (beta1, beta2) = self._state, self.config.betas
         thresholds = self._params.log_threshold

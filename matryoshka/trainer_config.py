@@ -52,7 +52,9 @@ class TrainerConfig:
     l0_control: L0Control = setting(
         "original", "how the sparsity weight follows L0: see SparsityController"
     )
-    lr: float = setting(3e-2, "learning rate, of Adam")
+    lr: float = setting(
+        3e-2, "learning rate, of Adam; thresholds of jumprelu learn at ten times that"
+    )
     lr_warmup_steps: int = setting(
         100, "steps over which the learning rate rises from 0, at most 1/20 of all"
     )

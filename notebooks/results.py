@@ -271,7 +271,7 @@ for part, table in (
 ):
     text(measured_by(part), table)
 text("A step on a GPU (docs/speed.md):", tables.step_gpu)
-text("And on a CPU that multiplies in bfloat16, beside other work:", tables.step_xeon)
+text("A step on a CPU with bfloat16, timed beside other work:", tables.step_xeon)
 text("What browsing costs (docs/browse.md):", tables.browsing)
 
 # %% [markdown]
@@ -282,8 +282,8 @@ text("What browsing costs (docs/browse.md):", tables.browsing)
 #
 # *Expected prefixes*, in the tables above: the loss is linear in the reach, so its mean over all
 # prefixes that may be drawn is the same loss at the expected reach. It takes the noise of sampling
-# out of the gradient; in the toy, seeds fail all the same. At full size a step costs more, since no
-# two latents share a reach (section 4).
+# out of the gradient; in the toy, seeds fail all the same. At full size a step costs more on a CPU,
+# since no two latents share a reach (section 4).
 #
 # ### The refit
 #

@@ -15,7 +15,7 @@ fire 30 latents an input; where the size or the L0 varies, that would take too l
 only placed there. "Fresh" ones are as initialised: half of their latents fire. "bfloat16": with the
 matrix products' operands rounded to it, as `--matmul-dtype bfloat16` has them; left out where the
 machine has no instructions for it, and a product would take up to seventy times as long.
-"batchtopk" has the widths and the auxiliary loss of `train.py --recipe paper`, as SAELens's has.
+"batchtopk" is `train.py --recipe paper` with no latent dead, and so are SAELens's SAEs.
 The pair is a Matryoshka and a vanilla SAE, trained side by side on a cache of such data; it is no
 part of "all".
 Writes a JSON file with every median, its quartiles, and where it was measured.
@@ -67,7 +67,7 @@ Times = dict[str, dict[str, float]]
 Prefixes = Literal["sampled", "expected"]
 # What `train.py --recipe paper` trains but for its size, its batch and its learning rate.
 BATCHTOPK = {name: RECIPES["paper"][name] for name in ("widths", "auxiliary")}
-Part = Literal["all", "toy", "toy-whole", "step", "growth", "data", "pair"]
+Part = Literal["all", "toy", "toy-whole", "step", "growth", "data", "pair", "pair-bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Config:
     saelens: bool = setting(
         False, "--part step times SAELens's step, too, which pip install sae-lens==6.54.12 brings"
     )
-    pair_steps: int = setting(30_000, "steps of --part pair")
+    pair_steps: int = setting(30_000, "steps of --part pair and of pair-bfloat16")
     out: str = setting("runs/bench", "folder for the JSON file")
     device: str = setting(
         "auto", "torch device of the full-size step; auto: the GPU if there is one"
@@ -268,38 +268,30 @@ def bench_growth(repeats: int, device: torch.device) -> Times:
     return times | alternate(variants, repeats, device, steps_at_once(device))
 
 
-def bench_pair(n_steps: int, device: torch.device) -> Times:
-    """`train.py` from its settings to its last checkpoint, once in each dtype: both SAEs at full
-    size. With the share of the time that was spent waiting for data, and L0 and FVU at the end."""
-    data, times = Synthetic(bench_cases.N_LATENTS, bench_cases.L0), Times()
-    dtypes: list[MatmulDtype] = ["float32"]
-    if multiplies_bfloat16(device):
-        dtypes.append("bfloat16")
+def bench_pair(n_steps: int, device: torch.device, dtype: MatmulDtype) -> Times:
+    """`train.py` from its settings to its last checkpoint, once: both SAEs at full size. With the
+    share of the time that was spent waiting for data, and L0 and FVU at the end."""
+    data = Synthetic(bench_cases.N_LATENTS, bench_cases.L0)
     with tempfile.TemporaryDirectory() as folder:
         cache = cache_arrays(Path(folder) / "cache", (data.draw() for _ in range(PAIR_BATCHES)))
-        for dtype in dtypes:
-            config = train.Config(
-                cache=str(cache.folder),
-                n_latents=bench_cases.N_LATENTS,
-                batch_size=bench_cases.BATCH,
-                target_l0s=(float(bench_cases.L0),),
-                n_steps=n_steps,
-                matmul_dtype=dtype,
-                device=str(device),
-                out=str(Path(folder) / dtype),
-            )
-            start = time.perf_counter()
-            results = train.run(config)
-            seconds = time.perf_counter() - start
-            times[f"{n_steps} steps, {dtype}"] = {
-                "median": 1e3 * seconds,
-                "waited_share": results["waited_for_data"] / results["seconds"],
-            } | {
-                f"{run['sae']}_{x}": run[x]
-                for run in results["runs"]
-                for x in ("final_l0", "training_fvu")
-            }
-    return times
+        config = train.Config(
+            cache=str(cache.folder),
+            n_latents=bench_cases.N_LATENTS,
+            batch_size=bench_cases.BATCH,
+            target_l0s=(float(bench_cases.L0),),
+            n_steps=n_steps,
+            matmul_dtype=dtype,
+            device=str(device),
+            out=str(Path(folder) / "run"),
+        )
+        start = time.perf_counter()
+        results = train.run(config)
+        seconds = time.perf_counter() - start
+    ends = {
+        f"{run['sae']}_{x}": run[x] for run in results["runs"] for x in ("final_l0", "training_fvu")
+    }
+    waited = results["waited_for_data"] / max(results["seconds"], 1e-9)
+    return {f"{n_steps} steps, {dtype}": {"median": 1e3 * seconds, "waited_share": waited} | ends}
 
 
 # ------------------------------------------------------------------------------------- the data
@@ -381,7 +373,8 @@ def run(config: Config) -> dict[str, Any]:
         "data": lambda: bench_data(config.repeats, device),
     }
     asked = list(parts) if config.part == "all" else [config.part]
-    parts["pair"] = lambda: bench_pair(config.pair_steps, device)  # no part of all
+    parts["pair"] = lambda: bench_pair(config.pair_steps, device, "float32")  # no part of all
+    parts["pair-bfloat16"] = lambda: bench_pair(config.pair_steps, device, "bfloat16")
     results: dict[str, Any] = {name: parts[name]() for name in asked}
     results["environment"] = environment(device)
     results["peak_memory"] = peak_memory(device)

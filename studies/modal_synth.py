@@ -8,8 +8,8 @@ and score at the same time: one a seed for ours (studies/synth.py), one for SAEL
 (studies/synth_peers.py). What a container wrote is kept: the same command goes on from the last
 checkpoint, and finds what is done. Give it once at a time: two would write the same files.
 
-**It has not been run.** By arithmetic, `16k` takes about 6 hours of an H100 in all, 3.5 by the
-clock (`estimate` below has the assumptions), and 32 GB on the Volume; its cost is 6 times Modal's
+**It has not been run.** By arithmetic, `16k` takes about 9 hours of an H100 in all, 3.5 by the
+clock (`estimate` below has the assumptions), and 32 GB on the Volume; its cost is 9 times Modal's
 price of an H100's hour. The Volume costs until `modal volume delete matryoshka-synth`.
 """
 
@@ -23,6 +23,7 @@ import modal
 
 from matryoshka.errors import UserError
 from matryoshka.modal_calls import commit, hands_back_refusals, reason_of, reload
+from matryoshka.modal_plan import STEP_FLOOR
 
 # Those that studies/synth_peers.py was run with beside SAELens.
 REQUIREMENTS = (
@@ -164,15 +165,15 @@ def main(size: str = "16k", seeds: int = 3, out: str = "results/synth") -> None:
 def estimate(
     n_steps: int, n_latents: int, d_model: int, batch_size: int, n_samples: int, seeds: int
 ) -> dict[str, float]:
-    """Hours of an H100 by part, and bytes on the Volume, by assumed rates: nothing is measured.
+    """Hours of an H100 by part, and bytes on the Volume, by rates that are assumed.
 
-    A step of ours is twice its five dense products at 0.4 of the 67 TFLOP/s of float32, and never
-    under 1 ms (matryoshka/modal_plan.py), for six SAEs a seed. SAELens says that a training of
-    200M samples takes 15 to 20 minutes, sampling included; here that is 17.5 for sampling as for
-    training, in proportion to the samples, and three learning rates and two seeds more of two
+    A step of ours is twice its five dense products at 0.4 of the 67 TFLOP/s of float32, or what
+    matryoshka/modal_plan.py takes for the least, for six SAEs a seed. SAELens says that a training
+    of 200M samples takes 15 to 20 minutes, sampling included; here that is 17.5 for sampling as
+    for training, in proportion to the samples, and three learning rates and two seeds more of two
     kinds. Copying and scoring: 10 minutes a container.
     """
-    step = max(1e-3, 2 * 5 * 2 * batch_size * d_model * n_latents / (0.4 * 67e12))
+    step = max(STEP_FLOOR, 2 * 5 * 2 * batch_size * d_model * n_latents / (0.4 * 67e12))
     per_sample = 17.5 / 60 / 200e6  # hours
     return {
         "sampling": n_samples * per_sample + 1 / 6,

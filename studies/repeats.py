@@ -1,7 +1,7 @@
 """Firings that repeat others: latents of nearly one direction that fire on the same token.
 
     python -m studies.repeats --cache cache/standin/validation \\
-        --saes runs/sign/*/{matryoshka,vanilla}.safetensors --out results/standin/repeats.json
+        --saes runs/sign/*/[mv]*.safetensors --out runs/repeats.json
 
 L1 charges an SAE for the length that its latents add, whatever their number: to share an activation
 among several latents of one direction is free. Where L0 is held, it is not: each takes the place of

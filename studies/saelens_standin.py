@@ -89,8 +89,9 @@ def run(config: Config) -> dict[str, Any]:
 def started(
     config: Config, cache: ActivationCache, held_out: ActivationCache
 ) -> tuple[dict[str, Any], str]:
-    """What `config.out` holds, and which of its sources says where this process runs: what was
-    begun on one machine may be finished on another. Raises `UserError` for other settings.
+    """What `config.out` holds, and which of its sources has this process's environment: what was
+    begun on one machine, or at one commit, may be finished on another. Raises `UserError` for
+    other settings.
     """
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SHAPING}
     about = {

@@ -20,7 +20,7 @@ STANDIN = {
     "vanilla, refit": ("vanilla", "sampled", "/refit"),
     "matryoshka, refit both": ("matryoshka", "sampled", "/refit_both"),
 }
-# On a GPU: the kind of SAE, the folder of its runs without the seed, and the file they are kept in.
+# All made on a GPU: an SAE's name, the folder of its runs without the seed, and the kept file.
 VARIANTS = {
     "matryoshka": ("matryoshka_l0_20", "relu", "", FRONTIER),
     "vanilla": ("vanilla_l0_20", "relu", "", FRONTIER),

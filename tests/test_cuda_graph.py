@@ -237,7 +237,7 @@ def test_replays_on_a_gpu(control: dict[str, object], monkeypatch: pytest.Monkey
 def test_a_step_is_replayed_on_hopper_and_blackwell_in_bfloat16(
     major: int, replayed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By what the GPU says of itself: there is none here."""
+    """By what the GPU says of itself, of which none is needed."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     grads = SimpleNamespace(is_cuda=True, device="cuda:0")
     for dtype, gradient in (("bfloat16", "auto"), ("float32", "auto"), ("bfloat16", "autograd")):

@@ -1,8 +1,8 @@
 """What must hold on any device, on the GPU where there is one, else on the CPU.
 
 A GPU has kernels, streams and allocators of its own: the same code is run there from end to end and
-compared with the CPU, or with float64. On a CPU other tests see to all of this, and a few cases
-here only to these tests being right.
+compared with the CPU, or with float64. On a CPU other tests cover all of this; a few cases are run
+there so that these tests stay right.
 """
 
 import dataclasses

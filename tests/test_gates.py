@@ -265,7 +265,7 @@ SLOW = pytest.mark.slow
     [(0.1, 2000), pytest.param(2.0, 2000, marks=SLOW), pytest.param(1e-3, 6000, marks=SLOW)],
 )
 def test_jumprelu_reaches_its_l0_from_any_start(start: float, n_steps: int) -> None:
-    """Thresholds that learn as slowly as weights do stay far above the target here."""
+    """Where thresholds learn as slowly as weights do, L0 ends at twice its target here."""
     generator = seeded_generator(0)
     directions = torch.nn.functional.normalize(torch.randn(60, 16, generator=generator), dim=1)
     strengths = torch.rand(40, 256, 60, generator=generator)

@@ -1,8 +1,8 @@
 """The gradient from the active latents alone: everything but the encoder is a sparse product.
 
 A *run* is the active latents of one sample that have the same reach. All of them have the same
-residual, so there is one a run. In it the input, with its sign turned, is like what one more run
-decodes to, whose reach no other exceeds.
+residual, so there is one a run. The input enters it as one more run of its sample, which decodes to
+-x and whose reach is at least every other's. For a CPU alone.
 """
 
 import warnings
@@ -75,13 +75,13 @@ class Active:
     def of(cls, task: Task) -> "Active":
         """Those of the task."""
         latent, sample, a = task.sparse_acts()  # by latent; from `by_rank` on by sample
-        reach, device, (n_latents, batch) = task.reach, task.reach.device, task.acts.shape
+        reach, (n_latents, batch) = task.reach, task.acts.shape
         rank = torch.empty_like(reach, dtype=torch.int64)
-        rank[reach.argsort(descending=True, stable=True)] = torch.arange(n_latents, device=device)
+        rank[reach.argsort(descending=True, stable=True)] = torch.arange(n_latents)
         keys = sample * n_latents + pick(rank, latent)
         by_rank = torch.from_numpy(np.argsort(keys.numpy()))  # in half of PyTorch's time
         rank_by_latent = torch.empty_like(by_rank)
-        rank_by_latent[by_rank] = torch.arange(len(by_rank), device=device)
+        rank_by_latent[by_rank] = torch.arange(len(by_rank))
         latent_starts = starts_of(latent, n_latents)
         latent, sample, a = (pick(part, by_rank) for part in (latent, sample, a))
         s = pick(reach, latent)
@@ -125,12 +125,12 @@ class Active:
 def shared_reaches(run_sample: Tensor, run_reach: Tensor, batch: int) -> Tensor:
     """min(s_r, s_q) for each run r [n_runs], sorted by sample, and all runs q of its sample; and
     s_r for the sample itself: sparse [n_runs, n_runs + batch]."""
-    n_runs, device = len(run_sample), run_sample.device
+    n_runs = len(run_sample)
     n_others = pick(torch.bincount(run_sample, minlength=batch), run_sample)  # of each run
     row_starts = (n_others + 1).cumsum(0) - (n_others + 1)
     run = torch.repeat_interleave(n_others + 1)  # [n_entries]
     first = pick(pick(starts_of(run_sample, batch), run_sample) - row_starts, run)
-    other = torch.arange(len(run), device=device) + first
+    other = torch.arange(len(run)) + first
     weights = torch.minimum(pick(run_reach, run), pick(run_reach, other.clamp_max(n_runs - 1)))
     of_sample = row_starts + n_others  # the last entry of each row
     other[of_sample] = n_runs + run_sample
