@@ -98,6 +98,7 @@ def test_caches_where_there_are_no_locks(
     assert "cannot be locked" in capsys.readouterr().err
 
 
+@pytest.mark.processes
 def test_a_local_dataset_needs_no_home_to_write_to(sources: Path, tmp_path: Path) -> None:
     nowhere = {
         name: "/dev/null/home"

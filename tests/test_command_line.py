@@ -119,6 +119,7 @@ def test_a_narrow_table_has_every_cell_and_fits() -> None:
     assert long == command_line.table(["a", "b"], [["x" * 60, "y" * 60]]), "it cannot be narrower"
 
 
+@pytest.mark.processes
 def test_what_is_slow_to_import_is_not_imported_before_it_is_needed() -> None:
     slow = {"transformers", "datasets", "matplotlib", "scipy", "modal"}
     code = f"""

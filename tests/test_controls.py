@@ -40,7 +40,7 @@ def test_sparsity_weight_warms_up_then_follows_l0():
 
 
 @pytest.mark.parametrize(
-    "start", [0.02, *(pytest.param(start, marks=pytest.mark.slow) for start in (0.2, 2.0)), 20.0]
+    "start", [*(pytest.param(start, marks=pytest.mark.slow) for start in (0.02, 0.2, 2.0)), 20.0]
 )
 def test_steady_control_reaches_the_target_l0_from_any_start(start):
     """Within 1%, averaged over the last 5% of the steps, and with no latent killed on the way."""

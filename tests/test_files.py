@@ -87,6 +87,7 @@ def test_without_locks_a_line_says_so(
     assert said.count("\n") == 1
 
 
+@pytest.mark.processes
 def test_scripts_import_where_there_is_no_fcntl() -> None:
     code = (
         "import sys; sys.modules['fcntl'] = None; from matryoshka import files; "

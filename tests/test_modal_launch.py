@@ -39,6 +39,7 @@ def modal_run(*args: str, home: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.processes
 def test_help_needs_no_account(tmp_path: Path) -> None:
     result = modal_run("--help", home=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -65,6 +66,7 @@ def test_a_plan_is_printed_and_nothing_started(monkeypatch: Any, capsys: Any) ->
     assert len(printed.splitlines()) == 3
 
 
+@pytest.mark.processes
 def test_without_a_token_there_is_one_line(tmp_path: Path) -> None:
     result = modal_run("--tokens", "5000000", home=tmp_path)
     assert result.returncode != 0
@@ -129,6 +131,7 @@ print(modal_tinystories.LAUNCH)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("flags", ["--gpu L4 --lr 0.5", "--plan"])
 def test_launching_needs_only_modal(flags: str) -> None:
     absent = "torch numpy scipy einops datasets huggingface_hub safetensors matplotlib tqdm"

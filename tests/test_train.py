@@ -86,6 +86,7 @@ def shell(config: Config) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
 
 
+@pytest.mark.processes
 def test_a_run_end_to_end(
     from_the_shell: tuple[Config, subprocess.CompletedProcess[str]],
 ) -> None:
@@ -143,6 +144,7 @@ def test_a_run_end_to_end(
         assert figure in bar
 
 
+@pytest.mark.processes
 def test_the_same_command_again_is_refused_and_nothing_touched(
     from_the_shell: tuple[Config, subprocess.CompletedProcess[str]],
     capsys: pytest.CaptureFixture[str],

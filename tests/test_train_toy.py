@@ -249,6 +249,7 @@ def short_run(tmp_path_factory):
     return out, result, json.loads((out / "results.json").read_text())
 
 
+@pytest.mark.processes
 def test_a_run_end_to_end(short_run):
     out, result, results = short_run
     assert [(r["sae"], r["seed"]) for r in results["runs"]] == [
@@ -269,6 +270,7 @@ def test_a_run_end_to_end(short_run):
     assert {path.name for path in out.glob(".*")} == {".lock"}, "a file was left half written"
 
 
+@pytest.mark.processes
 def test_all_that_is_printed_fits_in_80_columns_and_names_every_sae(short_run):
     _, result, _ = short_run
     assert max(map(len, result.stdout.splitlines()[:-1])) <= 80  # the last names the folder
@@ -278,6 +280,7 @@ def test_all_that_is_printed_fits_in_80_columns_and_names_every_sae(short_run):
     assert bars[-2].startswith("100%")
 
 
+@pytest.mark.processes
 def test_the_figures_are_those_of_the_saved_saes(short_run):
     out, _, results = short_run
     data = ToyData(train_toy.load_tree("tree.json"), 20)
@@ -292,6 +295,7 @@ def test_the_figures_are_those_of_the_saved_saes(short_run):
         assert features.shape == (5_000, 20)
 
 
+@pytest.mark.processes
 def test_an_saes_file_says_how_it_was_trained(short_run):
     out, _, _ = short_run
     assert SAE.load(out / "vanilla_seed6.safetensors").about == {
