@@ -22,6 +22,8 @@ DASHES: dict[str, Literal["-", "--", ":", "-."]] = {  # of activations
     "relu": "-", "batchtopk": "--", "topk": ":", "jumprelu": "-."
 }  # fmt: skip
 
+Looks = dict[str, dict[str, Any]]  # by the name of a line: matplotlib's settings of it
+
 
 def draw(path: str | Path, lines: Lines) -> None:
     """The four scores against L0: a dot an SAE, a line through the means of each target L0. A kind
@@ -36,15 +38,15 @@ def _figure(lines: Lines) -> Figure:
         2, 2, gridspec_kw={"left": 0.075, "right": 0.985, "top": 0.92, "bottom": 0.075,
                            "wspace": 0.2, "hspace": 0.3},
     )  # fmt: skip
+    looks = _looks(lines)
     for ax, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
-        _panel(ax, lines, key)
+        _panel(ax, lines, looks, key)
         ax.set_title(title)
         if key == "fvu":
             values = [run[key] for points in lines.values() for run in points]
             plots._log_axis(ax, np.array(values, dtype=float))
     for ax in axes[1]:
         ax.set_xlabel("L0: active latents a token (log scale)")
-    looks = _looks(lines)
     handles = [
         Line2D([], [], **looks[name], markersize=4,
                label=f"{name}, {plots._count(len({run.get('seed') for run in points}), 'seed')}")
@@ -54,8 +56,8 @@ def _figure(lines: Lines) -> Figure:
     return figure
 
 
-def _panel(ax: Axes, lines: Lines, key: str) -> None:
-    seen, looks = [], _looks(lines)
+def _panel(ax: Axes, lines: Lines, looks: Looks, key: str) -> None:
+    seen = []
     for name, points in lines.items():
         known = [run for run in points if run.get(key) is not None]
         if not known:
@@ -80,17 +82,17 @@ def _panel(ax: Axes, lines: Lines, key: str) -> None:
         ax.set_xlim(min(seen) / 1.15, max(seen) * 1.15)
 
 
-def _looks(lines: Lines) -> dict[str, dict[str, Any]]:
+def _looks(lines: Lines) -> Looks:
     """How each line is drawn: a colour a kind, dashes an activation, hollow diamonds where a kind
     was trained for one L0."""
     colours = plots._colours(dict.fromkeys(name.split(",")[0] for name in lines))
     looks = {}
     for name, points in lines.items():
-        is_line = len(by_target(points)) > 1
+        is_line, colour = len(by_target(points)) > 1, colours[name.split(",")[0]]
         looks[name] = {
-            "color": colours[name.split(",")[0]],
+            "color": colour,
             "linestyle": DASHES.get(name.split(", ")[-1], "-") if is_line else "",
             "marker": "o" if is_line else "D",
-            "markerfacecolor": colours[name.split(",")[0]] if is_line else "none",
+            "markerfacecolor": colour if is_line else "none",
         }
     return looks

@@ -356,10 +356,9 @@ def run(config: Config) -> dict[str, Any]:
     """Measures what `config.part` says, and writes it to a JSON file in `config.out`."""
     require_positive(config, "repeats", "pair_steps")
     device = pick_device(config.device)
-    if config.original and config.part not in ("all", "step"):
-        raise UserError(f"--original is of --part step, and not of --part {config.part}")
-    if config.saelens and config.part not in ("all", "step"):
-        raise UserError(f"--saelens is of --part step, and not of --part {config.part}")
+    for flag in ("original", "saelens"):
+        if getattr(config, flag) and config.part not in ("all", "step"):
+            raise UserError(f"--{flag} is of --part step, and not of --part {config.part}")
     original = load_original(config.original) if config.original else None
     if config.saelens:
         require_saelens()

@@ -24,6 +24,7 @@ from matryoshka.trainer import Trainer
 from matryoshka.trainer_config import TrainerConfig
 from matryoshka.training_config import RECIPES
 from sae import SAE, seeded_generator
+from studies import saelens_standin
 
 D_MODEL, N_LATENTS, BATCH, L0 = 768, 3072, 1024, 30
 TRAINING_STEPS = 200
@@ -192,11 +193,17 @@ def original_sae(original: Any, n_latents: int, n_prefixes: int) -> Any:
 def original_step(original: Any, case: Case, n_prefixes: int) -> Callable[[], object]:
     """A call that takes one step of the original code, from the weights of `case`."""
     theirs = original_sae(original, case.sae.n_latents, n_prefixes).to(case.x.device)
+    copy_weights(case.sae, theirs)
     with torch.no_grad():
-        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-            getattr(theirs, name).copy_(getattr(case.sae, name))
         theirs.normalizer.running_avg.fill_(float(case.x.norm(dim=1).mean()))
     return lambda: theirs.step(case.x)
+
+
+@torch.no_grad()
+def copy_weights(sae: SAE, theirs: Any) -> None:
+    """Gives another tool's SAE, of the same shapes and names, the weights of ours."""
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        getattr(theirs, name).copy_(getattr(sae, name))
 
 
 def require_saelens() -> None:
@@ -208,23 +215,19 @@ def require_saelens() -> None:
 def saelens_step(case: Case, autocast: bool = False) -> Callable[[], object]:
     """A call that takes one step of SAELens's MatryoshkaBatchTopK trainer, from the weights of
     `case`, an SAE of batchtopk, in the widths of `train.py --recipe paper`."""
-    import sae_lens
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     sae, device = case.sae, str(case.x.device)
-    shares = RECIPES["paper"]["widths"]
-    config = sae_lens.MatryoshkaBatchTopKTrainingSAEConfig(
-        d_in=D_MODEL,
-        d_sae=sae.n_latents,
-        k=sae.k,
-        matryoshka_widths=[round(share * sae.n_latents) for share in shares],
-        device=device,
+    of_paper = dataclasses.replace(UNMOVED, widths=RECIPES["paper"]["widths"])
+    config = saelens_standin.Config(
+        n_latents=sae.n_latents,
+        k=sae.k or L0,
+        widths=tuple(of_paper.widths_of(sae.n_latents)),
+        normalize="none",
     )
-    theirs = sae_lens.MatryoshkaBatchTopKTrainingSAE(config)
-    with torch.no_grad():
-        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-            getattr(theirs, name).copy_(getattr(sae, name))
+    theirs = saelens_standin.untrained(config, "matryoshka_batchtopk", D_MODEL, device=device)
+    copy_weights(sae, theirs)
     steps = SAETrainerConfig(
         total_training_samples=UNMOVED.n_steps * BATCH,
         train_batch_size_samples=BATCH,

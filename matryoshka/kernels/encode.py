@@ -87,7 +87,7 @@ def over(preacts: Tensor, bounds: Tensor, workspace: Workspace) -> SparseActs:
     """What exceeds its latent's bound [n_latents]."""
     mask = workspace.empty("over", preacts.new_empty(0, dtype=torch.bool), *preacts.shape)
     torch.gt(preacts, bounds[:, None], out=mask)
-    index = torch.from_numpy(np.flatnonzero(mask.numpy()))  # in a third of nonzero's time
+    index = torch.from_numpy(np.flatnonzero(mask.numpy()))  # in half of nonzero's time
     latent = index // preacts.shape[1]
     return SparseActs(latent, index - latent * preacts.shape[1], pick(preacts.view(-1), index))
 

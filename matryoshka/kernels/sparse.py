@@ -126,13 +126,14 @@ def shared_reaches(run_sample: Tensor, run_reach: Tensor, batch: int) -> Tensor:
     """min(s_r, s_q) for each run r [n_runs], sorted by sample, and all runs q of its sample; and
     s_r for the sample itself: sparse [n_runs, n_runs + batch]."""
     n_runs = len(run_sample)
-    n_others = pick(torch.bincount(run_sample, minlength=batch), run_sample)  # of each run
-    row_starts = (n_others + 1).cumsum(0) - (n_others + 1)
-    run = torch.repeat_interleave(n_others + 1)  # [n_entries]
-    first = pick(pick(starts_of(run_sample, batch), run_sample) - row_starts, run)
+    n_runs_of = torch.bincount(run_sample, minlength=batch)  # each sample
+    n_in_row = pick(n_runs_of, run_sample) + 1
+    row_starts = n_in_row.cumsum(0) - n_in_row
+    run = torch.repeat_interleave(n_in_row)  # [n_entries]
+    first = pick(pick(n_runs_of.cumsum(0) - n_runs_of, run_sample) - row_starts, run)
     other = torch.arange(len(run)) + first
     weights = torch.minimum(pick(run_reach, run), pick(run_reach, other.clamp_max(n_runs - 1)))
-    of_sample = row_starts + n_others  # the last entry of each row
+    of_sample = row_starts + n_in_row - 1  # the last entry of each row
     other[of_sample] = n_runs + run_sample
     weights[of_sample] = run_reach
     return csr(row_starts, other, weights, n_runs + batch)
