@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from matryoshka import convert, hub
+from matryoshka import convert, hub, sae_files
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.command_line import main_guard, parse, require_positive, setting
 from matryoshka.conversion_check import codec, compare, require_same
@@ -126,7 +126,7 @@ def to_file(sae: SAE, path: Path, x: Tensor) -> dict[str, Any]:
     make_folder(path.parent)
 
     def write(part: Path) -> None:
-        sae.save(part)
+        part.write_bytes(sae_files.to_bytes(sae))
         require_same(compare(sae, codec(convert.load(part)), x), "what was written")
 
     write_atomically(path, write)

@@ -97,10 +97,7 @@ def run(config: Config) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"--sae {config.sae} on --cache {config.cache}: {error}") from None
     refitted.about = {**sae.about, "refit": description(config, cache)}
-    try:
-        refitted.save(config.out_file)
-    except OSError as error:
-        raise UserError(f"cannot write {config.out_file} ({error.strerror})") from None
+    refitted.save(config.out_file)
     return {
         "sae": config.sae,
         "out": str(config.out_file),

@@ -22,21 +22,16 @@ Autoencoders" (arXiv 2503.17547).
 """
 
 import hashlib
-import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-FORMAT = 2  # of an SAE's file; 1 had neither a format number nor an activation
 STREAM_INIT, STREAM_PREFIXES = 0, 1  # random numbers of a seed, one stream a purpose
 FIRST_THRESHOLD = 0.1  # of a jumprelu SAE, in activations of scaled inputs, whose RMS is 1
-
 
 Sparsity = Literal["l1", "log"]
 
@@ -121,6 +116,18 @@ ACTIVATIONS: dict[str, Activation] = {
     "jumprelu": jumprelu,
 }
 OF_K = ("topk", "batchtopk")  # those that are given their L0
+
+
+def _check_activation(name: str, k: float | None, threshold: Tensor | None, n_latents: int) -> None:
+    """Raises ValueError unless an activation function is given what it needs."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    if name in OF_K and not (k is not None and 0 < k <= n_latents):
+        raise ValueError(f"k of {name} must be above 0 and at most {n_latents}, got {k}")
+    if name == "topk" and k != int(k or 0):
+        raise ValueError(f"topk needs a whole number of active latents a sample, got {k}")
+    if name == "jumprelu" and threshold is None:
+        raise ValueError("threshold missing, which jumprelu needs")
 
 
 # ----------------------------------------------------------------------- prefixes and their loss
@@ -276,8 +283,8 @@ class SAE(nn.Module):
         about: Mapping[str, Any],
         k: float | None,
     ) -> None:
-        """Makes the tensors its own, without a copy. Raises ValueError where they are no SAE's."""
-        _check_shapes(tensors)
+        """Makes the tensors its own, without a copy. Raises ValueError where `activation` is no
+        activation function, or lacks what it needs."""
         _check_activation(activation, k, tensors.get("threshold"), tensors["b_enc"].numel())
         self.activation, self.about, self.k = activation, dict(about), k
         self.W_enc, self.b_enc = nn.Parameter(tensors["W_enc"]), nn.Parameter(tensors["b_enc"])
@@ -297,6 +304,9 @@ class SAE(nn.Module):
 
         Raises ValueError where one is missing, or of a shape or dtype that no SAE has.
         """
+        from matryoshka import sae_checks
+
+        sae_checks.check_shapes(tensors)
         sae = cls.__new__(cls)
         nn.Module.__init__(sae)  # not `__init__`: it would draw weights to throw away
         copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
@@ -309,24 +319,13 @@ class SAE(nn.Module):
         return SAE.from_tensors(tensors, self.activation, self.about, self.k)
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file, whole or not at all, that says what it is.
+        """Writes a safetensors file, whole or not at all, that says what it is: docs/files.md.
 
-        Its metadata has one key, "sae": JSON of format, activation, k, d_model, n_latents, about.
+        Raises OSError where it cannot be written.
         """
-        names = ("activation", "k", "d_model", "n_latents", "about")
-        config = {"format": FORMAT, **{name: getattr(self, name) for name in names}}
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
-        content = safetensors.torch.save(tensors, metadata={"sae": json.dumps(config)})
-        path = Path(path)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with part.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        from matryoshka import sae_files  # here, not above: this file needs nothing but torch
+
+        sae_files.save(self, Path(path))
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "SAE":
@@ -335,7 +334,7 @@ class SAE(nn.Module):
 
         Raises ValueError where there is no such SAE, OSError where it cannot be read.
         """
-        from matryoshka import sae_files  # here alone: this file needs nothing but torch
+        from matryoshka import sae_files
 
         return sae_files.load(Path(path), torch.device(device))
 
@@ -351,38 +350,6 @@ class SAE(nn.Module):
 
         Raises ValueError where there is none, or the hub cannot be reached.
         """
-        from matryoshka import hub  # here alone, as in `load`
+        from matryoshka import hub
 
         return hub.from_pretrained(repo, name, revision).to(device)
-
-
-TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "mean_norm")  # of every SAE; some have a threshold
-
-
-def _check_shapes(tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless these can be an SAE's tensors; there may be others among them."""
-    missing = [name for name in TENSORS if name not in tensors]
-    if missing:
-        raise ValueError(f"{', '.join(missing)} missing among {', '.join(sorted(tensors))}")
-    if tensors["W_enc"].dim() != 2:
-        raise ValueError(f"W_enc must be [d_model, n_latents], got {list(tensors['W_enc'].shape)}")
-    d_model, n_latents = tensors["W_enc"].shape
-    shapes: list[list[int]] = [[d_model, n_latents], [n_latents], [n_latents, d_model], [d_model]]
-    named = zip((*TENSORS, "threshold"), [*shapes, [], [n_latents]], strict=True)
-    for name, shape in [(name, shape) for name, shape in named if name in tensors]:
-        if list(tensors[name].shape) != shape:
-            raise ValueError(f"{name} must be {shape}, got {list(tensors[name].shape)}")
-        if not tensors[name].is_floating_point():
-            raise ValueError(f"{name} must hold floats, got {tensors[name].dtype}")
-
-
-def _check_activation(name: str, k: float | None, threshold: Tensor | None, n_latents: int) -> None:
-    """Raises ValueError unless an activation function is given what it needs."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
-    if name in OF_K and not (k is not None and 0 < k <= n_latents):
-        raise ValueError(f"k of {name} must be above 0 and at most {n_latents}, got {k}")
-    if name == "topk" and k != int(k or 0):
-        raise ValueError(f"topk needs a whole number of active latents a sample, got {k}")
-    if name == "jumprelu" and threshold is None:
-        raise ValueError("threshold missing, which jumprelu needs")

@@ -187,10 +187,7 @@ def complete(training: Training, results: dict[str, Any]) -> dict[str, Any]:
 
 def save(sae: SAE, path: Path) -> str:
     """Writes an SAE's file; returns its SHA-256. Raises `CannotWrite`."""
-    try:
-        sae.save(path)
-    except OSError as error:
-        raise CannotWrite(f"cannot write {path} ({error.strerror or error})") from error
+    sae.save(path)
     return sha256_of(path)
 
 

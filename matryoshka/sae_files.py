@@ -1,18 +1,42 @@
-"""Reading an SAE from disk, with all the care that a file of somebody's takes; see docs/files.md.
+"""An SAE's file, written whole and read with all the care that a file of somebody's takes.
 
-`SAE.save` writes these files, and `SAE.load` is what calls this.
+`SAE.save` and `SAE.load` call this. docs/files.md says what is in the file.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from matryoshka import convert
-from sae import FORMAT, SAE
+from matryoshka.files import write_atomically
+from matryoshka.sae_checks import check_values
+from sae import SAE
+
+FORMAT = 2  # 1 had neither a format number nor an activation
+
+
+def save(sae: SAE, path: Path) -> None:
+    """Writes an SAE's file, whole or not at all.
+
+    Raises `CannotWrite`, an OSError, that names `path` where it cannot be written.
+    """
+    content = to_bytes(sae)
+    write_atomically(path, lambda part: part.write_bytes(content))
+
+
+def to_bytes(sae: SAE) -> bytes:
+    """An SAE's file: safetensors that say what they are.
+
+    Its metadata has one key, "sae": JSON of format, activation, k, d_model, n_latents, about.
+    """
+    names = ("activation", "k", "d_model", "n_latents", "about")
+    config = {"format": FORMAT, **{name: getattr(sae, name) for name in names}}
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in sae.state_dict().items()}
+    return safetensors.torch.save(tensors, metadata={"sae": json.dumps(config)})
 
 
 def load(path: Path, device: torch.device) -> SAE:
@@ -54,14 +78,3 @@ def described(metadata: dict[str, str]) -> dict[str, Any]:
     if about.get("format", 1) not in range(1, FORMAT + 1):
         raise ValueError(f"format must be at most {FORMAT}, got {about['format']!r}")
     return about
-
-
-def check_values(sae: SAE) -> None:
-    """Raises ValueError where a value is not finite, or not of the sign that it must have."""
-    for name, tensor in sae.state_dict().items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} holds values that are not finite")
-    if sae.threshold is not None and (sae.threshold < 0).any():
-        raise ValueError("threshold must not be negative")
-    if not sae.mean_norm > 0:
-        raise ValueError(f"mean_norm must be above 0, got {float(sae.mean_norm)}")

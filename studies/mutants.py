@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 TESTS = {
     "sae.py": "test_sae.py",
     "matryoshka/sae_files.py": "test_sae.py",
+    "matryoshka/sae_checks.py": "test_sae.py",
     "toy_model.py": "test_toy_model.py",
     "train.py": "test_train.py",
     "matryoshka/kernels/all_pairs.py": "test_kernels.py",

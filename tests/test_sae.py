@@ -35,7 +35,7 @@ def test_the_method_is_imported_without_the_rest_of_the_project():
     body = ast.parse(Path(sae_module.__file__).read_text()).body
     imported = {a.name.split(".")[0] for n in body if isinstance(n, ast.Import) for a in n.names}
     imported |= {n.module.split(".")[0] for n in body if isinstance(n, ast.ImportFrom)}
-    assert imported - sys.stdlib_module_names == {"torch", "safetensors"}
+    assert imported - sys.stdlib_module_names == {"torch"}
 
 
 # ------------------------------------------------------------------------------- random numbers

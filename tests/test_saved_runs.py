@@ -14,6 +14,7 @@ from tiny_factory import write_model
 from matryoshka import convert
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.errors import UserError
+from matryoshka.sae_files import FORMAT
 from matryoshka.saved_runs import (
     check_cache,
     checksums_used,
@@ -26,7 +27,7 @@ from matryoshka.saved_runs import (
     training_curves,
     training_results,
 )
-from sae import FORMAT, SAE
+from sae import SAE
 
 CPU = torch.device("cpu")
 
