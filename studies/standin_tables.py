@@ -8,6 +8,7 @@ import numpy as np
 
 from matryoshka.command_line import table
 from matryoshka.frontier import Lines, frontier_table, lines_of, mean
+from matryoshka.kinds import KINDS
 from studies.kept_results import Run, kinds_of, percent, read, runs_of, spread
 
 EVALUATION = "standin/evaluation.json"
@@ -138,13 +139,13 @@ def signs() -> str:
     rows = []
     for title, (recipe, end, file) in SIGNS.items():
         columns = []
-        for kind in ("matryoshka", "vanilla"):
+        for kind in KINDS:
             runs = standin_runs(kind + end, recipe, file=file)
             repeats = float(np.mean([share[run["source"], run["sae"]] for run in runs]))
             fvu, l0, dead = (mean(runs, key) for key in ("fvu", "l0", "dead_share"))
             columns.append([f"{fvu:.4f}", f"{l0:.1f}", f"{dead:.0%}", f"{repeats:.1%}"])
         rows.append([title, *(" / ".join(of_both) for of_both in zip(*columns, strict=True))])
-    headers = ["matryoshka / vanilla", "FVU", "L0", "dead", "repeats, of all firings"]
+    headers = [" / ".join(KINDS), "FVU", "L0", "dead", "repeats, of all firings"]
     return table(headers, rows)
 
 

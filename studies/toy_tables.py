@@ -6,6 +6,7 @@ import numpy as np
 
 from matryoshka import toy_stack
 from matryoshka.command_line import table
+from matryoshka.kinds import KINDS
 from matryoshka.toy_report import EDGES, is_whole_tree, share
 from studies import ablate_toy, true_solution
 from studies.kept_results import Results, Run, kinds_of, read, runs_of, spread
@@ -172,10 +173,7 @@ def _unhedged_row(file: str, usual: str) -> list[str]:
     seeds = [run["seed"] for run in runs]
     absorbed = [a for run in runs for a in run["absorption"] if a is not None]
     whole = sum(run["clean_at"]["0.99"] == run["n_features"] for run in runs)
-    means = (
-        np.mean([run["clean_features"] for run in runs_of(others, sae)])
-        for sae in ("matryoshka", "vanilla")
-    )
+    means = (np.mean([run["clean_features"] for run in runs_of(others, sae)]) for sae in KINDS)
     return [
         f"{min(seeds)} to {max(seeds)}",
         *mean_clean(runs),
@@ -203,10 +201,10 @@ def edges() -> str:
     for title, file in files.items():
         results = read(f"{file}.json")
         for how in (REFITS[0], REFITS[-1]):
-            cells = [_edge_cells(runs_of(results, sae + how)) for sae in ("matryoshka", "vanilla")]
+            cells = [_edge_cells(runs_of(results, sae + how)) for sae in KINDS]
             if any(cells):
                 rows.append([title + how, *(cell for pair in cells for cell in pair or ["", ""])])
-    shown = [column for sae in ("matryoshka", "vanilla") for column in (sae, "whole tree")]
+    shown = [column for sae in KINDS for column in (sae, "whole tree")]
     return table([f"edges {' / '.join(EDGES)}, mean a seed", *shown], rows)
 
 
