@@ -3,19 +3,19 @@
     acts  = activation(s x W_enc + b_enc)            s = sqrt(d_model) / mean norm of the inputs
     x_hat = (acts W_dec + b_dec) / s
 
-A Matryoshka SAE is trained so that the first m latents alone reconstruct x, for prefix lengths m
-that are drawn afresh each step. With x already scaled, d_j row j of W_dec and w_m the weight of a
-length, the loss of a sample is
+A Matryoshka SAE is trained so that the first m latents alone reconstruct x, for several prefix
+lengths m at once. With x already scaled by s, d_j row j of W_dec, and w_m the weight of length m,
+the loss of one sample is
 
     sum over lengths m of  w_m ( ||x - b_dec - sum_{j <= m} a_j d_j||^2
                                  + sparsity_weight * sum_{j <= m} a_j ||d_j|| )
 
-which `matryoshka_loss` computes. Ten lengths drawn at random, a few that are fixed, and every
-length at its probability are three ways to fill the list of lengths and weights. One length, all
-of the latents, makes a vanilla SAE.
+`matryoshka_loss` computes it. The lengths are drawn at random in each step (`sample_prefixes`), or
+fixed, or all of them weighted by their probability (matryoshka/prefix_draws.py). A single length,
+all of the latents, makes a vanilla SAE.
 
-For training, matryoshka/kernels/ has the gradient of this loss written out, for speed, and tested
-against autograd's of `matryoshka_loss`.
+Training computes the gradient of this loss with the formulas in matryoshka/kernels/, which are
+faster than autograd and tested against it.
 
 Bussmann, Nabeshima, Karvonen, Nanda 2025, "Learning Multi-Level Features with Matryoshka Sparse
 Autoencoders" (arXiv 2503.17547).
@@ -30,17 +30,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-STREAM_INIT, STREAM_PREFIXES = 0, 1  # random numbers of a seed, one stream a purpose
-FIRST_THRESHOLD = 0.1  # of a jumprelu SAE, in activations of scaled inputs, whose RMS is 1
+STREAM_INIT, STREAM_PREFIXES = 0, 1  # each purpose has its own stream of a seed's random numbers
+FIRST_THRESHOLD = 0.1  # where jumprelu's thresholds start, in the units of activations
 
 Sparsity = Literal["l1", "log"]
 
 
 def seeded_generator(seed: int, *stream: int) -> torch.Generator:
-    """A CPU generator that is a function of `seed` and `stream` alone, whatever their size.
+    """A CPU generator that depends on `seed` and `stream` alone, which may be of any size.
 
-    Streams are as independent as PyTorch allows: it takes 32 bits of a seed, so two of them share
-    their numbers with a probability of 2^-32.
+    PyTorch takes a seed of 32 bits, so two streams are the same with a probability of 2^-32.
     """
     name = " ".join(str(int(part)) for part in (seed, *stream))
     digest = hashlib.sha256(name.encode()).digest()
@@ -51,12 +50,11 @@ def seeded_generator(seed: int, *stream: int) -> torch.Generator:
 
 
 class Gate(NamedTuple):
-    """What an activation function may look at beside the pre-activations, with whose shape all of
-    it broadcasts."""
+    """What an activation function may need beside the pre-activations, to which these broadcast."""
 
-    norms: Tensor | None  # ||d_j||, [..., n_latents]; None in training where it is not looked at
-    k: float | None = None  # active latents a sample, of topk and batchtopk
-    threshold: Tensor | None = None  # [..., n_latents]; of jumprelu, and of a trained batchtopk
+    norms: Tensor | None  # ||d_j||, [..., n_latents]; training leaves it out for relu and jumprelu
+    k: float | None = None  # active latents a sample, for topk and batchtopk
+    threshold: Tensor | None = None  # [..., n_latents], for jumprelu and a trained batchtopk SAE
 
 
 def relu(preacts: Tensor, gate: Gate) -> Tensor:
@@ -65,49 +63,52 @@ def relu(preacts: Tensor, gate: Gate) -> Tensor:
 
 
 def topk(preacts: Tensor, gate: Gate) -> Tensor:
-    """Of each sample the k largest a_j ||d_j||, where a = relu(preacts); 0 elsewhere.
+    """a = relu(preacts), of which each sample keeps the k with the largest a_j ||d_j||.
 
-    Gao et al. 2024 (arXiv 2406.04093), but that decoder rows need not be of norm 1.
+    Gao et al. 2024 (arXiv 2406.04093), except that decoder rows may have any norm.
     """
     assert gate.norms is not None
+    assert gate.k is not None
     acts = preacts.relu()
     scores = acts * gate.norms
-    least = scores.topk(int(gate.k or 0), dim=-1).values[..., -1:]
-    return torch.where(scores >= least, acts, 0)
+    least_kept = scores.topk(int(gate.k), dim=-1).values[..., -1:]
+    return torch.where(scores >= least_kept, acts, 0)
 
 
 def batchtopk(preacts: Tensor, gate: Gate) -> Tensor:
-    """Of a batch [..., batch, n_latents] the batch * k largest a_j ||d_j||, a = relu(preacts).
+    """a = relu(preacts), of which a batch keeps the batch * k with the largest a_j ||d_j||.
 
-    Once trained, `jumprelu` with the threshold that stands in for the batch: a sample is then
-    encoded by itself. Bussmann, Leask, Nanda 2024 (arXiv 2412.06410).
+    preacts [..., batch, n_latents]. A trained SAE has a threshold in place of the comparison with
+    the rest of the batch, so that each sample is encoded by itself. Bussmann, Leask, Nanda 2024
+    (arXiv 2412.06410).
     """
     if gate.threshold is not None:
         return jumprelu(preacts, gate)
     assert gate.norms is not None
+    assert gate.k is not None
     acts = preacts.relu()
     if not acts.numel():
         return acts
     scores = acts * gate.norms
-    n = max(1, round((gate.k or 0) * acts.shape[-2]))
-    least = scores.flatten(-2).topk(n, dim=-1).values[..., -1:, None]
-    return torch.where(scores >= least, acts, 0)
+    n_kept = max(1, round(gate.k * acts.shape[-2]))
+    least_kept = scores.flatten(-2).topk(n_kept, dim=-1).values[..., -1:, None]
+    return torch.where(scores >= least_kept, acts, 0)
 
 
 def jumprelu(preacts: Tensor, gate: Gate) -> Tensor:
-    """preacts_j where it is over threshold_j, which is not negative; 0 elsewhere.
+    """preacts_j where it is above threshold_j >= 0, and 0 elsewhere.
 
-    Rajamanoharan et al. 2024 (arXiv 2407.14435). matryoshka/kernels/jumprelu.py has the gradient
-    that their thresholds are trained with.
+    Rajamanoharan et al. 2024 (arXiv 2407.14435). How the thresholds are trained is in
+    matryoshka/kernels/jumprelu.py.
     """
     assert gate.threshold is not None
     return torch.where(preacts > gate.threshold, preacts, 0)
 
 
-# By the name that an SAE's file gives. Each takes pre-activations [..., n_latents], which it may
-# overwrite, and a Gate, and returns activations of that shape that are not negative. The kernels
-# that write gradients by hand need it to have slope 1 where it is not 0 and slope 0 where it is;
-# `gradient="autograd"` needs nothing.
+# Every activation function, by its name in an SAE's file. It takes pre-activations
+# [..., n_latents], which it may overwrite, and returns activations of the same shape, none of them
+# negative. The kernels' gradients are right if its slope is 1 where it is not 0, and 0 where it is;
+# any other trains with `gradient="autograd"`.
 Activation = Callable[[Tensor, Gate], Tensor]
 ACTIVATIONS: dict[str, Activation] = {
     "relu": relu,
@@ -115,14 +116,14 @@ ACTIVATIONS: dict[str, Activation] = {
     "batchtopk": batchtopk,
     "jumprelu": jumprelu,
 }
-OF_K = ("topk", "batchtopk")  # those that are given their L0
+WITH_K = ("topk", "batchtopk")  # those whose L0 is given, as k, and not steered by a sparsity loss
 
 
 def _check_activation(name: str, k: float | None, threshold: Tensor | None, n_latents: int) -> None:
-    """Raises ValueError unless an activation function is given what it needs."""
+    """Raises ValueError where the activation function is unknown, or lacks what it needs."""
     if name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
-    if name in OF_K and not (k is not None and 0 < k <= n_latents):
+    if name in WITH_K and not (k is not None and 0 < k <= n_latents):
         raise ValueError(f"k of {name} must be above 0 and at most {n_latents}, got {k}")
     if name == "topk" and k != int(k or 0):
         raise ValueError(f"topk needs a whole number of active latents a sample, got {k}")
@@ -134,9 +135,9 @@ def _check_activation(name: str, k: float | None, threshold: Tensor | None, n_la
 
 
 def prefix_probabilities(n_latents: int) -> Tensor:
-    """P(l) for l = 1 .. n_latents - 1, proportional to sqrt(l) - sqrt(l - 1). float64.
+    """P(m) for the lengths m = 1 .. n_latents - 1, proportional to sqrt(m) - sqrt(m - 1). float64.
 
-    A Pareto law of power 0.5 and minimum length 1, as in the original: short prefixes are favoured.
+    This is the original's Pareto law of power 0.5 and minimum length 1: it favours short prefixes.
     """
     roots = torch.arange(n_latents, dtype=torch.float64).sqrt()
     return roots.diff() / roots[-1]
@@ -145,18 +146,19 @@ def prefix_probabilities(n_latents: int) -> Tensor:
 def sample_prefixes(
     n_latents: int, n_prefixes: int, generator: torch.Generator, n_draws: int | None = None
 ) -> Tensor:
-    """Rising prefix lengths [n_prefixes], or [n_draws, n_prefixes]: the last is n_latents.
+    """Rising prefix lengths, int64 [n_prefixes], or [n_draws, n_prefixes] if n_draws is given.
 
-    The others are drawn without replacement from 1 .. n_latents - 1 by `prefix_probabilities`.
-    Raises ValueError where n_prefixes is not within 1 .. n_latents.
+    The last length is n_latents. The others are drawn without replacement from 1 .. n_latents - 1,
+    with the probabilities of `prefix_probabilities`. Raises ValueError where n_prefixes is not
+    within 1 .. n_latents.
     """
     if not 1 <= n_prefixes <= n_latents:
         raise ValueError(f"n_prefixes must be within 1 and {n_latents}, got {n_prefixes}")
     rows = 1 if n_draws is None else n_draws
     lengths = torch.full((rows, n_prefixes), n_latents)
     if n_prefixes > 1:
-        chances = prefix_probabilities(n_latents).expand(rows, -1)
-        drawn = torch.multinomial(chances, n_prefixes - 1, generator=generator)
+        probabilities = prefix_probabilities(n_latents).expand(rows, -1)
+        drawn = torch.multinomial(probabilities, n_prefixes - 1, generator=generator)
         lengths[:, :-1] = 1 + drawn.sort(dim=-1).values
     return lengths[0] if n_draws is None else lengths
 
@@ -171,11 +173,12 @@ def matryoshka_loss(
     sparsity_weight: float | Tensor = 0.0,
     sparsity: Sparsity | Tensor = "l1",
 ) -> Tensor:
-    """The loss that an SAE is trained on (the equation above), a mean over the batch: [].
+    """The loss at the head of this file, averaged over the batch: [].
 
-    x [batch, d_model] is scaled already, acts [batch, n_latents]; lengths rise, and weights belong
-    to them (None: all equal, of sum 1). Latents are in order. `sparsity`: a_j ||d_j|| is summed
-    ("l1"), log((a_j ||d_j|| + 0.1) / 0.1) ("log"), or what is given for each, [batch, n_latents].
+    x [batch, d_model] is already scaled; acts [batch, n_latents]. `lengths` rise from 0 (b_dec
+    alone) or more; `weights` are theirs, by default equal and of sum 1. `sparsity` is what an
+    activation costs: a_j ||d_j|| ("l1"), log((a_j ||d_j|| + 0.1) / 0.1) ("log"), or the cost of
+    each, [batch, n_latents].
     """
     lengths = [int(m) for m in lengths]
     weights = [1 / len(lengths)] * len(lengths) if weights is None else list(weights)
@@ -200,14 +203,14 @@ class SAE(nn.Module):
     """A sparse autoencoder.
 
     Parameters: W_enc [d_model, n_latents], b_enc [n_latents], W_dec [n_latents, d_model],
-    b_dec [d_model]. The buffer mean_norm [] is the mean norm of the inputs trained on: inside, an
-    input is multiplied by sqrt(d_model) / mean_norm. x and x_hat are in the units of the data.
-    `activation` is a key of ACTIVATIONS; `k` and the buffer `threshold` [n_latents], in the units
-    of activations, are what it needs beside the parameters, or None. `about` says what the SAE was
-    trained on, and how, in values that JSON has.
+    b_dec [d_model]. The buffer mean_norm [] is the mean norm of the training inputs. x and x_hat
+    are in the units of the data; `encode` multiplies x by `scale`, and `decode` divides by it.
+    `activation` is a key of ACTIVATIONS. Some activation functions need `k`, or the buffer
+    `threshold` [n_latents] in the units of activations; otherwise these are None. `about` says
+    what the SAE was trained on and how, in values that JSON can hold.
 
-    Initialised as the original: W_enc ~ N(0, 1 / d_model), each row of W_dec 0.1 times the unit
-    vector along its latent's column of W_enc, biases 0.
+    Initialised as in the original code: W_enc ~ N(0, 1 / d_model); each row of W_dec is 0.1 times
+    the unit vector along its latent's column of W_enc; biases are 0.
     """
 
     mean_norm: Tensor
@@ -221,8 +224,8 @@ class SAE(nn.Module):
         activation: str = "relu",
         k: float | None = None,
     ):
-        """`k`: active latents a sample, of topk and batchtopk. Raises ValueError where there is no
-        such activation function, or it takes no such k."""
+        """`k`: active latents a sample, for topk and batchtopk. Raises ValueError where the
+        activation function is unknown, or k is impossible for it."""
         super().__init__()
         W_enc = torch.randn(d_model, n_latents, generator=seeded_generator(seed, STREAM_INIT))
         W_enc /= math.sqrt(d_model)
@@ -238,23 +241,15 @@ class SAE(nn.Module):
         self._take(tensors, activation, {}, k)
 
     @property
-    def d_model(self) -> int:
-        return self.W_enc.shape[0]
-
-    @property
-    def n_latents(self) -> int:
-        return self.W_enc.shape[1]
-
-    @property
     def scale(self) -> Tensor:
-        """What an input is multiplied by: sqrt(d_model) / mean_norm, a tensor []."""
+        """The factor of the inputs, sqrt(d_model) / mean_norm: a tensor []."""
         return math.sqrt(self.d_model) / self.mean_norm
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [..., d_model] -> acts [..., n_latents], not negative, mostly zero.
+        """x [..., d_model] -> acts [..., n_latents], none negative, most of them 0.
 
-        x may be of any floating dtype; the result has the SAE's. Until it is trained, a batchtopk
-        SAE chooses among all samples of x.
+        x may be of any floating dtype; acts are of the SAE's. A batchtopk SAE that is not yet
+        trained has no threshold, and treats all samples of x as one batch.
         """
         scaled = x.to(self.W_enc.dtype).reshape(-1, self.d_model) * self.scale
         gate = Gate(self.W_dec.norm(dim=1), self.k, self.threshold)
@@ -262,7 +257,7 @@ class SAE(nn.Module):
         return acts.reshape(*x.shape[:-1], self.n_latents)
 
     def decode(self, acts: Tensor, prefix: int | None = None) -> Tensor:
-        """acts [..., n_latents] -> x_hat [..., d_model], from the first `prefix` latents.
+        """acts [..., n_latents] -> x_hat [..., d_model], from the first `prefix` latents or all.
 
         Raises ValueError where prefix is not within 0 .. n_latents.
         """
@@ -283,12 +278,12 @@ class SAE(nn.Module):
         about: Mapping[str, Any],
         k: float | None,
     ) -> None:
-        """Makes the tensors its own, without a copy. Raises ValueError where `activation` is no
-        activation function, or lacks what it needs."""
+        """Sets every attribute; the tensors are not copied. Raises as `_check_activation`."""
         _check_activation(activation, k, tensors.get("threshold"), tensors["b_enc"].numel())
         self.activation, self.about, self.k = activation, dict(about), k
         self.W_enc, self.b_enc = nn.Parameter(tensors["W_enc"]), nn.Parameter(tensors["b_enc"])
         self.W_dec, self.b_dec = nn.Parameter(tensors["W_dec"]), nn.Parameter(tensors["b_dec"])
+        self.d_model, self.n_latents = self.W_enc.shape
         self.register_buffer("mean_norm", tensors["mean_norm"])
         self.register_buffer("threshold", tensors.get("threshold"))
 
@@ -302,7 +297,7 @@ class SAE(nn.Module):
     ) -> "SAE":
         """An SAE of copies of `tensors`: W_enc, b_enc, W_dec, b_dec, mean_norm, maybe threshold.
 
-        Raises ValueError where one is missing, or of a shape or dtype that no SAE has.
+        Raises ValueError where one is missing, or has an impossible shape or dtype.
         """
         from matryoshka import sae_checks
 
@@ -314,14 +309,14 @@ class SAE(nn.Module):
         return sae
 
     def with_tensors(self, **tensors: Tensor) -> "SAE":
-        """A copy in which the tensors named are others."""
+        """A copy in which `tensors` replace those of the same names."""
         tensors = {**self.state_dict(), **tensors}
         return SAE.from_tensors(tensors, self.activation, self.about, self.k)
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file, whole or not at all, that says what it is: docs/files.md.
+        """Writes one safetensors file, of the format in docs/files.md.
 
-        Raises OSError where it cannot be written.
+        Raises OSError where it cannot be written; then nothing is left half written.
         """
         from matryoshka import sae_files  # here, not above: this file needs nothing but torch
 
@@ -329,10 +324,10 @@ class SAE(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "SAE":
-        """The SAE in a file written by `save`, of this version or an earlier one; or in a folder of
-        SAELens, dictionary_learning or sparsify.
+        """Reads a file that `save` of this or an earlier version wrote, or a folder that SAELens,
+        dictionary_learning or sparsify wrote.
 
-        Raises ValueError where there is no such SAE, OSError where it cannot be read.
+        Raises ValueError where it holds no such SAE, OSError where it cannot be read.
         """
         from matryoshka import sae_files
 
@@ -346,10 +341,8 @@ class SAE(nn.Module):
         revision: str | None = None,
         device: torch.device | str = "cpu",
     ) -> "SAE":
-        """The SAE in a repository "OWNER/NAME" of the Hugging Face hub; see matryoshka/hub.py.
-
-        Raises ValueError where there is none, or the hub cannot be reached.
-        """
+        """Loads an SAE from the repository "OWNER/NAME" of the Hugging Face hub; see
+        matryoshka/hub.py. Raises ValueError where it has none, or the hub cannot be reached."""
         from matryoshka import hub
 
         return hub.from_pretrained(repo, name, revision).to(device)

@@ -11,13 +11,13 @@ from matryoshka.members import Member
 from matryoshka.metrics import fvu
 from matryoshka.trainer import Trainer
 from matryoshka.training_report import DEAD_AFTER
-from sae import OF_K, SAE
+from sae import SAE, WITH_K
 
 
 def untrained(member: Member, d_model: int) -> SAE:
     """Its SAE before the first step."""
     config = member.config
-    k = config.target_l0 if config.activation in OF_K else None
+    k = config.target_l0 if config.activation in WITH_K else None
     return SAE(d_model, config.n_latents, config.seed, config.activation, k)
 
 

@@ -12,7 +12,7 @@ from matryoshka.errors import UserError
 from matryoshka.kinds import KINDS, config_of
 from matryoshka.trainer_config import TrainerConfig
 from matryoshka.training_config import TrainingConfig
-from sae import OF_K
+from sae import WITH_K
 
 OF_ALL = ("n_steps",)  # shared by all SAEs of a training, since they take the same batches
 OF_ONE = {field.name for field in dataclasses.fields(TrainerConfig)} - {*OF_ALL}
@@ -75,7 +75,7 @@ def _check(member: Member) -> None:
     config = member.config
     try:
         config.check(config.n_latents, config.batch_size)
-        if config.activation in OF_K and config.target_l0 < 1:
+        if config.activation in WITH_K and config.target_l0 < 1:
             raise UserError(
                 f"{config.activation} takes a --target-l0 of 1 or more, got {config.target_l0:g}"
             )

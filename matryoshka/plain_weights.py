@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from matryoshka.errors import UserError
-from sae import OF_K, SAE
+from sae import SAE, WITH_K
 
 OF_THRESHOLD = ("batchtopk", "jumprelu")
 UNIT_ROW = 1e-3  # a row is of norm 1 within this: stored in bfloat16, it is off by 1e-4
@@ -81,7 +81,7 @@ def sae_of(
     ).float32()
     tensors["mean_norm"] = torch.tensor(math.sqrt(d_model) / s)
     try:
-        return SAE.from_tensors(tensors, activation, about, k if activation in OF_K else None)
+        return SAE.from_tensors(tensors, activation, about, k if activation in WITH_K else None)
     except ValueError as error:
         raise UserError(str(error)) from None
 

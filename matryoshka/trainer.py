@@ -17,7 +17,7 @@ from matryoshka.restart import restart_last
 from matryoshka.stacked_saes import check_stack, flattened, in_order
 from matryoshka.trainer_config import TrainerConfig, shared_settings
 from matryoshka.unhedged import tie
-from sae import OF_K, SAE, seeded_generator
+from sae import SAE, WITH_K, seeded_generator
 
 THRESHOLD_RATE = 10  # learning rate of jumprelu's log thresholds, as a multiple of the others'
 STREAM_RESAMPLE = 20  # random numbers of a seed: which samples dead latents start from
@@ -54,7 +54,7 @@ class Trainer:
         self.d_model, self.n_latents = saes[0].d_model, saes[0].n_latents
         flat = torch.stack([flattened(sae) for sae in saes])  # [n_saes, n_params]
         self._input_scale = InputScale(self.d_model, flat)
-        self._controller = SparsityController(self.config, flat, self.activation not in OF_K)
+        self._controller = SparsityController(self.config, flat, self.activation not in WITH_K)
         self._latent_order = LatentOrder(configs, self.n_latents, flat)
         self._state = {
             "params": flat,
@@ -257,7 +257,7 @@ class Trainer:
             if self.activation == "batchtopk" and self.n_steps_done:
                 norms = tensors["W_dec"].norm(dim=1).clamp_min(1e-30)
                 tensors["threshold"] = self._state["least"][i] / norms
-            k = self.config.target_l0 if self.activation in OF_K else None
+            k = self.config.target_l0 if self.activation in WITH_K else None
             saes.append(SAE.from_tensors(tensors, self.activation, self._about[i], k))
         return saes
 

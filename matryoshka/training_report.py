@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matryoshka.command_line import table
-from sae import OF_K
+from sae import WITH_K
 
 DEAD_AFTER = 2_000_000  # activations without firing after which training calls a latent dead
 L0_MISSED = 0.1  # off its target by more than this share, an SAE's L0 is worth a line at the end
@@ -62,13 +62,13 @@ def problems(results: Mapping[str, Any]) -> list[str]:
 
 
 def _try_for_l0(result: Mapping[str, Any], direction: str) -> str:
-    if result.get("activation", "relu") in OF_K:
+    if result.get("activation", "relu") in WITH_K:
         return "a lower --target-l0 or --lr: fewer latents have an activation than are asked for"
     return f"more --n-steps, or a {direction} --sparsity-weight"
 
 
 def _try_for_dead(result: Mapping[str, Any]) -> str:
-    if result.get("activation", "relu") in OF_K:
+    if result.get("activation", "relu") in WITH_K:
         return ", --auxiliary all or --resample-every"
     return " or --sparsity-weight, or --resample-every"
 

@@ -20,7 +20,7 @@ from matryoshka.kernels.autograd import loss_of
 from matryoshka.prefix_draws import StepPrefixes
 from matryoshka.trainer import Trainer
 from matryoshka.trainer_config import TrainerConfig
-from sae import ACTIVATIONS, OF_K, SAE, matryoshka_loss, sample_prefixes, seeded_generator
+from sae import ACTIVATIONS, SAE, WITH_K, matryoshka_loss, sample_prefixes, seeded_generator
 
 
 def test_in_company_as_alone():
@@ -464,7 +464,7 @@ def test_an_activation_that_the_kernels_would_get_wrong_is_refused(monkeypatch):
 
 def train_one(activation="relu", n_steps=40, xs=None, sae=None, **config):
     settings = {"n_steps": n_steps, "target_l0": 2.0, "lr": 0.01, "n_prefixes": 3} | config
-    sae = sae or SAE(D_MODEL, N_LATENTS, 0, activation, 2.0 if activation in OF_K else None)
+    sae = sae or SAE(D_MODEL, N_LATENTS, 0, activation, 2.0 if activation in WITH_K else None)
     trainer = Trainer([sae], TrainerConfig(**settings), [0])
     for x in batches(n_steps) if xs is None else xs:
         trainer.step(x)
@@ -525,7 +525,7 @@ DEAD = {"dead_after": 2 * BATCH, "resample_every": 4, "restart_window": (0.7, 0.
 def test_resuming_is_exact_whatever_the_activation(activation, auxiliary, n_latents):
     """With the auxiliary loss and resampling, which follow how long each latent was silent."""
     config = DEAD | {"auxiliary": auxiliary, "widths": (0.25, 1.0)}
-    xs, k = batches(40), 2.0 if activation in OF_K else None
+    xs, k = batches(40), 2.0 if activation in WITH_K else None
     sae = SAE(D_MODEL, n_latents, 0, activation, k)
     with torch.no_grad():
         sae.b_enc[: n_latents // 2] = -30.0  # dead from the start
