@@ -34,32 +34,35 @@ from matryoshka.saved_runs import (
     training_results,
 )
 
-MARKER = "browse.json"  # what tells a folder that this script wrote
+MARKER = "browse.json"  # this file marks a folder as written by this script
 STATIC = Path(page_data.__file__).parent / "page"  # index.html and what it loads
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Whose latents, on which text, and where the page goes."""
+    """Which SAEs' latents are shown, on which text, and where the page is written."""
 
     run: str = setting("runs/tinystories", "folder of a training run, with its SAEs")
     cache: str = setting("cache/validation", "cache of activations to show the latents on")
     out: str | None = setting(None, "folder for the page; default: page in the run's folder")
     saes: tuple[str, ...] | None = setting(None, "which of the run's SAEs; default: all")
     model: str | None = setting(
-        None, "the language model; default: the one the cache was made of; none: no outputs"
+        None,
+        "the language model; none: do not show what latents promote; default: the cache's model",
     )
     tokenizer: str | None = setting(
-        None, "its tokenizer, where it has none: a hub name, a folder, or TinyModel's .pt file"
+        None,
+        "tokenizer of a model that has none of its own: a hub name, a folder, or TinyModel's .pt "
+        "file",
     )
     tokens: str | None = setting(
-        None, "JSON file of the text of each token id, where the model does not have it"
+        None, "JSON file of the text of each token id, if the model's tokenizer does not know it"
     )
-    labels: str | None = setting(None, "JSON file of names of latents: {SAE: {number: name}}")
+    labels: str | None = setting(None, "JSON file of latents' names: {SAE: {number: name}}")
     to: Literal["page", "neuronpedia"] = setting(
         "page", "what is written: a page, or Neuronpedia's JSON of each latent"
     )
-    seed: int = setting(0, "of the firings that are shown at random")
+    seed: int = setting(0, "seed of the random sample of firings that is shown")
     device: str = setting("auto", "torch device; auto: the GPU where there is one")
 
     @property
@@ -68,9 +71,9 @@ class Config:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Writes the page to `config.out`; returns how many latents of which SAE are in it, and bytes.
+    """Writes the page to `config.out`; returns the number of latents of each SAE, and megabytes.
 
-    Raises `UserError` where the input is wrong, before anything in `config.out` is touched.
+    Raises `UserError` if the input is wrong, before anything in `config.out` is touched.
     """
     require_not_negative(config, "seed")
     require_ours(config.out_folder)
@@ -79,7 +82,7 @@ def run(config: Config) -> dict[str, Any]:
     model = load_model(config, cache, device)
     text_of = text_source(config.tokens, model)
     labels = read_labels(config.labels)
-    saes = load(config, cache, device)
+    saes = load(config, cache, labels, device)
     vocabulary = page_data.Vocabulary(saes[0].examples.token_counts, text_of)
     source = page_data.Source(saes, Text.of(cache), vocabulary)
 
@@ -109,7 +112,7 @@ def write_one(
     shown: Shown,
     outputs: Outputs | None,
 ) -> None:
-    """SAE number k, as a page's data or as Neuronpedia's."""
+    """Writes SAE number k of `source`, as data of the page or as Neuronpedia's JSON."""
     if config.to == "page":
         if k == 0:
             shutil.copytree(STATIC, folder, dirs_exist_ok=True)
@@ -121,10 +124,12 @@ def write_one(
 # ----------------------------------------------------------------------------------- what is read
 
 
-def load(config: Config, cache: ActivationCache, device: torch.device) -> list[OneSAE]:
-    """The SAEs of the run, checked against the cache, with their examples.
+def load(
+    config: Config, cache: ActivationCache, labels: page_data.Labels, device: torch.device
+) -> list[OneSAE]:
+    """The SAEs of the run with their examples, checked against the cache and the labels.
 
-    Raises `UserError` where the run has none, or not those that were asked for.
+    Raises `UserError` if the run has no SAEs, or not those that were asked for.
     """
     folder = Path(config.run)
     if not folder.is_dir():
@@ -134,6 +139,7 @@ def load(config: Config, cache: ActivationCache, device: torch.device) -> list[O
     unknown = [name for name in config.saes or () if name not in saes]
     if unknown:
         raise UserError(f"--saes {unknown[0]}: {folder} has {', '.join(saes)}")
+    check_labels(config.labels, labels, {name: sae.n_latents for name, sae in saes.items()})
     saes = {name: saes[name] for name in config.saes or saes}
     if not cache.n_tokens:
         raise UserError(f"{cache.folder} holds no activations: cache some text")
@@ -152,15 +158,21 @@ def load(config: Config, cache: ActivationCache, device: torch.device) -> list[O
 def load_model(
     config: Config, cache: ActivationCache, device: torch.device
 ) -> LanguageModel | None:
-    """The language model, None where none was asked for or the cache is of none.
+    """The language model, or None if --model is "none" or the cache was made without a model.
 
-    Raises `UserError` where it is not the one that the cache was made of.
+    Raises `UserError` if it is not the model that the cache was made with.
     """
     if is_of_model(cache):
         return load_model_of(cache, Asked(config.model, tokenizer=config.tokenizer), device)[0]
     if config.model in (None, NO_MODEL):
         return None
-    return load_language_model(config.model, device=device, tokenizer=config.tokenizer)
+    model = load_language_model(config.model, device=device, tokenizer=config.tokenizer)
+    if model.d_model != cache.d_model:
+        raise UserError(
+            f"--model {config.model} has d_model {model.d_model}, --cache {cache.folder} "
+            f"{cache.d_model}: give the model whose activations these are"
+        )
+    return model
 
 
 def text_source(path: str | None, model: LanguageModel | None) -> Callable[[int], str]:
@@ -177,7 +189,7 @@ def text_source(path: str | None, model: LanguageModel | None) -> Callable[[int]
 
 
 def read_labels(path: str | None) -> page_data.Labels:
-    """Names of latents, by SAE and number. Raises `UserError` where the file is none of that."""
+    """Names of latents, by SAE and number. Raises `UserError` if the file holds anything else."""
     labels = _read_json(path, "--labels") if path else {}
     ok = isinstance(labels, dict) and all(
         isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
@@ -186,6 +198,19 @@ def read_labels(path: str | None) -> page_data.Labels:
     if not ok:
         raise UserError(f'--labels {path}: it must be an object such as {{"SAE": {{"3": "name"}}}}')
     return dict(labels)
+
+
+def check_labels(path: str | None, labels: page_data.Labels, sizes: dict[str, int]) -> None:
+    """Raises `UserError` if a name is not of a latent. sizes: the number of latents of each SAE."""
+    for sae, names in labels.items():
+        if sae not in sizes:
+            raise UserError(f"--labels {path}: the run has no SAE {sae!r}, only {', '.join(sizes)}")
+        numbers = {str(j) for j in range(sizes[sae])}
+        for number in names:
+            if number not in numbers:
+                raise UserError(
+                    f"--labels {path}: {sae!r} has no latent {number!r}, only 0 to {sizes[sae] - 1}"
+                )
 
 
 def _read_json(path: str, flag: str) -> Any:
@@ -201,7 +226,7 @@ def _read_json(path: str, flag: str) -> Any:
 
 
 def require_ours(out: Path) -> None:
-    """Raises `UserError` where `out` is something that this script did not write."""
+    """Raises `UserError` if `out` is something that this script did not write."""
     if out.is_dir() and (not any(out.iterdir()) or (out / MARKER).is_file()):
         return
     if out.exists():
@@ -212,7 +237,7 @@ def require_ours(out: Path) -> None:
 
 
 def replace_folder(out: Path, write: Callable[[Path], None]) -> None:
-    """Puts what `write` writes to a folder in the place of `out`, whole or not at all."""
+    """Replaces `out` by a folder that `write` fills, whole or not at all."""
     make_folder(out.absolute().parent)
     made = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}."))
     try:

@@ -1,13 +1,13 @@
-"""Concepts: named sets of words, such as the names of girls, and the token ids that these are.
+"""Concepts: named sets of words, such as female names, and the token ids of these words.
 
-A tokenizer turns the words of concepts.json into ids, so that absorption is measured on any model.
-Beside them the file has the ids of TinyModel's vocabulary, which comes without a tokenizer.
+A tokenizer turns the words of concepts.json into ids, so that absorption can be measured on any
+model. The file also has the ids in TinyModel's vocabulary, which comes without a tokenizer.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +16,11 @@ from matryoshka.errors import UserError
 
 CONCEPTS = Path(__file__).with_name("concepts.json")
 
-Tokenize = Callable[[str], list[int]]  # a text to its token ids, with none added to them
+Tokenize = Callable[[str], list[int]]  # a text -> its token ids, without special tokens
 
 
 class Concept(NamedTuple):
-    """One of a file: its words, or its token ids, or both."""
+    """A concept as its file has it: its words, or its token ids, or both."""
 
     words: list[str]
     ids: list[int]
@@ -29,9 +29,9 @@ class Concept(NamedTuple):
 class Resolved(NamedTuple):
     """Concepts as token ids of one vocabulary."""
 
-    ids: dict[str, list[int]]  # of each concept; those without an id are not among them
-    n_words: int  # that a tokenizer was asked for
-    left_out: list[str]  # those that are no single token
+    ids: dict[str, list[int]]  # the ids of each concept that has any
+    n_words: int  # words that were looked up with a tokenizer
+    left_out: list[str]  # the words among them that are not a single token
 
     @property
     def n_left_out(self) -> int:
@@ -39,13 +39,10 @@ class Resolved(NamedTuple):
 
 
 def load_concepts(path: Path = CONCEPTS) -> dict[str, Concept]:
-    """The concepts in a file. Raises `UserError` where it is not as concepts.json is."""
+    """The concepts in a file. Raises `UserError` if it is not in the format of concepts.json."""
     try:
-        content = json.loads(path.read_text())["concepts"]
-        concepts = {
-            name: Concept(list(of.get("words", ())), list(of.get("ids", ())))
-            for name, of in content.items()
-        }
+        content = json.loads(path.read_text(encoding="utf-8"))["concepts"]
+        concepts = {name: _concept(of) for name, of in content.items()}
     except OSError as error:
         raise UserError(f"--concepts {path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -63,10 +60,18 @@ def load_concepts(path: Path = CONCEPTS) -> dict[str, Concept]:
     return concepts
 
 
-def resolve(concepts: Mapping[str, Concept], tokenize: Tokenize | None) -> Resolved:
-    """The token ids of each concept: of its words where there is a tokenizer, else those given.
+def _concept(of: Mapping[str, Any]) -> Concept:
+    """A concept of the file. Raises TypeError where words or ids are not in a list."""
+    words, ids = of.get("words", []), of.get("ids", [])
+    if not (isinstance(words, list) and isinstance(ids, list)):  # list("dog") would be 3 words
+        raise TypeError('"words" and "ids" must be lists')
+    return Concept(words, ids)
 
-    Raises `UserError` where a concept has words only, and there is no tokenizer.
+
+def resolve(concepts: Mapping[str, Concept], tokenize: Tokenize | None) -> Resolved:
+    """The token ids of each concept: those of its words if there is a tokenizer, else its own.
+
+    Raises `UserError` if there is no tokenizer and a concept has no ids of its own.
     """
     ids: dict[str, list[int]] = {}
     n_words, left_out = 0, []
@@ -78,17 +83,18 @@ def resolve(concepts: Mapping[str, Concept], tokenize: Tokenize | None) -> Resol
             n_words += len(of_words)
             left_out += [word for word, its_ids in of_words.items() if not its_ids]
         elif not found:
-            raise UserError(f"concept {name!r} has words and no ids: they need a --tokenizer")
+            raise UserError(f"concept {name!r} has words and no ids, which needs a --tokenizer")
         if found:
             ids[name] = sorted(found)
     return Resolved(ids, n_words, left_out)
 
 
 def ids_of_word(word: str, tokenize: Tokenize) -> set[int]:
-    """Ids of the single tokens that are this word: after a space, as it is and capitalised, and
-    capitalised where a text begins. What is no letter, such as ".", may follow without a space.
+    """Ids of the single tokens that are this word.
 
-    "word" without a space before it would be the end of other words, too.
+    These are the word after a space, as it is and capitalised, and the capitalised word at the
+    beginning of a text. A token without a space before it may also be the end of a longer word, so
+    only marks such as "." are looked up without one.
     """
     capital = word[:1].upper() + word[1:]
     before = tokenize("a")

@@ -51,6 +51,8 @@ def write_world(folder: Path) -> Path:
         str(i + 1): text for i, text in enumerate(HOSTILE)
     }
     (folder / "tokens.json").write_text(json.dumps(texts))
+    (folder / "strangers.json").write_text('{"stranger": {"0": "a name"}}')
+    (folder / "far.json").write_text('{"matryoshka": {"4000": "a name"}}')
     return folder
 
 

@@ -27,6 +27,7 @@ import browse
 from matryoshka.array_files import cache_arrays
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.contexts import Text
+from matryoshka.errors import UserError
 from matryoshka.example_files import read
 from matryoshka.latent_data import characteristic_tokens, output_effects, reach_of
 from matryoshka.page_data import LATENTS_A_FILE, number
@@ -280,6 +281,13 @@ def test_a_cache_of_arrays_without_token_ids_has_a_page_too(world, tmp_path):
     assert set(latents[3]["top"][0][3]) == {-1}
 
 
+def test_a_model_of_another_width_is_refused_for_a_cache_of_arrays(world, tmp_path):
+    cache = cache_arrays(tmp_path / "arrays", [torch.zeros(3, D_MODEL + 1)])
+    config = browse.Config(model=str(world / "model.pt"))
+    with pytest.raises(UserError, match=f"has d_model {D_MODEL}, --cache .* {D_MODEL + 1}"):
+        browse.load_model(config, cache, torch.device("cpu"))
+
+
 BAD = [
     ({"run": "{W}/nowhere"}, "nowhere"),
     ({"run": "{W}/validation"}, "holds no SAEs"),
@@ -291,6 +299,8 @@ BAD = [
     ({"tokens": "{W}/labels.json"}, "--tokens"),
     ({"labels": "{W}/tokens.json"}, "--labels"),
     ({"labels": "{W}/nowhere.json"}, "--labels"),
+    ({"labels": "{W}/strangers.json"}, "the run has no SAE 'stranger'"),
+    ({"labels": "{W}/far.json"}, "'matryoshka' has no latent '4000'"),
     ({"seed": "-1"}, "--seed"),
     ({"out": "{W}/run"}, "--out"),
     ({"out": "{W}/tokens.json"}, "--out"),

@@ -18,6 +18,8 @@ from matryoshka.tiny_model import BEGIN
         ('{"concepts": {"a": [1]}}', "expected"),
         ('{"concepts": {"a": {"words": []}}}', "'a' needs words or"),
         ('{"concepts": {"a": {"words": 3}}}', "expected"),
+        ('{"concepts": {"a": {"words": "dog"}}}', '"words" and "ids" must be lists'),
+        ('{"concepts": {"a": {"words": ["dog"], "ids": {"3": 1}}}}', '"words" and "ids" must be'),
         ('{"concepts": {"a": {"words": ["dog", ""]}}}', "'a' needs words, found"),
         ('{"concepts": {"a": {"words": [7]}}}', "'a' needs words, found"),
         ('{"concepts": {}}', "no concepts"),
@@ -125,5 +127,5 @@ def test_words_that_are_no_single_token_are_left_out_and_counted():
 
 
 def test_words_alone_need_a_tokenizer():
-    with pytest.raises(UserError, match="'a' has words and no ids: they need a --tokenizer"):
+    with pytest.raises(UserError, match="'a' has words and no ids, which needs a --tokenizer"):
         resolve({"a": Concept(["dog"], [])}, None)
