@@ -1,11 +1,11 @@
-"""Text -> a language model -> a cache of activations on disk; or your own arrays -> the same.
+"""Caches on disk the activations of a language model on text, or your own arrays of activations.
 
     python cache_activations.py --tokens 30_000_000 --layer 3 --out cache/train
     python cache_activations.py --model gpt2 --layer 6 --dataset roneneldan/TinyStories
     python cache_activations.py --activations acts/*.npy --out cache/mine
 
-Whatever interrupts it, the same command goes on after the last finished shard and ends with the
-same bytes. What the folder holds is described in matryoshka/cache_format.py.
+After an interruption, run the same command again: it continues after the last finished shard and
+ends with the same bytes. matryoshka/cache_format.py describes what the folder holds.
 """
 
 import dataclasses
@@ -26,35 +26,40 @@ from matryoshka.files import make_folder, one_writer
 
 @dataclasses.dataclass(frozen=True)
 class Config(CacheConfig):
-    """What a cache is made of, where it goes, and what computes it."""
+    """What a cache is made of, where it is written, and on which device it is computed."""
 
-    out: str = setting("cache", "folder that the cache goes to")
-    device: str = setting("auto", "auto, cpu, cuda, ...")
+    out: str = setting("cache", "folder that the cache is written to")
+    device: str = setting("auto", "torch device; auto: the GPU where there is one")
     activations: tuple[str, ...] | None = setting(
-        None, "arrays to cache, and no language model: .npy, .pt, .safetensors, or folders of them"
+        None,
+        "arrays to cache in place of a language model's activations: .npy, .pt or .safetensors "
+        "files, or folders of them",
     )
-    token_ids: tuple[str, ...] | None = setting(None, "the token ids of --activations, in files")
+    token_ids: tuple[str, ...] | None = setting(
+        None, "files with the token ids that belong to --activations"
+    )
 
     def check(self) -> None:
-        """Raises `UserError` naming a setting that is impossible, whatever is read."""
+        """Raises `UserError` if a setting is impossible. Reads no files."""
         super().check()
         if self.token_ids and not self.activations:
-            raise UserError("--token-ids are those of --activations: give these, too")
+            raise UserError("--token-ids belong to --activations: give --activations, too")
         if self.activations:
             of_arrays = {"out", "activations", "token_ids", "tokens", "dtype"}
             for field in dataclasses.fields(self):
                 if field.name not in of_arrays and getattr(self, field.name) != field.default:
                     flag = f"--{field.name.replace('_', '-')}"
                     raise UserError(
-                        f"{flag} means nothing beside --activations, which are cached "
-                        "as they are: leave it out"
+                        f"{flag} has no effect with --activations, which are cached as they are: "
+                        "leave it out"
                     )
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Caches what `config` says, or goes on with it, or finds it done; returns the figures.
+    """Makes the cache, continues one that was interrupted, or finds it complete.
 
-    Raises `UserError` where a setting, the model, the dataset or the folder is not right.
+    Returns the figures that are reported. Raises `UserError` if a setting, the model, the dataset
+    or the folder is wrong.
     """
     config.check()
     if config.activations:
@@ -96,7 +101,7 @@ def run_on_arrays(config: Config) -> dict[str, Any]:
 
 
 def figures(cache: ActivationCache) -> dict[str, Any]:
-    """What a cache holds."""
+    """The counts and sizes of a cache."""
     n_stored = sum(shard.n_tokens for shard in cache.shards)
     return {
         "tokens": cache.n_tokens,
@@ -111,7 +116,7 @@ def figures(cache: ActivationCache) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with main_guard():
-        result = run(parse(Config, "Cache a language model's activations.", argv))
+        result = run(parse(Config, __doc__, argv))
         if result["tokens"] < result["tokens_asked"]:
             print(
                 f"the dataset ends after {result['tokens']:,} activations: "

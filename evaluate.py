@@ -3,8 +3,9 @@
     python cache_activations.py --split validation --out cache/validation
     python evaluate.py --run runs/tinystories --cache cache/validation
 
-Every NAME.safetensors in the run's folder is scored: how it reconstructs, what the language model
-loses by its reconstructions, how alike its latents are, and how far concepts are absorbed.
+Scores every NAME.safetensors in the run's folder: how well it reconstructs, how much the language
+model's loss rises when activations are replaced by reconstructions, how similar the latents are,
+and how much absorption of concepts there is.
 """
 
 import dataclasses
@@ -70,31 +71,42 @@ FIGURES = ("fvu_by_prefix.png", "density_histograms.png", "training_curves.png",
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is scored, and on what."""
+    """Which SAEs are scored, and on which activations."""
 
     run: str = setting("runs/tinystories", "folder of a training run, with its SAEs")
     cache: str = setting("cache/validation", "cache of a split that was not trained on")
     model: str | None = setting(
-        None, "the language model; none: what needs it is left out; default: the cache's"
+        None,
+        "the language model; none: leave out the scores that need one; default: the cache's model",
     )
-    model_revision: str | None = setting(None, "its branch, tag or commit; default: the cache's")
+    model_revision: str | None = setting(
+        None, "branch, tag or commit of the model; default: the cache's"
+    )
     trust_remote_code: bool = setting(False, "run the Python code that comes with the model")
-    dataset: str | None = setting(None, "its text or token ids; default: those of the cache")
+    dataset: str | None = setting(
+        None, "text or token ids that the model reads; default: the cache's dataset"
+    )
     tokenizer: str | None = setting(
-        None, "what concepts' words are looked up in; default: the model's own"
+        None, "tokenizer that the concepts' words are looked up in; default: the model's own"
     )
-    n_tokens: int = setting(100_000, "tokens that the cross-entropy is measured on, at most")
-    concepts: str | None = setting(None, "sets of words; default: matryoshka/concepts.json")
+    n_tokens: int = setting(100_000, "most tokens to measure the cross-entropy on")
+    concepts: str | None = setting(
+        None, "JSON file of concepts, each a set of words; default: matryoshka/concepts.json"
+    )
     min_precision: float = setting(
-        0.8, "of a latent that may fire in place of a concept's detector, see choose_detectors"
+        0.8,
+        "precision that a latent needs to count as more specific than a concept's detector (see "
+        "choose_detectors in matryoshka/absorption.py)",
     )
-    seed: int = setting(0, "which rows choose a concept's latents, and which are scored")
+    seed: int = setting(
+        0, "seed of the split of the rows: one half chooses detectors, the other is scored"
+    )
     out: str | None = setting(None, "folder for evaluation.json and the figures; default: --run")
     device: str = setting("auto", "torch device; auto: the GPU where there is one")
 
     @property
     def folder(self) -> Path:
-        """Of the run."""
+        """The run's folder."""
         return Path(self.run)
 
     @property
@@ -103,26 +115,26 @@ class Config:
 
     @property
     def asked(self) -> Asked:
-        """What is said of the language model and its text."""
+        """The settings that concern the language model and its text."""
         return Asked(**{name: getattr(self, name) for name in Asked._fields})
 
 
 class Inputs(NamedTuple):
-    """What is read, checked."""
+    """Everything that is read, after it was checked."""
 
     saes: dict[str, SAE]
     trained: dict[str, Any]  # results.json, or {}
-    curves: tuple[Any, Any] | None  # of metrics.jsonl, where it is the run's
+    curves: tuple[Any, Any] | None  # from metrics.jsonl, if it is there
     cache: ActivationCache
     model: LanguageModel | None
-    rows: Rows | None  # that the model read
+    rows: Rows | None  # the rows of token ids that the cache was made from
     concepts: Resolved
     d_vocab: int
-    left_out: dict[str, str]  # of the results, and why
+    left_out: dict[str, str]  # for each result that is left out, the reason
 
 
 def read_inputs(config: Config, device: torch.device) -> Inputs:
-    """Everything that can be wrong with the input is found here, before anything is computed.
+    """Reads and checks all input, so that errors are found before anything is computed.
 
     Raises `UserError`.
     """
@@ -176,7 +188,7 @@ def run(
 
 
 def score(config: Config, inputs: Inputs, device: torch.device) -> dict[str, Any]:
-    """What evaluation.json holds. Raises `UserError` where the activations leave it undefined."""
+    """What evaluation.json holds. Raises `UserError` if a score is undefined here."""
     started, cache, saes = time.perf_counter(), inputs.cache, inputs.saes
     members = membership(inputs.concepts.ids, inputs.d_vocab).to(device)
     first_half = halves(cache.manifest.n_rows, config.seed).to(device)
@@ -206,7 +218,7 @@ def score(config: Config, inputs: Inputs, device: torch.device) -> dict[str, Any
         "runs": [
             {
                 "sae": name,
-                **told(sae),
+                **description(sae),
                 **statistics[i].summary(every, inliers),
                 "cross_entropy": losses and losses["saes"][i],
                 "loss_recovered": losses and losses["recovered"][i],
@@ -220,8 +232,10 @@ def score(config: Config, inputs: Inputs, device: torch.device) -> dict[str, Any
 
 
 def cross_entropy(config: Config, inputs: Inputs, mean: Tensor) -> dict[str, Any] | None:
-    """`splice_losses` on the first of the cache's rows; `mean` is that of the cache. None where
-    there is no model that predicts next tokens."""
+    """`splice_losses` on the cache's first rows, or None if no model predicts next tokens.
+
+    mean: [d_model], the mean of the cache's activations.
+    """
     cache, model, rows = inputs.cache, inputs.model, inputs.rows
     if model is None or rows is None or not model.has_head:
         return None
@@ -241,12 +255,12 @@ def cross_entropy(config: Config, inputs: Inputs, mean: Tensor) -> dict[str, Any
 
 
 def concept_counts(concepts: Resolved) -> dict[str, int]:
-    """How many of the concepts' words were looked up, and how many are no single token."""
+    """How many of the concepts' words were looked up, and how many of them are not one token."""
     return {"words": concepts.n_words, "words_left_out": concepts.n_left_out}
 
 
-def told(sae: SAE) -> dict[str, Any]:
-    """What an SAE's file says of it that its scores are compared by."""
+def description(sae: SAE) -> dict[str, Any]:
+    """The entries of an SAE's file that are needed to compare its scores with others'."""
     names = ("kind", "target_l0", "seed", "widths")
     return {
         "activation": sae.activation,
@@ -266,8 +280,8 @@ def cosine_summary(sae: SAE) -> dict[str, Any]:
 
 
 def draw(results: Mapping[str, Any], inputs: Inputs, out: Path) -> None:
-    """FVU by prefix, how often latents fire; how training went, where its curves are there; and
-    the frontier, where there are several target L0s."""
+    """Draws FVU by prefix and how often latents fire; the training curves, if there are any; and
+    the frontier, if the SAEs have several target L0s."""
     from matryoshka import frontier_plot, plots  # only here: matplotlib takes a second
 
     runs = {run["sae"]: run for run in results["runs"]}

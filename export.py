@@ -1,15 +1,15 @@
-"""SAEs to other tools' files and back, each proven by reading it back.
+"""Converts SAEs to other tools' files and back, and checks each conversion by reading it back.
 
     python export.py --sae runs/x/matryoshka.safetensors --to saelens --out exported \\
         --cache cache/validation
     python export.py --sae exported --from saelens --out runs/y/sae.safetensors
 
---sae is a file of this project, or a folder of SAELens, dictionary_learning or sparsify. Which, is
-seen from its files; --from says which it must be, and leads back to a file of this project unless
---to names another tool. What is written is read back, by SAELens too where that is installed, and
-encodes and decodes a sample of the cache in float64; without a cache, Gaussian noise. If anything
-but rounding differs, nothing is written. What the other tool cannot express is printed, and kept in
-the metadata. Python has the same as `matryoshka.convert`.
+--sae is a file of this project, or a folder of SAELens, dictionary_learning or sparsify; the files
+in it show which. --from says which of them it must be; --out is then a file of this project unless
+--to names another tool. What was written is read back, also by SAELens where that is installed,
+and must encode and decode a sample of the cache (or Gaussian noise, without a cache) like the
+original SAE, in float64. If anything but rounding differs, nothing is written. What the other tool
+cannot express is printed, and kept in the metadata. `matryoshka.convert` does the same from Python.
 
     python export.py --sae runs/x/matryoshka.safetensors --push user/repo --out for_hub --dry-run
 
@@ -36,40 +36,46 @@ from sae import SAE
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What is converted, to what, and where it is written."""
+    """Which SAE is converted, to which format, and where it is written."""
 
     sae: str = setting(help="the SAE: a file of this project, or a folder of another tool")
     to: Literal["saelens", "dictionary-learning", "matryoshka"] | None = setting(
         None,
-        "format of --out; matryoshka: a file of this project (default: saelens, or with --from "
+        "format of --out; matryoshka: a file of this project (default: saelens; with --from: "
         "matryoshka)",
     )
     from_: Literal["saelens", "dictionary-learning", "sparsify"] | None = setting(
         None, "format that --sae must be in (default: whichever it is in)", flag="from"
     )
-    out: str = setting(help="the folder to write, or the file where it is of this project")
-    cache: str | None = setting(None, "activations to prove it on; default: Gaussian noise")
-    n_tokens: int = setting(4096, "how many of them, from all over the cache")
+    out: str = setting(help="where to write: a folder, or a file for --to matryoshka")
+    cache: str | None = setting(
+        None, "cache of activations to compare the two SAEs on; default: Gaussian noise"
+    )
+    n_tokens: int = setting(4096, "number of activations to compare on, from all over the cache")
     widths: tuple[int, ...] | None = setting(
-        None, "prefixes to keep, for dictionary-learning; default: those trained at"
+        None, "with --to dictionary-learning: prefix lengths to keep; default: those trained at"
     )
     push: str | None = setting(
-        None, "OWNER/NAME on the Hugging Face hub to upload to; --out is then the hub's folder"
+        None, "OWNER/NAME on the Hugging Face hub to upload to; --out is the folder to upload"
     )
-    dry_run: bool = setting(False, "with --push: write the folder, and upload nothing")
-    public: bool = setting(False, "with --push: let everyone read it")
-    licence: str = setting("mit", "with --push: under which licence, by the hub's name for it")
+    dry_run: bool = setting(False, "with --push: write the folder, but upload nothing")
+    public: bool = setting(False, "with --push: make the repository public")
+    licence: str = setting("mit", "with --push: the licence, by the hub's name for it")
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Writes `config.out`; returns what is reported: "notes", "read_by", "inputs" (what it was
-    proven on) and "comparison". Raises `UserError`; then nothing is written."""
+    """Writes `config.out`, and uploads it if `push` is set.
+
+    Returns what is reported: "notes", "read_by", "inputs" (what the SAEs were compared on),
+    "comparison" and, of an upload, "url". Raises `UserError`, and then leaves nothing written,
+    unless only the upload failed.
+    """
     require_positive(config, "n_tokens")
     target = config.to or ("matryoshka" if config.from_ else "saelens")
     check_push(config)
     if config.widths and (config.push or target != "dictionary-learning"):
         raise UserError(
-            "--widths is for --to dictionary-learning: nothing else has prefixes to set"
+            "--widths is only for --to dictionary-learning: no other format has prefixes to choose"
         )
     sae = convert.load(config.sae, config.from_).requires_grad_(False)
     x, inputs = sample(config, sae)
@@ -83,15 +89,19 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def check_push(config: Config) -> None:
-    """Raises `UserError` before anything is written where nothing could be pushed."""
+    """Raises `UserError`, before anything is written, if what is asked for cannot be uploaded."""
     if config.push is not None:
         if config.to is not None:
-            raise UserError(f"--to {config.to} is not for --push, which uploads both forms")
+            raise UserError(
+                f"--to {config.to} cannot be used with --push, which uploads this project's file "
+                "and SAELens's: leave it out"
+            )
         hub.require_repo_name(config.push)
         if not config.dry_run:
             hub.require_token(config.push)
     elif config.dry_run or config.public:
-        raise UserError(f"--{'dry-run' if config.dry_run else 'public'} is for --push OWNER/NAME")
+        flag = "--dry-run" if config.dry_run else "--public"
+        raise UserError(f"{flag} is only for --push OWNER/NAME: give that, or leave it out")
 
 
 def for_hub(config: Config, sae: SAE, x: Tensor) -> dict[str, Any]:
@@ -106,7 +116,7 @@ def for_hub(config: Config, sae: SAE, x: Tensor) -> dict[str, Any]:
 
 
 def sample(config: Config, sae: SAE) -> tuple[Tensor, str]:
-    """Inputs [n, d_model] to prove a conversion on, and what they are."""
+    """Inputs [n, d_model] to compare the SAEs on, and a description of them."""
     if config.cache is None:
         norm = f"{float(sae.mean_norm):.4g}"
         return convert.noise(sae), f"Gaussian noise of mean norm {norm} (no --cache was given)"
@@ -120,7 +130,7 @@ def sample(config: Config, sae: SAE) -> tuple[Tensor, str]:
 
 
 def to_file(sae: SAE, path: Path, x: Tensor) -> dict[str, Any]:
-    """Writes the SAE's file, once it reads back as the same SAE."""
+    """Writes this project's file, after checking that it reads back as the same SAE."""
     if path.exists():
         raise UserError(f"--out {path} is there already: choose another name")
     make_folder(path.parent)
@@ -144,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{config.out}: read back by {report['read_by']}, {report['comparison']}")
         print(f"inputs: {report['inputs']}")
         if config.push:
-            print(report.get("url", f"nothing was uploaded; {config.out} is what would be"))
+            print(report.get("url", f"nothing was uploaded; {config.out} is the folder to upload"))
 
 
 if __name__ == "__main__":

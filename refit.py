@@ -3,9 +3,10 @@
     python refit.py --sae runs/tinystories/matryoshka.safetensors --cache cache/train
 
 The decoder that reconstructs best with all latents is not the one that reconstructs best with each
-prefix: what the prefixes cost is regained, and they no longer reconstruct on their own. The same
-latents fire. `--encoder` fits the encoder anew, too, so that latents which fire too strongly
-together are set right; then not quite the same latents fire. See matryoshka/refit.py.
+prefix. Refitting it for all latents regains what the prefixes cost, but the prefixes then no longer
+reconstruct on their own. The same latents fire as before. `--encoder` refits the encoder as well,
+which corrects latents that fire too strongly together; then slightly different latents fire. See
+matryoshka/refit.py.
 """
 
 import dataclasses
@@ -43,11 +44,11 @@ class Config:
     cache: str = setting("cache/train", "cache of the activations to fit: those it was trained on")
     n_tokens: int = setting(0, "how many of the cache's activations; 0: all")
     batch_size: int = setting(4096, "activations at a time")
-    encoder: bool = setting(False, "refit the encoder as well; it moves which latents fire")
+    encoder: bool = setting(False, "refit the encoder as well, which changes which latents fire")
     ridge: float = setting(
         RIDGE,
-        "how much the decoder is drawn towards the old one, and the encoder towards 0; a share of "
-        "the mean square",
+        "penalty on the decoder's change and on the encoder's size, as a share of the mean square "
+        "of what they are fitted on",
     )
     out: str = setting("", "file for the result; default: NAME_refit.safetensors beside the SAE")
     device: str = setting("auto", "torch device; auto: the GPU where there is one")
@@ -60,7 +61,7 @@ class Config:
 
 
 def read_inputs(config: Config, device: torch.device) -> tuple[SAE, ActivationCache]:
-    """The SAE and the activations. Raises `UserError`, also where `--out` cannot be written."""
+    """The SAE and the activations. Raises `UserError`, also if `--out` cannot be written."""
     require_positive(config, "batch_size")
     require_not_negative(config, "n_tokens", "ridge")
     source, out = Path(config.sae), config.out_file
@@ -84,8 +85,8 @@ def read_inputs(config: Config, device: torch.device) -> tuple[SAE, ActivationCa
 def run(config: Config) -> dict[str, Any]:
     """Refits the SAE in `config.sae`; returns its FVU on the same activations, before and after.
 
-    The file that it writes says in `about` of what it is a refit, and on which activations. Raises
-    `UserError` where the input is wrong or damaged, or settles no fit.
+    `about` in the file that it writes says which SAE was refitted, and on which activations. Raises
+    `UserError` if the input is wrong or damaged, or does not determine a fit.
     """
     device = pick_device(config.device)
     sae, cache = read_inputs(config, device)
@@ -111,7 +112,7 @@ def run(config: Config) -> dict[str, Any]:
 def fit(
     config: Config, sae: SAE, cache: ActivationCache, device: torch.device
 ) -> tuple[SAE, float, float]:
-    """The refitted SAE, and FVU before and after. Raises ValueError where there is no fit."""
+    """The refitted SAE, and FVU before and after. Raises ValueError if there is no fit."""
 
     def batches(what: str) -> Iterator[Tensor]:
         n_batches = -(-cache.n_tokens // config.batch_size)
@@ -128,7 +129,7 @@ def fit(
 
 
 def description(config: Config, cache: ActivationCache) -> dict[str, Any]:
-    """What the file says of the refit: of which SAE, how, and on which activations."""
+    """What the file says about the refit: which SAE, how, and on which activations."""
     return {
         "file_sha256": file_sha256(Path(config.sae)),
         "encoder": config.encoder,

@@ -88,8 +88,11 @@ BAD = [
     ("--sae {W}/relu.safetensors --out {O}/o --cache {W}/empty", "no finished cache"),
     ("--sae {W}/relu.safetensors --out {O}/o --cache {W}/wide/train", "d_model"),
     ("--sae {W}/relu.safetensors --out {O}/o --n-tokens 0", "--n-tokens"),
-    ("--sae {W}/relu.safetensors --out {O}/o --widths 4 20", "--widths is for"),
-    ("--sae {W}/relu.safetensors --to matryoshka --out {O}/o --widths 4 20", "--widths is for"),
+    ("--sae {W}/relu.safetensors --out {O}/o --widths 4 20", "--widths is only for"),
+    (
+        "--sae {W}/relu.safetensors --to matryoshka --out {O}/o --widths 4 20",
+        "--widths is only for",
+    ),
     ("--sae {W}/relu.safetensors --push a/b --dry-run --out {O}/o --widths 4 20", "--widths is"),
     ("--sae {W}/relu.safetensors --push a/b --dry-run --out {O}/o --to saelens", "--to saelens"),
     ("--sae {W}/relu.safetensors --from saelens --out {O}/o", "is no folder of saelens"),
