@@ -7,16 +7,17 @@
 What runs where:
 
     here        `main` waits for `compare`, then downloads the run's folder and prints the table
-    a CPU       `compare` checks the flags, fetches model and rows, starts the GPUs, draws
+    a CPU       `compare` checks the flags, fetches model and rows, starts the GPUs, draws figures
     GPUs        `cache_part`: cache_activations.py on a range of rows, --cache-workers at once
     GPUs        `train_one`: train.py, then evaluate.py, a container for each SAE and seed
 
-Each can be killed and called again: it goes on where it was, and what works on the same thing
-already is waited for (matryoshka/leases.py). Here only `modal` is needed; torch is imported in
-containers, whose versions are REQUIREMENTS. All flags but those of `Launch` are handed through to
-train_tinystories.py and cache_activations.py (matryoshka/comparison.py).
+Each of these can be killed and called again: it continues where it stopped. If another call works
+on the same thing already, it waits for that call (matryoshka/leases.py). Your machine needs only
+`modal`; torch is imported in containers, which have the versions in REQUIREMENTS. The flags of
+`Launch` are read here; all others are passed on to train_tinystories.py and cache_activations.py
+(matryoshka/comparison.py).
 
-Without Modal, one container's work after another, on a folder in the Volume's place:
+Without Modal, the same work is done here, one job after another, with a folder as the Volume:
 
     python modal_tinystories.py --volume runs/volume --tokens 100000 --n-steps 200
 """
@@ -44,7 +45,8 @@ from matryoshka.modal_launch import (
 )
 from matryoshka.modal_plan import plan_text
 
-# What the tests ran with. torch's wheel brings its CUDA; docs/modal.md says which driver it needs.
+# The versions that the tests ran with. torch's wheel contains CUDA; docs/modal.md says which driver
+# it needs.
 REQUIREMENTS = (
     *("torch==2.13.0", "numpy==2.4.6", "einops==0.8.2", "scipy==1.17.1", "safetensors==0.8.0"),
     *("datasets==5.2.0", "huggingface_hub==2.4.0", "transformers==5.24.0"),
@@ -56,11 +58,13 @@ ROOT = "/volume"  # where the Volume is in a container
 image = (
     modal.Image.debian_slim(python_version="3.11")
     .pip_install(*REQUIREMENTS)
-    # A bar is a line of the log here. What comes off the hub is fetched to the Volume, once.
+    # Each update of a progress bar is a line of the log, so there are few. What is downloaded from
+    # the hub is kept on the Volume.
     .env({"TQDM_MININTERVAL": "5", "HF_HOME": f"{ROOT}/hub"})
     .add_local_python_source(*MODULES, ignore=["**/__pycache__"])
 )
-with image.imports():  # type: ignore[no-untyped-call]  # in containers, and here where torch is
+# These are imported in containers, and on this machine if torch is installed.
+with image.imports():  # type: ignore[no-untyped-call]
     import evaluate
     import train
     import train_tinystories
@@ -80,12 +84,12 @@ with image.imports():  # type: ignore[no-untyped-call]  # in containers, and her
 
 
 def typed() -> Launch:
-    """What follows `modal run modal_tinystories.py` where that is importing this file.
+    """The settings on the command line, if `modal run modal_tinystories.py` imports this file.
 
-    `modal run` starts the App before it calls the entrypoint. Read now, a wrong setting is refused
-    before anything starts, --help and --plan need no account, and --gpu, --volume and --secret are
-    known where functions are declared. In a container the defaults stand in: there, Modal knows of
-    a function's GPU and Volume from its declaration here.
+    `modal run` starts the App before it calls the entrypoint. Because the settings are read at
+    import, a wrong one is refused before anything starts, --help and --plan need no account, and
+    --gpu, --volume and --secret are known where the functions are declared. In a container this
+    returns the defaults: Modal took the function's GPU and Volume from its declaration here.
     """
     words = words_after(__name__) if modal.is_local() else None
     if words is None:
@@ -98,9 +102,10 @@ def typed() -> Launch:
 
 
 def check_flags(launch: Launch, prog: str) -> None:
-    """Checks all other flags, and prints --help or --plan and exits, where torch is here.
+    """Checks the flags that are not `Launch`'s; for --help and --plan, prints the text and exits.
 
-    Raises `UserError`. Without torch, `compare` checks the flags in its container.
+    Without torch on this machine, `compare` checks the flags in its container instead. Raises
+    `UserError`.
     """
     wants_help = bool({"-h", "--help"} & set(launch.words))
     if wants_help:
@@ -122,25 +127,26 @@ volume = modal.Volume.from_name(LAUNCH.volume, create_if_missing=True)
 of_every_function: dict[str, Any] = {
     "image": image,
     "volumes": {ROOT: volume},
-    # Preemptions come on top. The longest wait that Modal allows between two tries is a minute.
+    # Restarts after preemptions do not count. Modal allows at most a minute between two tries.
     "retries": modal.Retries(max_retries=5, initial_delay=15.0, max_delay=60.0),
-    # An empty one where none is named: a container, which knows no flags, must find as many here.
+    # Without --secret, an empty one: a container does not know the flags, and the number of secrets
+    # that it declares must be the same as here.
     "secrets": [
         modal.Secret.from_name(LAUNCH.secret) if LAUNCH.secret else modal.Secret.from_dict({})
     ],
-    "single_use_containers": True,  # none is idle, and billed, when its work is done
+    "single_use_containers": True,  # a container that has done its work is not kept and billed
 }
 on_a_gpu: dict[str, Any] = {"gpu": LAUNCH.gpu, "cpu": 4.0, "memory": 16 * 1024}
 
 
 def book() -> Any:
-    """Says which call works on what: the Modal Dict of this name."""
+    """The Modal Dict that records which call works on which thing; see matryoshka/leases.py."""
     return modal.Dict.from_name("matryoshka-tinystories-calls", create_if_missing=True)
 
 
 def at_work(thing: str) -> Joined | None:
-    """The other call that works on `thing`, if there is one; else this one does from now on."""
-    if modal.is_local():  # a lock of the folder keeps others away
+    """Reserves `thing` for this call, or returns the other call that is working on it."""
+    if modal.is_local():  # the lock of the folder excludes others
         return None
     own = str(modal.current_function_call_id())
     holder = leases.holder(book(), thing, own, leases.is_running)
@@ -153,7 +159,7 @@ def at_work(thing: str) -> Joined | None:
 @app.function(**of_every_function, **on_a_gpu, timeout=4 * 3600)
 @hands_back_refusals
 def cache_part(job: "CacheJob", thing: str) -> int | Joined:
-    """Caches a range of rows. Returns how many shards it made; finished ones are kept."""
+    """Caches a range of rows and returns how many shards it made. Finished shards are kept."""
     if other := at_work(thing):
         return other
     reload(volume)
@@ -167,9 +173,10 @@ def cache_part(job: "CacheJob", thing: str) -> int | Joined:
 @app.function(**of_every_function, **on_a_gpu, timeout=6 * 3600)
 @hands_back_refusals
 def train_one(job: "parts.TrainJob", thing: str) -> dict[str, Any] | Joined:
-    """Trains SAEs, or goes on from the last checkpoint, and evaluates them.
+    """Trains SAEs, from the last checkpoint if there is one, and evaluates them.
 
-    Returns {"out", "saes", "seed", "training", "evaluation"}; the last two are those scripts'.
+    Returns {"out", "saes", "seed", "training", "evaluation"}; the last two are what `train.run` and
+    `evaluate.run` return.
     """
     if other := at_work(thing):
         return other
@@ -186,10 +193,11 @@ def train_one(job: "parts.TrainJob", thing: str) -> dict[str, Any] | Joined:
 @app.function(**of_every_function, cpu=2.0, memory=8 * 1024, timeout=24 * 3600, nonpreemptible=True)
 @hands_back_refusals
 def compare(launch: Launch, root: str) -> dict[str, Any] | Joined:
-    """The comparison: both caches, all SAEs. Returns what runs/NAME/results.json holds, and the
-    "table" of it.
+    """Makes both caches and trains and evaluates all SAEs.
 
-    In a container of its own, so that it lives on under --detach when nobody is watching.
+    Returns what runs/NAME/results.json holds, with its "table", the "folder" NAME, and the "words"
+    of the command line added. It has a container of its own so that, under --detach, it continues
+    when the machine that started it is disconnected.
     """
     began = time.monotonic()
     comparison = parts.parse(launch.words, train_tinystories.Config)
@@ -219,7 +227,7 @@ def compare(launch: Launch, root: str) -> dict[str, Any] | Joined:
 
 
 def both_caches(comparison: Any, launch: Launch, root: Path) -> tuple[Path, Path]:
-    """The folders of finished caches of the train and the validation split, made where missing."""
+    """The folders of the train and the validation cache; makes each that is missing."""
     wanted = ((comparison.cache, launch.cache_workers), (comparison.validation, 1))
     found = [located(config, root) for config, _ in wanted]
     is_there = [is_finished for _, is_finished in found]
@@ -245,14 +253,15 @@ def main(*arglist: str) -> None:
     with one_line_errors():
         launch = launch_of(arglist)
         print(
-            "Ctrl-C, or a lost connection, ends it: what is finished is kept. With modal run "
-            "--detach it goes on alone; the same command later joins it, and fetches what it made."
+            "Ctrl-C, or a lost connection, ends the comparison: what is finished is kept. With "
+            "modal run --detach it continues alone; the same command later waits for it and "
+            "downloads its results."
         )
         try:
             work = leases.Work(book(), compare, None, launch, ROOT)
             outcome = work.result(lambda joined: is_of(joined, launch))
         except modal.exception.ConnectionError:
-            raise  # Modal says how a detached App goes on
+            raise  # Modal's message says how to reach a detached App again
         except Exception as error:
             outcome = error
         results = checked(outcome, launch)
@@ -265,12 +274,12 @@ def main(*arglist: str) -> None:
 
 
 def is_of(outcome: Any, launch: Launch) -> bool:
-    """Whether these are results of the same flags: of fewer seeds, say, they are not."""
+    """Whether `outcome` holds the results of a comparison with exactly this launch's flags."""
     return isinstance(outcome, dict) and tuple(outcome["words"]) == launch.words
 
 
 def checked(outcome: Any, launch: Launch) -> dict[str, Any]:
-    """The results of `compare`, or `UserError` with why there are none, and what would help."""
+    """The results of `compare`. If it failed, raises a `UserError` with the reason and advice."""
     reason = reason_of(outcome)
     if reason is None:
         return dict(outcome)
@@ -286,10 +295,10 @@ def checked(outcome: Any, launch: Launch) -> dict[str, Any]:
 
 
 def run(launch: Launch) -> dict[str, Any]:
-    """The whole comparison without Modal: every body here, on the folder `launch.volume`.
+    """The whole comparison without Modal: every function runs here, on the folder `launch.volume`.
 
-    Returns its results. Raises `UserError` where the input is wrong or a part failed; of a start
-    that failed nothing is left behind.
+    Returns its results. Raises `UserError` if the input is wrong or a part failed. If nothing was
+    made in a new folder, it is removed again.
     """
     folder = Path(launch.volume)
     parts.parse(launch.words, train_tinystories.Config)  # refused before the folder is made

@@ -1,8 +1,9 @@
 """The toy's ground truth: a tree of features, exact probabilities, fast samples, directions.
 
-A node is active with its `active_prob` given that its parent is active, never otherwise. Children
-that exclude each other are one draw: child c with probability active_prob_c, none with the rest.
-The features are the read-out nodes, in depth-first pre-order.
+A node can be active only if its parent is active, and then is with probability `active_prob`.
+Children that exclude each other are decided by one draw: it picks child c with probability
+active_prob_c, and no child with the remaining probability. The features are the nodes with
+`is_read_out`, in depth-first pre-order.
 """
 
 import dataclasses
@@ -20,14 +21,14 @@ from matryoshka.joint_tables import Choice, Sampler, pack
 from matryoshka.process import threads
 from sae import seeded_generator
 
-# Samples drawn at a time: what is in flight stays in the cache too.
+# Samples drawn at a time: few enough that intermediate results stay in the CPU's cache.
 CHUNK = 2**15
-# What rounding may add to, or leave of, probabilities that are meant to sum to 1.
+# How far rounding may move the sum of probabilities that are meant to sum to 1.
 TOLERANCE = 1e-9
 
-# Streams of a seed's random numbers, apart from those of sae.py.
+# Streams of a seed's random numbers; other numbers than the streams of sae.py.
 STREAM_DIRECTIONS, STREAM_SAMPLES, STREAM_HELD_OUT, STREAM_REFIT = 10, 11, 12, 13
-STEPS_A_DRAW = 50  # batches drawn at once
+STEPS_A_DRAW = 50  # batches whose samples are drawn in one call
 
 KEYS = (
     "active_prob",
@@ -42,7 +43,7 @@ KEYS = (
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """A node as the file has it. `parent` is an index into the list of nodes, -1 for the root."""
+    """A node with the values of the file. `parent` is its index in pre-order, -1 for the root."""
 
     parent: int
     active_prob: float
@@ -54,27 +55,27 @@ class Node:
 
 
 class FeatureTree:
-    """A tree of features and how often each is active.
+    """A tree of features, with the exact probability that each is active.
 
-    Attributes, features in depth-first pre-order throughout:
-        n_features: how many nodes are read out.
-        ids: a name a feature, the node's `id` or else its path, such as "node_2_0".
-        marginals: float64 [n_features], the exact probability that each is active.
-        second_moments: float64 [n_features], the exact mean square of each one's activation.
-        expected_l0: the sum of the marginals, the expected number of active features a sample.
-        parent: a feature's nearest read-out ancestor, as a feature index, or None.
-        kind: "parent" (has a read-out descendant), else "child" (has a read-out ancestor), else
-            "rare".
+    Attributes; features are in depth-first pre-order everywhere:
+        n_features: how many nodes are features.
+        ids: each feature's name: the node's `id`, or else its path, such as "node_2_0".
+        marginals: float64 [n_features], the probability that each feature is active.
+        second_moments: float64 [n_features], the expected square of each feature's activation.
+        expected_l0: the expected number of active features in a sample, the sum of the marginals.
+        parent: for each feature, the index of the nearest feature above it in the tree, or None.
+        kind: for each feature, "parent" if there is a feature below it; otherwise "child" if there
+            is a feature above it; otherwise "rare".
     """
 
     def __init__(self, nodes: list[Node]) -> None:
-        """`nodes` in pre-order, checked: `from_json` and `from_dict` make them."""
+        """`nodes` are in pre-order and checked, as `from_json` and `from_dict` make them."""
         self._nodes = nodes
         self._read_out = [i for i, node in enumerate(nodes) if node.is_read_out]
         feature_of = {node: feature for feature, node in enumerate(self._read_out)}
         self.n_features = len(self._read_out)
         self.ids = [nodes[i].id for i in self._read_out]
-        self.parent = [self._feature_above(i, feature_of) for i in self._read_out]
+        self.parent = self._features_above(feature_of)
         parents = set(self.parent)
         self.kind = [
             "parent" if i in parents else "rare" if above is None else "child"
@@ -88,9 +89,9 @@ class FeatureTree:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "FeatureTree":
-        """The tree in the file `path`; see `from_dict`.
+        """Reads a tree from the JSON file `path`; `from_dict` has the format.
 
-        Raises `UserError` where the file cannot be read, is not JSON, or is no tree.
+        Raises `UserError` if the file cannot be read, is not JSON, or does not describe a tree.
         """
         try:
             spec = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -98,31 +99,32 @@ class FeatureTree:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
         except RecursionError:
             raise UserError(f"{path}: is nested too deeply to be read") from None
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
+        except ValueError as error:  # the base of JSONDecodeError and UnicodeDecodeError
             raise UserError(f"{path}: is not JSON: {error}") from None
         return cls.from_dict(spec, source=str(path))
 
     @classmethod
     def from_dict(cls, spec: Any, source: str = "tree") -> "FeatureTree":
-        """The tree that `spec`, its root, describes. A node is an object of
+        """Makes the tree whose root is `spec`. A node is an object with these keys:
 
-            active_prob: number in [0, 1], given that the parent is active; required.
+            active_prob: the probability that it is active if its parent is, in [0, 1]. Required.
             is_read_out: whether it is a feature. Default true.
             mutually_exclusive_children: whether at most one child is active. Default false.
-            is_binary: 1 when active; else uniform on (0, 1], drawn afresh. Default true.
-            scales_with_parent: whether that is multiplied by the magnitude of the nearest
-                feature above. Default false.
-            id: its name.
-            children: a list of nodes.
+            is_binary: whether its activation is 1 when it is active; otherwise each activation is
+                drawn uniformly from (0, 1]. Default true.
+            scales_with_parent: whether its activation is multiplied by that of the nearest
+                feature above it. Default false.
+            id: its name. Default: made of its path.
+            children: a list of nodes. Default empty.
 
-        Raises `UserError` naming `source`, the path in the tree and what is wrong.
+        Raises `UserError`, which names `source`, the path in the tree and what is wrong.
         """
         return cls(_parse(spec, source))
 
     def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        """`n` independent samples of the features' activations, float32 [n, n_features].
+        """Draws `n` independent samples of the features' activations, float32 [n, n_features].
 
-        They are on the generator's device and depend on nothing but the generator's state and `n`.
+        They are on the generator's device, and depend only on the generator's state and `n`.
         """
         device = generator.device
         if device not in self._samplers:
@@ -130,8 +132,8 @@ class FeatureTree:
                 Sampler.of(table, self._column_of, device) for table in self._tables
             ]
         samples = torch.empty(n, self.n_features, device=device)
-        # Drawing uniforms is serial, and most of the work: a second thread gains nothing, and on a
-        # busy machine waiting for it costs many times the work.
+        # Most of the work is drawing uniform numbers, which is serial: a second thread gains
+        # nothing, and on a busy machine waiting for it can cost many times the work.
         with threads(1):
             for start in range(0, n, CHUNK):
                 self._fill(samples[start : start + CHUNK], self._samplers[device], generator)
@@ -140,7 +142,7 @@ class FeatureTree:
     def _fill(self, out: torch.Tensor, samplers: list[Sampler], generator: torch.Generator) -> None:
         """Draws samples into `out` [n, n_features]."""
         n = len(out)
-        if len(samplers) == 1:  # then its columns are the features, in order
+        if len(samplers) == 1:  # its columns are the features, in order
             torch.index_select(samplers[0].rows, 0, samplers[0].draw(n, generator), out=out)
         else:
             active = out.new_empty(n, self._n_columns)
@@ -156,23 +158,27 @@ class FeatureTree:
         for feature, above in self._scaled:  # from the top down
             out[:, feature] *= out[:, above]
 
-    def _feature_above(self, node: int, feature_of: dict[int, int]) -> int | None:
-        above = self._nodes[node].parent
-        while above >= 0 and above not in feature_of:
-            above = self._nodes[above].parent
-        return feature_of.get(above)
+    def _features_above(self, feature_of: dict[int, int]) -> list[int | None]:
+        """For each feature, the nearest feature above it in the tree; None if there is none."""
+        above: list[int | None] = []  # for each node; a parent comes before its children
+        for node in self._nodes:
+            is_top = node.parent < 0
+            above.append(None if is_top else feature_of.get(node.parent, above[node.parent]))
+        return [above[i] for i in self._read_out]
 
     def _marginals(self, choices: list[Choice]) -> torch.Tensor:
-        """P(node) = P(node | its gate) P(gate), down the tree; of the read-out nodes."""
+        """The features' probabilities, by P(node) = P(node | its parent) P(parent)."""
         active = {-1: 1.0}
-        for choice in choices:  # gates come before what they gate
+        for choice in choices:  # a parent's choice comes before its children's
             for node, p in zip(choice.nodes, choice.probs, strict=True):
                 active[node] = p * active[choice.gate]
         return torch.tensor([active[i] for i in self._read_out], dtype=torch.float64)
 
     def _second_moments(self) -> torch.Tensor:
-        """E[f^2] of each feature: its probability times the mean square of its magnitude. A
-        uniform's is 1/3, and independent magnitudes multiply."""
+        """E[f^2] of each feature: its probability times the mean square of its magnitude.
+
+        The mean square of a uniform magnitude is 1/3; those of independent magnitudes multiply.
+        """
         squares, scaled = torch.ones(self.n_features, dtype=torch.float64), dict(self._scaled)
         squares[self._graded] = 1 / 3
         for feature, above in scaled.items():
@@ -180,9 +186,11 @@ class FeatureTree:
         return self.marginals * squares
 
     def _lay_out(self, choices: list[Choice], feature_of: dict[int, int]) -> None:
-        """Packs the choices into tables, and notes what is to be masked by another table's nodes.
+        """Packs the choices into tables, and finds the nodes whose parent is in another table.
 
-        The columns of a sample under way are the features, then those hidden nodes that mask.
+        Tables are drawn independently, so such a node is multiplied by its parent afterwards. The
+        columns of an unfinished sample are the features, then the other nodes that are needed as
+        such parents.
         """
         self._tables = pack(choices)
         table_of = {node: t for t, table in enumerate(self._tables) for node in table.nodes}
@@ -210,10 +218,10 @@ class FeatureTree:
 
 
 def _choices(nodes: list[Node]) -> list[Choice]:
-    """The independent draws that make a sample, gates before what they gate.
+    """The independent draws that make a sample; a node's draw comes before its children's.
 
-    A node with no read-out in its subtree shows nowhere and is left out: where it excluded its
-    siblings its probability goes to none of them.
+    A node without a feature in its subtree does not show in a sample, so it is left out. If it
+    excludes its siblings, its probability becomes a part of that of drawing no child.
     """
     matters = [node.is_read_out for node in nodes]
     for i in range(len(nodes) - 1, 0, -1):  # pre-order backwards: children before parents
@@ -232,19 +240,24 @@ def _choices(nodes: list[Node]) -> list[Choice]:
 
 
 def _parse(spec: Any, source: str) -> list[Node]:
-    """`spec` as checked nodes in pre-order. Raises `UserError`. A stack: any depth will do."""
+    """The checked nodes of `spec` in pre-order. Raises `UserError`.
+
+    It keeps a stack instead of calling itself, so a tree may be of any depth.
+    """
     nodes: list[Node] = []
     seen: set[str] = set()
-    stack: list[tuple[Any, int, tuple[int, ...]]] = [(spec, -1, ())]
+    stack: list[tuple[Any, int, str, str]] = [(spec, -1, "root", f"{source}:")]
     while stack:
-        spec, parent, path = stack.pop()
-        where = source + ":" + "".join(f".children[{i}]" for i in path).replace(".", " ", 1)
-        node = _parse_node(spec, parent, path, where)
+        spec, parent, name, where = stack.pop()
+        node = _parse_node(spec, parent, name, where)
         if node.id in seen:
             raise UserError(f"{_at(where, 'id')} is {node.id!r}: another node has that id")
         seen.add(node.id)
-        children = spec.get("children", [])
-        stack += [(child, len(nodes), (*path, i)) for i, child in enumerate(children)][::-1]
+        stem = "node" if parent < 0 else name
+        stack += [
+            (child, len(nodes), f"{stem}_{i}", _at(where, f"children[{i}]"))
+            for i, child in reversed(list(enumerate(spec.get("children", []))))
+        ]
         nodes.append(node)
     if not any(node.is_read_out for node in nodes):
         raise UserError(f"{source}: no node is read out: at least one is_read_out must be true")
@@ -255,17 +268,19 @@ def _at(where: str, key: str) -> str:
     return where + (" " if where.endswith(":") else ".") + key
 
 
-def _parse_node(spec: Any, parent: int, path: tuple[int, ...], where: str) -> Node:
-    """One node, checked on its own and against its children's probabilities."""
+def _parse_node(spec: Any, parent: int, name: str, where: str) -> Node:
+    """Makes one node from `spec`, and checks it and the sum of exclusive children's probabilities.
+
+    `name` is its id if it has none; `where` is its place in the file, for errors.
+    """
     if not isinstance(spec, dict):
-        subject = f"{where} the root" if not path else where
+        subject = f"{where} the root" if parent < 0 else where
         raise UserError(f"{subject} is {reprlib.repr(spec)}: a node must be an object")
     for key in spec:
         if key not in KEYS:
             raise UserError(f"{_at(where, str(key))} is not a key: known are {', '.join(KEYS)}")
     if "active_prob" not in spec:
         raise UserError(f"{_at(where, 'active_prob')} is missing: every node needs one")
-    name = "node" + "".join(f"_{i}" for i in path) if path else "root"
     node = Node(
         parent=parent,
         active_prob=_probability(spec["active_prob"], _at(where, "active_prob")),
@@ -301,12 +316,12 @@ def _probability(value: Any, at: str) -> float:
 
 
 def _check_exclusive(children: list[Any], where: str) -> None:
-    """Raises `UserError` where there are none, or their probabilities sum to more than 1."""
+    """Raises `UserError` if there are no children, or their probabilities sum to more than 1."""
     if not children:
         at = _at(where, "mutually_exclusive_children")
         raise UserError(f"{at} is true, but the node has no children")
     probs = [child.get("active_prob") for child in children if isinstance(child, dict)]
-    # One that is no number, or no probability, is reported by name when its turn comes.
+    # A child whose active_prob is no probability is reported when that child is parsed.
     total = math.fsum(p for p in probs if isinstance(p, int | float) and 0 <= p <= 1)
     if total > 1 + TOLERANCE:
         at = _at(where, "children")
@@ -317,11 +332,10 @@ def _check_exclusive(children: list[Any], where: str) -> None:
 
 
 def true_directions(n_features: int, d_model: int, generator: torch.Generator) -> torch.Tensor:
-    """A direction a feature, float32 [n_features, d_model], on the generator's device.
+    """Draws a direction for each feature, float32 [n_features, d_model], on the generator's device.
 
-    Their norms are 1 + 0.05 N(0, 1). They are orthogonal, and uniform among such sets, where
-    n_features <= d_model; with more features than dimensions that cannot be, and each is an
-    independent uniform direction.
+    Their norms are 1 + 0.05 N(0, 1). If n_features <= d_model they are orthogonal, and uniformly
+    distributed among orthogonal sets; otherwise they are independent and uniform on the sphere.
     """
     kwargs: dict[str, Any] = {
         "dtype": torch.float64,
@@ -331,7 +345,7 @@ def true_directions(n_features: int, d_model: int, generator: torch.Generator) -
     gaussian = torch.randn(d_model, n_features, **kwargs)
     if n_features <= d_model:
         q, r = torch.linalg.qr(gaussian)
-        unit = q * r.diagonal().sign()  # without the signs QR's convention shows in the directions
+        unit = q * r.diagonal().sign()  # QR's convention for signs would make q not uniform
     else:
         unit = gaussian / gaussian.norm(dim=0)
     norms = 1 + 0.05 * torch.randn(n_features, **kwargs)
@@ -341,7 +355,7 @@ def true_directions(n_features: int, d_model: int, generator: torch.Generator) -
 
 @dataclasses.dataclass(frozen=True)
 class ToyData:
-    """What SAEs of the toy see, for each seed its own: x = features @ directions."""
+    """The toy's data, which is different for each seed: x = features @ directions."""
 
     tree: FeatureTree
     d_model: int
@@ -352,21 +366,21 @@ class ToyData:
         return true_directions(self.tree.n_features, self.d_model, generator)
 
     def held_out(self, seed: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features [n, n_features] and x [n, d_model] of `seed` that no SAE was trained on."""
+        """Features [n, n_features] and x [n, d_model] to score the SAEs of `seed` on."""
         features = self.tree.sample(n, seeded_generator(seed, STREAM_HELD_OUT))
         return features, features @ self.directions(seed)
 
     def for_refit(self, seed: int, n: int) -> torch.Tensor:
-        """x [n, d_model] of `seed` to refit an SAE on, neither trained nor scored on."""
+        """x [n, d_model] to refit the SAEs of `seed` on; not used to train or to score them."""
         features = self.tree.sample(n, seeded_generator(seed, STREAM_REFIT))
         return features @ self.directions(seed)
 
     def batches(
         self, seeds: Sequence[int], batch_size: int, device: torch.device, copies: int = 1
     ) -> Iterator[torch.Tensor]:
-        """Endless batches for all `seeds`, each time `copies` of them, one after another.
+        """Yields batches x [copies * n_seeds, batch_size, d_model] without end.
 
-        Yields x [copies * n_seeds, batch_size, d_model].
+        The first n_seeds entries are a batch for each seed; then the same batches are repeated.
         """
         generators = [seeded_generator(seed, STREAM_SAMPLES) for seed in seeds]
         directions = torch.stack([self.directions(seed) for seed in seeds]).to(device)

@@ -4,11 +4,12 @@
     python train.py --model gpt2 --layer 6 --dataset roneneldan/TinyStories   # without a cache
     python evaluate.py --run runs/saes --cache cache/validation
 
-All SAEs see the same batches, and each ends where it would have ended alone. `--recipe paper` has
-the paper's settings for language models. With --model, nothing is cached: the language model runs
-beside the training. Metrics go to metrics.jsonl as training goes; checkpoints resume exactly: a run
-that was killed and resumed ends with the weights of one that was not. Ctrl-C and SIGTERM write one
-first. A folder holds one run, which is written by one process.
+All SAEs see the same batches, and each ends with the weights it would have if trained alone.
+`--recipe paper` has the paper's settings for language models. With --model, nothing is cached: the
+language model runs during training. Metrics go to metrics.jsonl during training. Checkpoints resume
+exactly: a run that was killed and resumed ends with the same weights as one that was not. Ctrl-C
+and SIGTERM write a checkpoint before they end the run. A folder holds one run, and one process at a
+time may write to it.
 """
 
 if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback; `main_guard` ends this
@@ -63,15 +64,14 @@ def run(
 ) -> dict[str, Any]:
     """Trains the SAEs; writes them, metrics.jsonl and results.json to `config.out`.
 
-    `on_checkpoint` is called after each checkpoint, of which the first is that of a run not yet
-    begun. Then no file of the run is open but the empty .lock: where the folder needs a word to be
-    safe, as a Modal Volume does, that is the time for it.
+    `on_checkpoint` is called after each checkpoint; the first one is written before the first step.
+    At these moments the only open file of the run is the empty .lock, so a folder that has to be
+    committed, as a Modal Volume has, can be committed then.
 
-    Returns what results.json holds; `problems` says what is wrong with it. A finished run is only
-    completed: SAEs that are missing, or not yet refitted, are made. Raises `UserError` where the
-    input is wrong or the cache is damaged, before anything is trained, and where training diverges.
-    Raises `KeyboardInterrupt` after Ctrl-C or SIGTERM; training then goes on from the step it was
-    at.
+    Returns what results.json holds; `problems` lists what is wrong with it. If the run was finished
+    before, only those SAEs and refits are made that are missing. Raises `UserError` before training
+    if the input is wrong or the cache is damaged, and during training if it diverges. Raises
+    `KeyboardInterrupt` after Ctrl-C or SIGTERM; the next call continues from the step reached.
     """
     check_training(config)
     device = pick_device(config.device)
@@ -104,7 +104,7 @@ def run(
             ActivationCache(config.validation_cache).verify()
         if not has_checkpoint:
             require_variance(cache)
-            checkpoint(training, on_checkpoint)  # whatever is here from now on has one beside it
+            checkpoint(training, on_checkpoint)  # no other file of the run is written before it
         if config.matmul_dtype == "bfloat16" and not multiplies_bfloat16(device):
             slow = "this machine has no instructions for bfloat16: --matmul-dtype float32 is faster"
             print(f"warning: {slow}", file=sys.stderr)
@@ -116,12 +116,16 @@ def run(
 
 
 def open_activations(config: TrainingConfig, device: torch.device) -> Activations:
-    """What SAEs are trained on: a cache, or a language model on `device`. Raises `UserError`."""
+    """Opens what the SAEs are trained on: a cache, or a language model on `device`.
+
+    Raises `UserError` where it cannot be read, or has too few activations.
+    """
     if isinstance(config, LiveConfig):
         config.check_live()
     if not isinstance(config, LiveConfig) or config.model is None:
         return ActivationCache(config.cache, config.tokens or None)
-    claim(config.folder, settings_of(config, members_of(config)))  # before all text is counted
+    # Counting the text takes long: a folder that holds another run is refused before it.
+    claim(config.folder, settings_of(config, members_of(config)))
     config.as_cache.check()
     live = LiveActivations(load_source(config.as_cache, device), config.as_cache, config.buffer)
     if live.n_tokens < config.tokens:
@@ -131,7 +135,7 @@ def open_activations(config: TrainingConfig, device: torch.device) -> Activation
 
 @contextlib.contextmanager
 def refusing_too_large(config: TrainingConfig) -> Iterator[None]:
-    """A block in which a lack of memory becomes a `UserError` that names the settings."""
+    """A context in which running out of memory raises a `UserError` that names the settings."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -156,7 +160,11 @@ def require_variance(cache: Activations) -> None:
 
 
 def complete(training: Training, results: dict[str, Any]) -> dict[str, Any]:
-    """Writes the SAEs of a trained run, and results.json; of `results`, only what is lacking."""
+    """Writes the SAEs and results.json of a trained run, and returns what results.json holds.
+
+    `results` is what results.json held before, {} if there was none. With it, only the missing
+    files are written. Raises `UserError`.
+    """
     config, out = training.config, training.out
     wanted = lacking(out, results, config.refit) if results else None
     results = results or results_of(training)
@@ -178,7 +186,7 @@ def complete(training: Training, results: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{error}; {GO_ON}") from error
     except UserError:
         raise
-    except ValueError as error:  # of the refit
+    except ValueError as error:  # from refit_decoder
         raise UserError(
             f"no refit is possible ({error}): --resume --no-refit does without"
         ) from None
@@ -191,12 +199,12 @@ def save(sae: SAE, path: Path) -> str:
     return sha256_of(path)
 
 
-# Of a cache's recipe, what another tool has to know to read the same activations.
+# The entries of a cache's recipe that another tool needs to compute the same activations.
 OF_TEXT = ("site", "model_revision", "context", "begin", "keep_begin")
 
 
 def about(training: Training, member: MemberTraining, result: dict[str, Any]) -> dict[str, Any]:
-    """What an SAE's file says of how it was trained, and on what; no path is in it."""
+    """What an SAE's file says about how it was trained and on what. It contains no path."""
     config, recipe = member.config, training.cache.recipe
     names = ["n_prefixes", "prefixes", "target_l0", "lr", "n_steps", *of_activation(config)]
     names += ["auxiliary_weight", "dead_after"] * (config.auxiliary != "none")
@@ -228,14 +236,14 @@ def of_activation(config: TrainingConfig) -> list[str]:
 
 
 def without_path(name: str | None) -> str | None:
-    """A file's or folder's name without where it lies; a name on the hub, OWNER/NAME, whole."""
+    """The last part of a path; a name on the hub, OWNER/NAME, is returned as it is."""
     if name is None or (name.count("/") == 1 and name[0] not in "./~"):
         return name
     return Path(name).name
 
 
 def results_of(training: Training) -> dict[str, Any]:
-    """What results.json holds of a finished run."""
+    """What results.json holds when a run is finished."""
     config, cache = training.config, training.cache
     last = last_records(training.out / METRICS, training.names)
     return {
@@ -255,7 +263,7 @@ def results_of(training: Training) -> dict[str, Any]:
 
 
 def result_of(member: MemberTraining, last: dict[str, Any]) -> dict[str, Any]:
-    """One SAE's entry of results.json; `last`: its last record."""
+    """One SAE's entry in results.json. `last` is its last record in metrics.jsonl."""
     config = member.config
     return {
         "sae": member.name,
@@ -283,9 +291,9 @@ def shards_used(cache: Activations) -> list[Any]:
 
 
 def report(results: dict[str, Any], out: str) -> None:
-    """Prints what a run ended with, and warns of what is wrong with it.
+    """Prints a run's results as a table, and warnings about what is wrong with them.
 
-    Raises `UserError` where an SAE is of no use.
+    Raises `UserError` if an SAE is broken.
     """
     print(summary(results))
     print(f"\n{closing(results)}; SAEs and metrics are in {out}")

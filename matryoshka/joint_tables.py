@@ -13,6 +13,9 @@ from torch import Tensor
 
 # A joint table of at most this many states stays in the cache of a CPU core or two.
 MAX_STATES = 2**16
+# A joint table has at most this many nodes. A chain of n nodes has n + 1 states, so one table of it
+# would take n^2 memory, and n^3 time to build.
+MAX_NODES = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +126,16 @@ def alias_table(probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pack(choices: Sequence[Choice]) -> list[JointTable]:
-    """As few tables as taking the choices in turn gives, each of at most MAX_STATES states.
+    """Puts the choices in turn into tables, a new one where the last would become too large.
 
-    (A choice that alone has more states than that has a table to itself.)
+    A table has at most MAX_STATES states and MAX_NODES nodes, except that a single choice that has
+    more than these has a table to itself.
     """
     tables = [JointTable()]
     for choice in choices:
-        if tables[-1].nodes and tables[-1].size_with(choice) > MAX_STATES:
+        last = tables[-1]
+        n_nodes = len(last.nodes) + len(choice.nodes)
+        if last.nodes and (n_nodes > MAX_NODES or last.size_with(choice) > MAX_STATES):
             tables.append(JointTable())
         tables[-1].add(choice)
     return tables

@@ -275,6 +275,22 @@ def test_no_samples_and_deep_trees():
     assert FeatureTree.from_dict(spec).expected_l0 == pytest.approx(0.999**1201)
 
 
+def test_a_deep_chain_is_split_into_small_tables_and_sampled_as_one():
+    depth, p = 2000, 0.9995
+    spec: dict = {"active_prob": p}
+    for _ in range(depth - 1):
+        spec = {"active_prob": p, "children": [spec]}
+    tree = FeatureTree.from_dict(spec)
+    assert [len(table.nodes) for table in tree._tables] == [256] * 7 + [208]
+    assert tree.parent == [None, *range(depth - 1)]
+    assert tree.ids[:3] == ["root", "node_0", "node_0_0"]
+    torch.testing.assert_close(tree.marginals, p ** torch.arange(1.0, depth + 1).double())
+    active = tree.sample(2000, generator())
+    assert (active[:, 1:] <= active[:, :-1]).all()  # a node is active only if its parent is
+    l0 = active.sum(1).double()
+    assert abs(l0.mean() - tree.expected_l0) < 4 * l0.std() / 2000**0.5
+
+
 def test_kinds_and_ids_in_a_deeper_tree():
     spec = {
         "active_prob": 0.5,
