@@ -1,12 +1,12 @@
-"""Your own activations -> a cache: arrays in memory, or .npy, .pt and .safetensors files.
+"""Caches your own activations: arrays in memory, or .npy, .pt and .safetensors files.
 
     from matryoshka.array_files import cache_arrays
     cache = cache_arrays("cache/mine", [acts])
 
-Arrays are [n, d_model], or [n_rows, seq, d_model] where activations belong to rows of tokens. They
-are taken one after another, a piece at a time; files are memory-mapped and never held whole. Every
-value is looked at before the cache is finished. Whatever is interrupted, the same call goes on
-after the last finished shard and ends with the same bytes.
+Arrays are [n, d_model], or [n_rows, seq, d_model] if activations belong to rows of tokens. They are
+read one after another, a piece at a time; files are memory-mapped and never held whole. Every value
+is checked before the cache is finished. After an interruption, the same call continues after the
+last finished shard and ends with the same bytes.
 """
 
 import functools
@@ -63,8 +63,8 @@ ST_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 ST_DTYPES |= {"F64": torch.float64, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16}
 ST_DTYPES |= {"I32": torch.int32, "I64": torch.int64}
 SUFFIXES = (".npy", ".pt", ".safetensors")
-ALL = 10**12  # activations: more than any cache has
-SHARD_BYTES = 2**28  # of activations, that are held in memory
+ALL = 10**12  # activations; more than any cache has
+SHARD_BYTES = 2**28  # of a shard's activations, which are held in memory
 
 
 def cache_arrays(
@@ -76,17 +76,18 @@ def cache_arrays(
     n_tokens: int | None = None,
     rows_per_shard: int | None = None,
 ) -> ActivationCache:
-    """Caches the `arrays`, or goes on with that, or finds it done; returns the cache.
+    """Caches the `arrays`, or continues an interrupted cache of them; returns the cache.
 
-    arrays: [n, d_model] each, or [n_rows, seq, d_model] each, of one dtype, one seq and one
-    d_model: float16, bfloat16, float32 or float64. An iterator is good, too; to go on after an
-    interruption, give one that begins anew. `token_ids`: integers, [n] or [n_rows, seq] in all,
-    cut into arrays like `arrays` or in another way. `dtype`: what the cache stores, float16,
-    bfloat16 or float32. `n_tokens`: of the first so many activations, or all. `rows_per_shard`:
-    how many rows are held in memory; by default, 256 MiB of them.
+    arrays: a list or an iterator of arrays [n, d_model], or of arrays [n_rows, seq, d_model]. All
+    have the same seq, d_model and dtype (float16, bfloat16, float32 or float64). To continue after
+    an interruption, give an iterator that starts from the beginning.
+    token_ids: integers, [n] or [n_rows, seq] in total; they may be split differently from `arrays`.
+    dtype: what the cache stores, float16, bfloat16 or float32.
+    n_tokens: how many activations to cache, from the first on; None: all.
+    rows_per_shard: how many rows a shard has, which is held in memory; None: 256 MiB of them.
 
-    Raises `UserError` where an array is not like that, a value is not finite or too large for
-    `dtype`, or the folder holds another cache.
+    Raises `UserError` if an array has another shape or dtype, a value is not finite or too large
+    for `dtype`, or the folder holds another cache.
     """
     check_settings(dtype, n_tokens, rows_per_shard)
     acts = checked(named(arrays, "array"), check_acts)
@@ -114,7 +115,7 @@ def cache_arrays(
 
 
 def check_settings(dtype: str, n_tokens: int | None, rows_per_shard: int | None) -> None:
-    """Raises `UserError` naming a setting that is impossible for any array."""
+    """Raises `UserError` if a setting is impossible, whatever the arrays are."""
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     for name, value, most in (("n_tokens", n_tokens, ALL), ("rows_per_shard", rows_per_shard, ALL)):
@@ -125,7 +126,7 @@ def check_settings(dtype: str, n_tokens: int | None, rows_per_shard: int | None)
 
 
 def default_rows_per_shard(seq: int, d_model: int, dtype: str) -> int:
-    """Rows of about SHARD_BYTES in a cache of that dtype."""
+    """How many rows take about SHARD_BYTES in a cache of that dtype."""
     return max(1, SHARD_BYTES // (seq * d_model * DTYPES[dtype].itemsize))
 
 
@@ -135,9 +136,9 @@ def default_rows_per_shard(seq: int, d_model: int, dtype: str) -> int:
 def open_files(
     paths: Sequence[str | Path], id_paths: Sequence[str | Path] | None
 ) -> tuple[list[Array], list[Array] | None]:
-    """The arrays of --activations and of --token-ids; what their headers say is checked.
+    """Opens the files of --activations and of --token-ids, and checks their shapes and dtypes.
 
-    Raises `UserError` naming the first file that is not right, or where one set has more rows.
+    Raises `UserError` naming the first file that is wrong, or if the numbers of rows differ.
     """
     acts = list(checked(open_arrays(paths), check_acts))
     if not id_paths:
@@ -151,12 +152,15 @@ def open_files(
 
 
 def count_activations(arrays: Iterable[Array]) -> int:
-    """How many activations these have."""
+    """The number of activations in all arrays."""
     return sum(math.prod(array.shape[:-1]) for array in arrays)
 
 
 def open_arrays(paths: Sequence[str | Path], flag: str = "--activations") -> list[Array]:
-    """The arrays in files, or in a folder's files by name. Raises `UserError` naming the file."""
+    """The arrays in files, or in the files of folders, sorted by name.
+
+    Raises `UserError` naming the file that cannot be read.
+    """
     found: list[Array] = []
     for path in map(Path, paths):
         if not os.path.exists(path):
@@ -171,7 +175,7 @@ def open_arrays(paths: Sequence[str | Path], flag: str = "--activations") -> lis
 
 
 def open_array(path: Path) -> Array:
-    """The one array in a file, of which only a header is read. Raises `UserError`."""
+    """The one array in a file. Reads only the file's header. Raises `UserError`."""
     openers = {".npy": _open_npy, ".pt": _open_pt, ".safetensors": _open_safetensors}
     if path.suffix not in openers:
         raise UserError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}")
@@ -179,7 +183,7 @@ def open_array(path: Path) -> Array:
         return openers[path.suffix](path)
     except UserError:
         raise
-    except Exception as error:  # of many classes, torch.load's among them
+    except Exception as error:  # the libraries raise many classes, torch.load most of them
         reason = " ".join(str(error).split())[:150]
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {reason})") from None
 
@@ -205,7 +209,7 @@ def _open_safetensors(path: Path) -> Array:
     values = file.get_slice(names[0])
     dtype = ST_DTYPES.get(values.get_dtype())
     if dtype is None:
-        raise UserError(f"{path}: values of {values.get_dtype()}, which are not read here")
+        raise UserError(f"{path} has dtype {values.get_dtype()}, which cannot be read")
     return Array(str(path), tuple(values.get_shape()), dtype, lambda a, b: values[a:b])
 
 
@@ -215,17 +219,17 @@ def _open_safetensors(path: Path) -> Array:
 def write_blocks(
     folder: Path, recipe: Recipe, acts: Iterable[Array], ids: Iterable[Array] | None
 ) -> None:
-    """Writes the cache of that recipe in `folder`, but for the shards that are there already.
+    """Writes the cache in `folder`, but for the shards that are already there.
 
-    Raises `UserError` where these are of other arrays, and see the functions above.
+    Raises `UserError` if those shards are of other arrays, and what the functions above raise.
     """
     is_done = is_complete(folder, recipe)
     if is_done:
-        recipe = read_record(folder / MANIFEST).recipe  # perhaps of more activations
+        recipe = read_record(folder / MANIFEST).recipe  # which may have more activations
     else:
         clear_leftovers(folder)
     seq, per_shard = recipe["seq"], recipe["rows_per_shard"]
-    limit = min(math.ceil(recipe["tokens"] / seq), MAX_INT32)  # rows: int32 in the cache
+    limit = min(math.ceil(recipe["tokens"] / seq), MAX_INT32)  # the cache has rows as int32
     acts_blocks = blocks(acts, per_shard, DTYPES[recipe["dtype"]], require_finite, limit)
     id_blocks = None
     if ids is not None:
@@ -248,9 +252,10 @@ def write_blocks(
 def is_finished(
     folder: Path, rows: tuple[int, int], recipe: Recipe, acts: Tensor, tokens: np.ndarray
 ) -> bool:
-    """Whether the shard of these rows is in `folder`: acts [n, d_model], int32 tokens [n, 3].
+    """Whether `folder` already holds the shard of these rows, with these values.
 
-    Raises `UserError` where the shard in its place is of other arrays, or of another recipe.
+    acts: [n, d_model]; tokens: int32 [n, 3]. Raises `UserError` if the shard in its place is of
+    other arrays or another recipe.
     """
     shard = finished_shard(folder, rows, recipe)
     path = folder / f"{shard_name(rows[0], recipe)}.json"
@@ -266,7 +271,7 @@ def is_finished(
 
 
 def sha256_of(values: np.ndarray) -> str:
-    """Of an array's bytes, in hexadecimal."""
+    """The SHA-256 of an array's bytes, in hexadecimal."""
     return hashlib.sha256(values.reshape(-1).view(np.uint8).data).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Arrays of activations and token ids: a name, a shape, rows read a few at a time and checked."""
+"""Arrays of activations and token ids, whose rows are read and checked a few at a time."""
 
 import dataclasses
 import itertools
@@ -14,14 +14,14 @@ from matryoshka.errors import UserError
 
 ACTS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-NO_ID = -1  # in a cache, in place of the token ids that there are none of
-ACTS_AT_ONCE = 4096  # read and looked at
+NO_ID = -1  # stands in a cache for a token id that is not known
+ACTS_AT_ONCE = 4096  # activations that are read and checked at a time
 MAX_INT32 = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array that can be read a few rows at a time, and what messages call it."""
+    """An array that can be read a few rows at a time. Error messages call it by its `name`."""
 
     name: str
     shape: tuple[int, ...]
@@ -30,15 +30,18 @@ class Array:
 
 
 def named(arrays: Iterable[Array | Tensor | np.ndarray], kind: str) -> Iterator[Array]:
-    """Each as an `Array`; "array 3" where it has no name. Raises `UserError`."""
-    if isinstance(arrays, (Tensor, np.ndarray)):  # whose rows would be taken for arrays
+    """Each as an `Array`, which is called such as "array 3" if it has no name of its own.
+
+    Raises `UserError`.
+    """
+    if isinstance(arrays, (Tensor, np.ndarray)):  # a loop would take its rows for arrays
         raise UserError(f"expected a list or an iterator of arrays, got one {kind}: give [{kind}]")
     for i, array in enumerate(arrays):
         yield array if isinstance(array, Array) else named_array(f"{kind} {i}", array)
 
 
 def named_array(name: str, values: Tensor | np.ndarray) -> Array:
-    """An array in memory, or mapped into it. Raises `UserError` where torch has no such dtype."""
+    """An array in memory, or mapped into it. Raises `UserError` if torch has no such dtype."""
     if isinstance(values, Tensor):
         if values.layout != torch.strided:
             raise UserError(f"{name} is a sparse tensor, expected a dense one")
@@ -51,12 +54,12 @@ def named_array(name: str, values: Tensor | np.ndarray) -> Array:
         dtype = torch.from_numpy(np.empty(0, native)).dtype
     except TypeError:
         raise UserError(
-            f"{name} has dtype {values.dtype}, which is not read here (NumPy has no bfloat16: save "
+            f"{name} has dtype {values.dtype}, which cannot be read (NumPy has no bfloat16: save "
             "that as .pt or .safetensors)"
         ) from None
 
     def read(start: int, stop: int) -> Tensor:
-        # A copy: the file is mapped read-only, and may be of another byte order.
+        # A copy, because the file is mapped read-only and may have another byte order.
         return torch.from_numpy(np.array(values[start:stop], dtype=native, order="C"))
 
     return Array(name, tuple(values.shape), dtype, read)
@@ -66,7 +69,7 @@ def named_array(name: str, values: Tensor | np.ndarray) -> Array:
 
 
 def checked(arrays: Iterable[Array], check: Callable[[Array, Array], None]) -> Iterator[Array]:
-    """The arrays, each checked by itself and against the first. Raises what `check` does."""
+    """The arrays, after `check(array, first array)` of each. Raises what `check` raises."""
     first = None
     for array in arrays:
         first = first or array
@@ -75,7 +78,7 @@ def checked(arrays: Iterable[Array], check: Callable[[Array, Array], None]) -> I
 
 
 def check_acts(array: Array, first: Array) -> None:
-    """Raises `UserError` unless these can be the activations of one cache."""
+    """Raises `UserError` unless `array` and `first` can be activations of the same cache."""
     if array.dtype not in ACTS_DTYPES:
         raise UserError(
             f"{array.name} has dtype {_name(array.dtype)}; activations are float16, bfloat16, "
@@ -98,7 +101,7 @@ def check_acts(array: Array, first: Array) -> None:
 
 
 def check_ids(acts: Array, array: Array, _: Array) -> None:
-    """Raises `UserError` unless these can be the token ids beside activations like `acts`."""
+    """Raises `UserError` unless `array` can hold the token ids of activations like `acts`."""
     if array.dtype not in ID_DTYPES:
         raise UserError(f"{array.name} has dtype {_name(array.dtype)}; token ids are integers")
     if array.shape[1:] != acts.shape[1:-1]:
@@ -110,7 +113,7 @@ def check_ids(acts: Array, array: Array, _: Array) -> None:
 
 
 def sizes(array: Array) -> tuple[int, int]:
-    """Activations a row, and their width: (1, d_model) of [n, d_model]."""
+    """(seq, d_model) of an array of activations, where an array [n, d_model] has a seq of 1."""
     return (1 if len(array.shape) == 2 else array.shape[1]), array.shape[-1]
 
 
@@ -122,9 +125,12 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def require_finite(piece: Tensor, stored: Tensor, array: Array, start: int) -> None:
-    """Raises `UserError` naming the first row of `piece`, [n, ...], whose values, from row `start`
-    of the array on, are not finite, or are not in `stored`, the piece in the cache's dtype."""
-    peak = torch.stack(piece.aminmax()).abs().amax()  # NaN where a value is; faster than isfinite
+    """Raises `UserError` naming the first row with a value that is not finite.
+
+    piece: [n, ...], the rows of `array` from row `start` on; stored: the same values in the cache's
+    dtype, which may be too small for them.
+    """
+    peak = torch.stack(piece.aminmax()).abs().amax()  # NaN if any value is; faster than isfinite
     if peak.to(stored.dtype).isfinite():
         return
     row = int((~stored.isfinite()).reshape(len(stored), -1).any(1).nonzero()[0])
@@ -141,7 +147,7 @@ def require_finite(piece: Tensor, stored: Tensor, array: Array, start: int) -> N
 
 
 def require_token_ids(piece: Tensor, stored: Tensor, array: Array, start: int) -> None:
-    """Raises `UserError` naming the first row of `piece`, [n, ...], with an id that is none."""
+    """Raises `UserError` naming the first row of `piece`, [n, ...], with a value that is no id."""
     wrong = ((piece < 0) | (piece > MAX_INT32)).reshape(len(piece), -1)
     if wrong.any():
         row = int(wrong.any(1).nonzero()[0])
@@ -159,9 +165,11 @@ Check = Callable[[Tensor, Tensor, Array, int], None]
 def blocks(
     arrays: Iterable[Array], n_rows: int, dtype: torch.dtype, check: Check, limit: int
 ) -> Iterator[Tensor]:
-    """The arrays' first `limit` rows in blocks of `n_rows`, the last of them smaller: [n_rows, ...]
-    in `dtype`. Raises what `check` does of each piece."""
-    block, n_done = None, 0  # rows in the block
+    """The arrays' first `limit` rows in `dtype`, in blocks [n_rows, ...]; the last may be smaller.
+
+    Calls `check` on each piece that is read, and raises what it raises.
+    """
+    block, n_done = None, 0  # n_done: rows that the block has so far
     for array, start, stop in pieces(arrays, n_rows, limit):
         if block is None:
             block = torch.empty(n_rows, *array.shape[1:], dtype=dtype)
@@ -178,8 +186,11 @@ def blocks(
 
 
 def pieces(arrays: Iterable[Array], n_rows: int, limit: int) -> Iterator[tuple[Array, int, int]]:
-    """Which rows to read, in turn, a few at a time: (array, start, stop). None of them is on both
-    sides of a multiple of `n_rows`, counted over all arrays, or of the first `limit` rows."""
+    """The ranges of rows to read, in order: (array, start, stop), a few rows each.
+
+    They end after `limit` rows in all. Rows are counted over all arrays, and no range crosses a
+    multiple of `n_rows`.
+    """
     n_done = 0
     for array in arrays:
         at_once = max(1, ACTS_AT_ONCE // math.prod(array.shape[1:-1]))
@@ -195,11 +206,12 @@ def pieces(arrays: Iterable[Array], n_rows: int, limit: int) -> Iterator[tuple[A
 def with_ids(
     acts: Iterable[Tensor], ids: Iterable[Tensor] | None, seq: int
 ) -> Iterator[tuple[int, Tensor, np.ndarray]]:
-    """Blocks of activations, each with its first row and where its activations come from.
+    """Blocks of activations, flat, together with each activation's token id, row and position.
 
-    Of blocks [n_rows, d_model] or [n_rows, seq, d_model], and of ids [n_rows] or [n_rows, seq],
-    yields the row, the activations flat, [n, d_model], and int32 [n, 3] of token id (NO_ID where
-    there are none), row and position. Raises `UserError` where one ends before the other.
+    acts: blocks [n_rows, d_model] or [n_rows, seq, d_model]; ids: blocks [n_rows] or [n_rows, seq],
+    or None. Yields for each block the number of its first row; its activations [n, d_model]; and
+    int32 [n, 3]: token id (NO_ID without ids), row, position. Raises `UserError` if there are more
+    rows of one than of the other.
     """
     end = object()
     first_row = 0

@@ -1,4 +1,4 @@
-"""The settings of a cache, and the source of activations that they stand for."""
+"""The settings of a cache, and the source of activations that they describe."""
 
 import dataclasses
 from typing import Literal
@@ -21,37 +21,45 @@ Dtype = Literal["float16", "bfloat16", "float32"]
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
-    """What a cache is made of."""
+    """Which activations of which language model, on which text, and how they are stored."""
 
     model: str = setting(
         "noanabeshima/tiny_model", "language model: a hub name or a folder, or a TinyModel's file"
     )
     model_revision: str | None = setting(None, "the hub model's branch, tag or commit")
-    model_dtype: ModelDtype = setting("float32", "what the model runs in")
+    model_dtype: ModelDtype = setting("float32", "dtype that the model runs in")
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
     dataset: str = setting(
         "noanabeshima/TinyModelTokIds",
-        "text: a hub name, a folder or a .jsonl, .parquet or .txt file; TinyModel: its token ids",
+        "text: a hub name, a folder or a .jsonl, .parquet or .txt file; for TinyModel: token ids",
     )
     dataset_config: str | None = setting(None, "which part of the hub dataset, if it has several")
     dataset_revision: str | None = setting(None, "the hub dataset's branch, tag or commit")
-    split: str = setting("train", "split of the dataset; in a folder: how its files' names begin")
+    split: str = setting("train", "split of the dataset; of a folder: how its files' names begin")
     text_column: str = setting("text", "column of the dataset that holds the text")
-    tokenizer: str | None = setting(None, "hub name or folder; default: the model's own")
-    context: int = setting(128, "token ids a row, of text")
-    packing: Packing = setting(
-        "packed", "documents after each other in full rows, or padded: one a row"
+    tokenizer: str | None = setting(
+        None, "tokenizer: a hub name or a folder; default: the model's own"
     )
-    begin: Begin = setting("auto", "rows begin with [BOS]; auto: as the tokenizer has it")
+    context: int = setting(128, "token ids in a row of text")
+    packing: Packing = setting(
+        "packed", "packed: documents one after another in full rows; padded: one document a row"
+    )
+    begin: Begin = setting(
+        "auto", "whether rows begin with [BOS]; auto: where the tokenizer adds one"
+    )
     tokens: int = setting(30_000_000, "activations to cache")
     layer: int = setting(3, "block of the model, counted from 0")
-    site: Site = setting("resid_pre", "where in it: resid_pre is the residual stream at its input")
-    dtype: Dtype = setting("float16", "what activations are stored in")
-    keep_begin: bool = setting(
-        False, "cache [BEGIN] positions, and those of other special ids, too", alias="keep_special"
+    site: Site = setting(
+        "resid_pre", "where in that block; resid_pre: the residual stream at its input"
     )
-    batch_size: int = setting(64, "rows a forward pass")
-    rows_per_shard: int = setting(1024, "dataset rows a shard; held in memory while it is computed")
+    dtype: Dtype = setting("float16", "dtype that activations are stored in")
+    keep_begin: bool = setting(
+        False, "also cache the positions of [BEGIN] and other special ids", alias="keep_special"
+    )
+    batch_size: int = setting(64, "rows in a forward pass")
+    rows_per_shard: int = setting(
+        1024, "dataset rows in a shard, which is held in memory while it is computed"
+    )
 
     @property
     def token_rows(self) -> TokenRows:
@@ -59,7 +67,7 @@ class CacheConfig:
         return TokenRows(self.dataset, self.split, self.dataset_revision)
 
     def check(self) -> None:
-        """Raises `UserError` naming a setting that is impossible for every model and dataset."""
+        """Raises `UserError` if a setting is impossible, whatever the model and the dataset."""
         limits = {"tokens": 10**12, "batch_size": 10**6, "rows_per_shard": 10**6}
         limits |= {"context": 10**6}
         for name, most in limits.items():
@@ -75,10 +83,10 @@ OF_TEXT = ("dataset_config", "text_column", "tokenizer", "context", "packing", "
 
 
 def load_source(config: CacheConfig, device: torch.device) -> ModelSource:
-    """What `config` caches: its language model, on `device`, and its rows.
+    """The language model of `config`, on `device`, with the rows that it reads.
 
-    Raises `UserError` where there is no such model, or it has no such layer or site, or it cannot
-    read such rows.
+    Raises `UserError` if there is no such model, it has no such layer or site, or it cannot read
+    such rows.
     """
     model = load_language_model(
         config.model,
@@ -96,7 +104,7 @@ def load_source(config: CacheConfig, device: torch.device) -> ModelSource:
         about = {"model_revision": config.model_revision, "model_dtype": config.model_dtype}
     else:
         rows, about = id_rows(config, model), {}
-        if config.model_revision is not None:  # that an evaluation must load, too
+        if config.model_revision is not None:  # an evaluation must load the same revision
             about["model_revision"] = config.model_revision
     return ModelSource(
         model, config.model, rows, config.layer, config.site, config.batch_size, about
@@ -107,8 +115,8 @@ def text_rows(config: CacheConfig, model: TransformersModel) -> TextRows:
     """The rows of text that `model` reads. Raises `UserError`."""
     if config.context > model.max_seq_len:
         raise UserError(
-            f"--context must be at most what {config.model} takes, {model.max_seq_len}, got "
-            f"{config.context}"
+            f"--context must be at most {model.max_seq_len}, which is what {config.model} takes, "
+            f"got {config.context}"
         )
     of_hub = config.dataset_config, config.dataset_revision
     return TextRows(
@@ -123,7 +131,7 @@ def text_rows(config: CacheConfig, model: TransformersModel) -> TextRows:
 
 
 def id_rows(config: CacheConfig, model: LanguageModel) -> IdRows:
-    """The rows of token ids that TinyModel reads. Raises `UserError` for a setting of text."""
+    """The rows of token ids that TinyModel reads. Raises `UserError` if a setting is about text."""
     for field in dataclasses.fields(CacheConfig):
         if field.name in OF_TEXT and getattr(config, field.name) != field.default:
             raise UserError(
@@ -134,10 +142,10 @@ def id_rows(config: CacheConfig, model: LanguageModel) -> IdRows:
 
 
 def rows_of(recipe: Recipe, model: LanguageModel, dataset: str | None = None) -> Rows:
-    """The rows that the cache of `recipe` was made of, as `model` reads them.
+    """The rows that the cache of `recipe` was made from, as `model` reads them.
 
-    `model` is the recipe's, loaded with its tokenizer, `recipe.get("tokenizer")`; `dataset`: where
-    the rows are now. Raises `UserError` where the tokenizer is another one.
+    model: the recipe's model, loaded with the tokenizer `recipe.get("tokenizer")`; dataset: where
+    the dataset is now, if it has moved. Raises `UserError` if the tokenizer has changed.
     """
     name, split = dataset or recipe["dataset"], recipe["split"]
     revision = recipe.get("dataset_revision") if name == recipe["dataset"] else None
@@ -146,7 +154,7 @@ def rows_of(recipe: Recipe, model: LanguageModel, dataset: str | None = None) ->
     tokenizer = Tokenizer(model, recipe["tokenizer"])
     if tokenizer.hash != recipe["tokenizer_hash"]:
         raise UserError(
-            f"the cache was made with another tokenizer than {tokenizer.name} is now: its "
+            f"tokenizer {tokenizer.name} is not the one that the cache was made with: its "
             "tokenizer_hash differs"
         )
     config = recipe["dataset_config"] if name == recipe["dataset"] else None

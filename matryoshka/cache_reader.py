@@ -1,4 +1,4 @@
-"""The reader of a cache: its activations in order, in any range, or as shuffled batches."""
+"""Reads a cache: its activations in order, in any range, or as shuffled batches."""
 
 import hashlib
 import itertools
@@ -26,13 +26,13 @@ from matryoshka.cache_format import (
 )
 from matryoshka.errors import UserError
 
-# The shuffle: chunks are read whole, and mixed within a buffer. A chunk of 256 is 2 to 3 stories
-# and 0.4 MB at d_model 768 in float16; a buffer is over 1,000 stories and 200 MB.
+# To shuffle, whole chunks are read, and their activations are mixed within a buffer. A chunk of 256
+# is 2 to 3 stories and 0.4 MB at d_model 768 in float16; a buffer is over 1,000 stories and 200 MB.
 CHUNK = 256  # consecutive activations
 CHUNKS_PER_BUFFER = 512
 VERIFIERS = 4  # threads that read and hash shards
 VERIFIED_AT_ONCE = 8192  # activations: 13 MB at d_model 768 in float16
-RESIDENT_SHARE = 0.7  # of a GPU's free memory, that a cache may take to be held there
+RESIDENT_SHARE = 0.7  # share of a GPU's free memory that a cache held there may take
 
 
 class Batch(NamedTuple):
@@ -44,18 +44,18 @@ class Batch(NamedTuple):
     positions: Tensor  # [n], int64, in the row
 
 
-# From a buffer's chunks and the order in it to activations [n, d_model], and the indices of those
-# to take, in turn.
+# The numbers of a buffer's chunks, and positions in the buffer -> activations [n, d_model], and the
+# indices of those to take from them, in order.
 Loader = Callable[[np.ndarray, np.ndarray], tuple[Tensor, Tensor]]
 Batches = Generator[Tensor, None, None]  # [batch_size, d_model] each, float32
 
 
 class ActivationCache:
-    """A finished cache. Only `batches` keeps activations in memory, and no more than it says.
+    """A finished cache. Only `batches` and `verify` keep activations in memory, and say how many.
 
-    `n_tokens`: use only the first so many activations. Raises `UserError` if `folder` holds no
-    finished cache, or fewer activations than that, or a shard is missing or cut short; `verify`
-    looks at every byte.
+    n_tokens: use only the first `n_tokens` activations. Raises `UserError` if `folder` holds no
+    finished cache, or fewer activations than that, or if a shard's files are missing or have wrong
+    sizes. `verify` checks every byte.
     """
 
     def __init__(self, folder: str | Path, n_tokens: int | None = None) -> None:
@@ -74,7 +74,7 @@ class ActivationCache:
                 raise UserError(f"{folder} holds {self.n_tokens} activations, not {n_tokens}")
             self.n_tokens = whole_number("n_tokens", n_tokens, 1)
         self._bytes_each = bytes_each(self.recipe)
-        self._resident: Tensor | None = None  # [n_tokens, d_model], what `verify` has kept
+        self._resident: Tensor | None = None  # [n_tokens, d_model], kept by `verify`
         self._ends = np.cumsum([shard.n_tokens for shard in self.shards])
         for shard in self.shards:
             wrong = wrong_size(self.folder, shard, self._bytes_each)
@@ -85,7 +85,7 @@ class ActivationCache:
     def content_hash(self) -> str:
         """SHA-256 over `n_tokens` and the shards' checksums of activations: 64 hex digits.
 
-        The same wherever the folder lies, and however it is spelled. Nothing is read for it.
+        It does not depend on the folder's path. No activations are read to compute it.
         """
         parts = [str(self.n_tokens), *(shard.acts_sha256 for shard in self.shards)]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
@@ -99,8 +99,8 @@ class ActivationCache:
     def verify(self, hold_on: torch.device | None = None) -> None:
         """Reads everything. Raises `UserError` naming the first shard whose bytes are not right.
 
-        hold_on: what is read is kept on that device, where `batches` would hold it there by
-        default: so a cache is read once, not once to check it and once to load it.
+        hold_on: a device that keeps the activations, if `batches` would hold them there by default.
+        The cache is then read only once, and not a second time by `batches`.
         """
         resident = None
         if hold_on is not None and self._fits(_default_max_resident(hold_on)):
@@ -119,7 +119,7 @@ class ActivationCache:
         self._resident = resident
 
     def _verify_shard(self, shard: Shard, first: int, resident: Tensor | None) -> None:
-        """`verify` of one shard, whose first activation is the cache's activation `first`."""
+        """Like `verify`, for one shard whose first activation is number `first` of the cache."""
         for kind in self._bytes_each:
             digest = hashlib.sha256()
             for start in range(0, shard.n_tokens, VERIFIED_AT_ONCE):
@@ -128,7 +128,7 @@ class ActivationCache:
                 self._read_shard(shard, kind, start, raw)
                 digest.update(raw.data)
                 if resident is not None and kind == "acts":
-                    part = resident[first + start : first + start + n_here]  # n_tokens may end here
+                    part = resident[first + start : first + start + n_here]  # cut off at n_tokens
                     part.copy_(torch.from_numpy(raw).view(self.dtype)[: len(part)])
             if digest.hexdigest() != getattr(shard, f"{kind}_sha256"):
                 raise self._damaged(
@@ -136,9 +136,9 @@ class ActivationCache:
                 )
 
     def require(self, **expected: Any) -> None:
-        """Raises `UserError` unless the recipe says so: `require(layer=3, d_model=768)`.
+        """Raises `UserError` unless the recipe has these values: `require(layer=3, d_model=768)`.
 
-        Names are those of `cache_writer.recipe_of`, `weights_hash` and `split` among them.
+        The names are keys of `cache_format.RECIPE_KEYS`, such as `weights_hash` or `split`.
         """
         for key, value in expected.items():
             found = self.recipe.get(key)
@@ -146,15 +146,15 @@ class ActivationCache:
                 raise UserError(f"{self.folder}: its {key} is {found}, expected {value}")
 
     def _count(self, start: int, stop: int) -> int:
-        """How many activations a range has. Raises `ValueError` where it is none."""
+        """How many activations a range has. Raises `ValueError` if it is not a range."""
         whole_number("start", start, 0, self.n_tokens)
         return min(whole_number("stop", stop, start), self.n_tokens) - start
 
     def tokens(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids, dataset rows and positions of activations `start` up to `stop`, int64 [n].
 
-        A `stop` past the end stands for the end. Raises `ValueError` unless 0 <= start <= stop and
-        start <= n_tokens, all whole numbers.
+        A `stop` past the end means the end. Raises `ValueError` unless `start` and `stop` are whole
+        numbers with 0 <= start <= stop and start <= n_tokens.
         """
         raw = np.empty((self._count(start, stop), 3), dtype="<i4")
         self._read("tokens", start, raw.view(np.uint8))
@@ -164,17 +164,20 @@ class ActivationCache:
     def acts(self, start: int, stop: int) -> Tensor:
         """Activations `start` up to `stop`, [n, d_model] in the cache's dtype, on the CPU.
 
-        `start` and `stop` as in `tokens`.
+        `start` and `stop` are as in `tokens`.
         """
         out = torch.empty(self._count(start, stop), self.d_model, dtype=self.dtype)
         self._read("acts", start, out.view(torch.uint8).numpy())
         return out
 
     def _read(self, kind: str, start: int, out: np.ndarray) -> None:
-        """Fills bytes `out` [n, ...] with what the cache holds of activations from `start` on."""
+        """Fills `out`, uint8 [n, ...], with the bytes of activations `start` up to `start` + n.
+
+        kind: "acts" or "tokens".
+        """
         n_done = 0
         while n_done < len(out):
-            i = int(np.searchsorted(self._ends, start + n_done, side="right"))  # whose shard it is
+            i = int(np.searchsorted(self._ends, start + n_done, side="right"))  # the shard's number
             first_of_shard = int(self._ends[i - 1]) if i else 0
             n_here = min(len(out) - n_done, int(self._ends[i]) - start - n_done)
             part = out[n_done : n_done + n_here]
@@ -182,11 +185,11 @@ class ActivationCache:
             n_done += n_here
 
     def _read_shard(self, shard: Shard, kind: str, start: int, out: np.ndarray) -> None:
-        """`_read` of one shard; `start` counts from its first activation."""
+        """Like `_read`, within one shard; `start` counts from its first activation."""
         view = out.reshape(-1).data
         path = self.folder / f"{shard.name}.{kind}"
         try:
-            # Not a memory map: its pages would count as resident memory.
+            # Not a memory map, because its pages would count as resident memory.
             with path.open("rb", buffering=0) as file:
                 file.seek(start * self._bytes_each[kind])
                 while view:
@@ -200,7 +203,7 @@ class ActivationCache:
     def sequential(self, batch_size: int, device: str | torch.device = "cpu") -> Iterator[Batch]:
         """Every activation once, in the dataset's order; the last batch may be smaller.
 
-        Raises `ValueError` where `batch_size` is no whole number of 1 or more.
+        Raises `ValueError` unless `batch_size` is a whole number of 1 or more.
         """
         whole_number("batch_size", batch_size, 1)
         starts = range(0, self.n_tokens, batch_size)
@@ -211,7 +214,7 @@ class ActivationCache:
         return Batch(acts, *(t.to(device) for t in self.tokens(start, stop)))
 
     def steps_per_pass(self, batch_size: int) -> int:
-        """Batches in one pass over the cache. Raises `ValueError` for a batch of less than one."""
+        """Batches in one pass over the cache. Raises `ValueError` if `batch_size` is below 1."""
         return steps_in(self.n_tokens, batch_size)
 
     def batches(
@@ -224,39 +227,41 @@ class ActivationCache:
     ) -> Batches:
         """Training batches from step `start_step` on, without end: [batch_size, d_model], float32.
 
-        A pass is `steps_per_pass` batches, and takes no activation twice. Fewer than one batch are
-        left out of a pass, different ones in each. The order is a function of the seed alone:
-        chunks of 256 consecutive activations in random order, mixed within buffers of about 512
-        chunks. So the batch of any step is found by arithmetic, without those before it.
+        A pass is `steps_per_pass` batches, and takes no activation twice. It leaves out fewer
+        activations than a batch has, different ones in each pass. The order depends on the seed
+        alone: chunks of 256 consecutive activations come in random order, and are mixed within
+        buffers of about 512 chunks. The batch of any step can therefore be computed without the
+        batches before it.
 
-        A cache of up to `max_resident` bytes is read once and held on `device`; of a larger one
-        two buffers are held, one of them being read ahead. The batches are the same. By default,
-        `max_resident` is 1 GiB on the CPU, and 0.7 of the free memory on a GPU. Raises `UserError`
-        where the cache holds less than one batch, and `ValueError` where `batch_size` is not a
-        whole number of 1 or more, `seed` or `start_step` not one of 0 or more, or `max_resident`
-        is negative.
+        A cache of up to `max_resident` bytes is read once and held on `device`. Of a larger cache
+        two buffers are held, one of which is being read ahead. The batches are the same. By
+        default, `max_resident` is 1 GiB on the CPU, and 0.7 of the free memory on a GPU.
+
+        Raises `UserError` if the cache holds less than one batch, and `ValueError` unless
+        `batch_size` is a whole number of 1 or more, `seed` and `start_step` are whole numbers of 0
+        or more, and `max_resident` is not negative.
         """
         device = torch.device(device)
         check_batches(self.folder, self.n_tokens, batch_size, seed, start_step)
         if max_resident is None:
-            held = self._resident is not None  # which is why there is less free memory now
+            held = self._resident is not None  # then it takes free memory, and has room already
             max_resident = sys.maxsize if held else _default_max_resident(device)
         if not max_resident >= 0:
             raise ValueError(f"max_resident must be bytes, 0 or more, got {max_resident}")
         return self._batches(batch_size, seed, start_step, device, self._fits(max_resident))
 
     def _fits(self, max_resident: int) -> bool:
-        """Whether all activations that are used are of at most so many bytes."""
+        """Whether the first `n_tokens` activations take at most `max_resident` bytes."""
         return self.n_tokens * self._bytes_each["acts"] <= max_resident
 
     def _empty_resident(self, device: torch.device) -> Tensor:
-        """Room for all activations that are used, [n_tokens, d_model]."""
+        """An uninitialised tensor for the first `n_tokens` activations, [n_tokens, d_model]."""
         return torch.empty(self.n_tokens, self.d_model, dtype=self.dtype, device=device)
 
     def _batches(
         self, batch_size: int, seed: int, start_step: int, device: torch.device, resident: bool
     ) -> Batches:
-        """`batches`, with the whole cache held on `device` or a buffer at a time."""
+        """Like `batches`. resident: hold the whole cache on `device`, not a buffer at a time."""
         load = self._resident_loader(device) if resident else self._streaming_loader(device)
         schedule = self._schedule(batch_size, seed, start_step)
         yield from in_batches((load(*part) for part in schedule), batch_size)
@@ -264,16 +269,16 @@ class ActivationCache:
     def _schedule(
         self, batch_size: int, seed: int, start_step: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The buffers from `start_step` on, without end: which chunks, and the order in them.
+        """The buffers from step `start_step` on, without end: their chunks, and the order in them.
 
-        Yields the numbers of a buffer's chunks, [n_chunks], and the activations to take, in turn,
-        as positions in the buffer: without those that steps before `start_step` took and, in a
-        pass's last buffer, those that are left out.
+        Yields the numbers of a buffer's chunks, [n_chunks], and the positions in the buffer of the
+        activations to take, in order. Activations that steps before `start_step` took are not among
+        them, nor are those that the pass leaves out, which are in its last buffer.
         """
         steps = self.steps_per_pass(batch_size)
         skip = start_step % steps * batch_size
         n_chunks = math.ceil(self.n_tokens / CHUNK)
-        n_buffers = max(1, round(n_chunks / CHUNKS_PER_BUFFER))  # of one size, give or take one
+        n_buffers = max(1, round(n_chunks / CHUNKS_PER_BUFFER))  # their sizes differ by 1 at most
         for n_pass in itertools.count(start_step // steps):
             left = steps * batch_size
             chunks = shuffle(seed, n_pass, 0).permutation(n_chunks)
@@ -285,7 +290,7 @@ class ActivationCache:
                 skip, left = max(0, skip - n_used), left - n_used
 
     def _buffer_size(self, chunks: np.ndarray) -> int:
-        """Activations in these chunks: only the cache's last chunk may be a short one."""
+        """Activations in these chunks. Only the last chunk of the cache may be a short one."""
         return int(np.minimum(CHUNK, self.n_tokens - chunks * CHUNK).sum())
 
     def _streaming_loader(self, device: torch.device) -> Loader:
@@ -305,8 +310,8 @@ class ActivationCache:
         return load
 
     def _resident_loader(self, device: torch.device) -> Loader:
-        """Reads the whole cache once; the loader returns it, and a buffer's positions in it."""
-        resident, self._resident = self._resident, None  # held by whom it is handed to
+        """Reads the whole cache once. The loader returns it, and a buffer's positions in it."""
+        resident, self._resident = self._resident, None  # from here on only the loader holds it
         if resident is None or resident.device.type != device.type:
             resident = self._empty_resident(device)
             at_once = CHUNK * CHUNKS_PER_BUFFER
@@ -324,13 +329,13 @@ class ActivationCache:
 def in_batches(
     buffers: Iterator[tuple[Tensor, Tensor]], batch_size: int, stopped: Event | None = None
 ) -> Batches:
-    """Batches of what is taken, in turn, from `buffers` without end; a batch may span two.
+    """Cuts an endless stream of buffers into batches [batch_size, d_model]; one may span buffers.
 
-    A buffer is activations [n, d_model], and the indices of those to take. The next one is made in
-    a thread meanwhile. `stopped` is set when nobody wants more of them.
+    A buffer is activations [n, d_model], and the indices of those to take, in order. A thread makes
+    the next buffer while one is used. `stopped` is set when the generator is closed.
     """
     parts: list[Tensor] = []  # of the next batch
-    n_missing = batch_size  # activations in the next batch
+    n_missing = batch_size  # activations that the next batch still lacks
     with ThreadPoolExecutor(1) as pool:
         try:
             ahead = pool.submit(next, buffers)
@@ -351,14 +356,14 @@ def in_batches(
 
 
 def steps_in(n_tokens: int, batch_size: int) -> int:
-    """Batches in one pass over `n_tokens`. Raises `ValueError` for a batch of less than one."""
+    """Batches in one pass over `n_tokens`. Raises `ValueError` if `batch_size` is below 1."""
     return n_tokens // whole_number("batch_size", batch_size, 1)
 
 
 def check_batches(
     name: str | Path, n_tokens: int, batch_size: int, seed: int, start_step: int
 ) -> None:
-    """Raises what `ActivationCache.batches` says, where `name` cannot give such batches."""
+    """Raises what `ActivationCache.batches` raises for such arguments. name: the cache's."""
     whole_number("seed", seed, 0)
     whole_number("start_step", start_step, 0)
     if steps_in(n_tokens, batch_size) == 0:
@@ -368,12 +373,12 @@ def check_batches(
 
 
 def _default_max_resident(device: torch.device) -> int:
-    """Bytes that a cache may take to be held on `device`."""
+    """How many bytes of activations are held on `device` by default."""
     if device.type != "cuda":
         return 2**30
     return int(RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0])
 
 
 def shuffle(seed: int, n_pass: int, part: int) -> np.random.Generator:
-    """The generator of a pass: of its chunks' order (part 0), or of what is in its b-th buffer."""
+    """The generator for part 0 of a pass, the order of its chunks, or part b, the b-th buffer."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(n_pass, part)))

@@ -1,8 +1,8 @@
-"""The writer of a cache: a source of activations -> shards of them on disk.
+"""Writes a cache: takes activations from a source, and writes them to disk in shards.
 
-Whatever is interrupted, the same settings go on after the last finished shard and end with the
-same bytes. Several machines can share the work: `source.count` once, `cache_rows` for each of
-`split_rows`, `finish` once; `cache_all` is those three in a row.
+After an interruption, the same settings continue after the last finished shard and end with the
+same bytes. Several machines can share the work: call `source.count` once, `cache_rows` for each
+range of `split_rows`, and `finish` once. `cache_all` does the same on one machine.
 """
 
 import contextlib
@@ -47,25 +47,25 @@ from matryoshka.sources import Block, Source
 
 
 def recipe_of(config: CacheConfig, source: Source) -> Recipe:
-    """What a cache is made of: two caches whose recipes agree hold the same activations.
+    """What a cache is made of. Two caches with the same recipe hold the same activations.
 
-    Batch size and device are not in it: they move activations by float32's rounding only. Of a
-    dataset on the hub there is the revision only; the tokens of finished shards say whether its
-    rows have changed.
+    The batch size and the device are not in it, because they change activations only by float32's
+    rounding. A dataset on the hub is identified by its revision only; whether its rows have changed
+    is found by comparing them with the tokens of finished shards.
     """
     settings = {name: getattr(config, name) for name in ("tokens", "dtype", "rows_per_shard")}
     return make_recipe({**source.identity(), **settings, "d_model": source.d_model})
 
 
 def require_same_recipe(found: Recipe, wanted: Recipe, folder: Path) -> None:
-    """Raises `UserError` naming the first item in which the cache in `folder` differs.
+    """Raises `UserError` naming the first key in which the recipe of the cache in `folder` differs.
 
-    Names of the model and its tokenizer may differ: their hashes say whether they are the same.
+    The names of the model and its tokenizer may differ, because their hashes are compared.
     """
     for key in wanted:
         if key not in ("model", "model_revision", "tokenizer") and found.get(key) != wanted[key]:
             raise UserError(
-                f"{folder} holds another cache: its {key} is {found.get(key)}, asked for is "
+                f"{folder} holds another cache: its {key} is {found.get(key)}, expected "
                 f"{wanted[key]}; give another --out, or delete that folder"
             )
 
@@ -73,8 +73,8 @@ def require_same_recipe(found: Recipe, wanted: Recipe, folder: Path) -> None:
 def is_complete(folder: Path, recipe: Recipe) -> bool:
     """Whether `folder` already holds the cache of this recipe, or one of more tokens.
 
-    Raises `UserError` if what it holds, finished or not, is of another recipe. A finished cache of
-    an earlier format is compared in what it recorded.
+    Raises `UserError` if it holds a cache of another recipe, finished or not. A finished cache of
+    format 1 recorded fewer keys, and is compared in those.
     """
     if not os.path.exists(folder / MANIFEST):
         for path in shard_records(folder):
@@ -94,7 +94,9 @@ def is_complete(folder: Path, recipe: Recipe) -> bool:
 
 
 def finished_shard(folder: Path, rows: tuple[int, int], recipe: Recipe) -> Shard | None:
-    """The shard of dataset rows `rows` if it is in `folder`, and its files have their lengths.
+    """The shard of dataset rows `rows`; None if it is not in `folder`, or its files are damaged.
+
+    Only the sizes of the files are checked.
 
     Raises `UserError` if it is of another recipe.
     """
@@ -110,23 +112,23 @@ def finished_shard(folder: Path, rows: tuple[int, int], recipe: Recipe) -> Shard
 
 
 def require_same_rows(folder: Path, shard: Shard, block: Block, source: Source) -> None:
-    """Raises `UserError` where a finished shard was not made of the rows in `block`."""
+    """Raises `UserError` if a finished shard was not made from the rows in `block`."""
     if hashlib.sha256(block.tokens.data).hexdigest() != shard.tokens_sha256:
         raise UserError(
-            f"{folder}: shard {shard.name} was made of other rows {shard.first_row} to "
-            f"{shard.end_row - 1} than {source.name} has now; give another --out, or "
-            "delete that folder"
+            f"{folder}: rows {shard.first_row} to {shard.end_row - 1} of {source.name} have "
+            f"changed since shard {shard.name} was made of them; give another --out, or delete "
+            "that folder"
         )
 
 
 def compute_shard(block: Block, d_model: int, dtype: torch.dtype, where: str) -> Tensor:
     """The activations of `block`, [n, d_model] in `dtype`, on the device that they come from.
 
-    `where`: which these are, in messages. Raises `UserError` if one does not fit the dtype.
+    where: what error messages call them. Raises `UserError` if one is too large for the dtype.
     """
     n_tokens, n_done = len(block.tokens), 0
     acts = torch.empty(n_tokens, d_model, dtype=dtype)
-    peak = torch.zeros(())  # largest activation, kept on the device: no sync
+    peak = torch.zeros(())  # the largest activation, on the device, so that nothing waits for it
     for part in block.activations():
         if n_done == 0:
             acts, peak = acts.to(part.device), peak.to(part.device)
@@ -141,7 +143,7 @@ def compute_shard(block: Block, d_model: int, dtype: torch.dtype, where: str) ->
 
 
 def _require_representable(peak: Tensor, dtype: torch.dtype, where: str) -> None:
-    """Raises `UserError` unless activations of up to `peak`, [], are numbers in the dtype."""
+    """Raises `UserError` unless `peak`, [], the largest activation, is finite in the dtype."""
     if not peak.isfinite():
         raise UserError(f"activations are not finite in {where}")
     if peak.to(dtype).isinf():
@@ -155,7 +157,7 @@ def _require_representable(peak: Tensor, dtype: torch.dtype, where: str) -> None
 
 @contextlib.contextmanager
 def refusing_too_large(what: str) -> Iterator[None]:
-    """A `UserError` where memory ends: there is too little for `what`."""
+    """Turns an error of too little memory into a `UserError` that says it was for `what`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -170,11 +172,11 @@ def write_shard(
 ) -> None:
     """Writes the shard of dataset rows `rows`, its record last.
 
-    `acts` [n, d_model] in the cache's dtype, `tokens` int32 [n, 3]. Raises `UserError` where it
-    cannot be written, a full disk among others.
+    acts: [n, d_model] in the cache's dtype; tokens: int32 [n, 3]. Raises `UserError` if it cannot
+    be written, for example because the disk is full.
     """
     name = shard_name(rows[0], recipe)
-    # numpy has no bfloat16: as bytes, every dtype is alike
+    # As bytes, because numpy has no bfloat16.
     acts_bytes = acts.cpu().view(torch.uint8).numpy().reshape(-1).data
     tokens_bytes = tokens.reshape(-1).view(np.uint8).data
     shard = Shard(
@@ -191,8 +193,8 @@ def write_shard(
         write_record(folder / f"{name}.json", record)
     except OSError as error:
         raise UserError(
-            f"shard {name}: {error}; finished shards are kept, and the same command goes on from "
-            "there"
+            f"shard {name}: {error}; finished shards are kept, and the same command continues "
+            "after them"
         ) from error
 
 
@@ -200,7 +202,10 @@ def write_shard(
 
 
 def shard_ranges(start: int, end: int, rows_per_shard: int) -> list[tuple[int, int]]:
-    """Rows `start` up to `end`, shard by shard. Raises `ValueError` unless a shard begins there."""
+    """The rows of each shard from row `start` up to row `end`.
+
+    Raises `ValueError` unless a shard begins at `start`.
+    """
     if start % rows_per_shard:
         raise ValueError(
             f"start must be a multiple of rows_per_shard, {rows_per_shard}, got {start}"
@@ -210,9 +215,9 @@ def shard_ranges(start: int, end: int, rows_per_shard: int) -> list[tuple[int, i
 
 
 def split_rows(n_rows: int, rows_per_shard: int, n_parts: int) -> list[tuple[int, int]]:
-    """Rows 0 up to `n_rows` as at most `n_parts` ranges of whole shards, as even as can be.
+    """Rows 0 up to `n_rows` as at most `n_parts` ranges of whole shards, as equal as possible.
 
-    Raises `ValueError` where `n_parts` is not 1 or more.
+    Raises `ValueError` unless `n_parts` is 1 or more.
     """
     whole_number("n_parts", n_parts, 1)
     n_shards = math.ceil(n_rows / rows_per_shard)
@@ -222,25 +227,25 @@ def split_rows(n_rows: int, rows_per_shard: int, n_parts: int) -> list[tuple[int
 
 
 class _BackgroundWriter:
-    """Writes a shard while the next one is computed: one shard ahead, never two."""
+    """Writes a shard while the next one is computed; never more than one at a time."""
 
     def __init__(self, folder: Path, pool: ThreadPoolExecutor) -> None:
         self._folder, self._pool = folder, pool
         self._writing: Future[None] | None = None
 
     def write(self, *shard: Any) -> None:
-        """`write_shard(folder, *shard)`, once the last one is written."""
+        """Starts `write_shard(folder, *shard)`, once the shard before it is written."""
         self.wait()
         self._writing = self._pool.submit(write_shard, self._folder, *shard)
 
     def wait(self) -> None:
-        """Waits for what is being written. Raises what `write_shard` did."""
+        """Waits for the shard that is being written. Raises what `write_shard` raised."""
         if self._writing is not None:
             self._writing.result()
 
 
 def _read_ahead(blocks: Iterator[Block], pool: ThreadPoolExecutor) -> Iterator[Block]:
-    """The blocks; the next one is being read while one is computed."""
+    """The blocks; the next one is read in `pool` while the caller works on one."""
     ahead = pool.submit(next, blocks, None)
     while (block := ahead.result()) is not None:
         ahead = pool.submit(next, blocks, None)
@@ -250,8 +255,8 @@ def _read_ahead(blocks: Iterator[Block], pool: ThreadPoolExecutor) -> Iterator[B
 def cache_all(folder: Path, config: CacheConfig, source: Source) -> int:
     """Caches the first `config.tokens` activations of `source`, and finishes the cache.
 
-    Returns how many shards it wrote; finished ones are kept. Raises `UserError` where there is
-    nothing to cache, and see `cache_rows` and `finish`.
+    Returns how many shards it wrote; shards that are finished already are kept. Raises `UserError`
+    if there is nothing to cache, and what `cache_rows` and `finish` raise.
     """
     n_rows = source.count(config.tokens)
     if n_rows is not None:
@@ -268,10 +273,10 @@ def cache_all(folder: Path, config: CacheConfig, source: Source) -> int:
 def cache_rows(folder: Path, config: CacheConfig, source: Source, start: int, end: int) -> int:
     """Caches the source's rows `start` up to `end` in `folder`; finished shards there are kept.
 
-    `start` is a multiple of `rows_per_shard`, and so is `end`, unless it is the end of all rows.
-    Returns how many shards it wrote. Ranges that do not overlap can be cached at once by separate
-    processes. Raises `UserError` where the rows of a finished shard have changed, and see the
-    functions above.
+    `start` must be a multiple of `rows_per_shard`, and so must `end`, unless it is the number of
+    rows. Returns how many shards it wrote. Separate processes can cache ranges that do not overlap
+    at the same time. Raises `UserError` if the rows of a finished shard have changed, and what the
+    functions above raise.
     """
     recipe = recipe_of(config, source)
     ranges = shard_ranges(start, end, config.rows_per_shard)
@@ -279,15 +284,17 @@ def cache_rows(folder: Path, config: CacheConfig, source: Source, start: int, en
         return 0
     n_written, n_rows = _cache_blocks(folder, config, source, recipe, start, end)
     if n_rows != end - start:
-        raise UserError(f"{source.name} ended before row {end}: it has changed, or was cut")
+        raise UserError(f"{source.name} ended before row {end}: it has changed, or was cut off")
     return n_written
 
 
 def _cache_blocks(
     folder: Path, config: CacheConfig, source: Source, recipe: Recipe, start: int, end: int | None
 ) -> tuple[int, int]:
-    """`cache_rows`, up to where the rows end if `end` is None: how many shards it wrote, and of
-    how many rows there are shards now."""
+    """Like `cache_rows`, but caches all rows from `start` on if `end` is None.
+
+    Returns how many shards it wrote, and how many rows from `start` on are in finished shards.
+    """
     first, n_written = start, 0
     with (
         torch.inference_mode(),
@@ -298,7 +305,7 @@ def _cache_blocks(
         writer = _BackgroundWriter(folder, writing)
         for block in _read_ahead(source.blocks(start, end, config.rows_per_shard), reading):
             rows = (first, first + block.n_rows)
-            # The rows may end early. A shard cut short would be taken for one of other rows.
+            # The rows ended early. A shorter shard would later be taken for one of other rows.
             if end is not None and rows[1] < min(end, first + config.rows_per_shard):
                 break
             shard = finished_shard(folder, rows, recipe)
@@ -320,14 +327,14 @@ def _cache_blocks(
 
 
 class _Progress(tqdm):  # type: ignore[misc]
-    """A bar of rows, of which there are `n_rows` or nobody knows how many, with the speed."""
+    """A progress bar of rows and tokens/s. n_rows: how many rows there are, None if unknown."""
 
     def __init__(self, n_rows: int | None) -> None:
         super().__init__(total=n_rows, unit=" rows", desc="caching", mininterval=1)
         self._n_tokens, self._began = 0, time.monotonic()
 
     def add(self, n_rows: int, n_tokens: int) -> None:
-        """`n_rows` are done, and `n_tokens` activations of them were computed."""
+        """Adds `n_rows` finished rows, for which `n_tokens` activations were computed now."""
         self._n_tokens += n_tokens
         rate = self._n_tokens / (time.monotonic() - self._began)
         self.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
@@ -335,7 +342,7 @@ class _Progress(tqdm):  # type: ignore[misc]
 
 
 def finish(folder: Path, n_rows: int) -> Record:
-    """Writes the manifest of a cache whose `n_rows` rows are all in finished shards; returns it.
+    """Writes and returns the manifest of a cache whose `n_rows` rows are all in finished shards.
 
     Raises `UserError` naming the first shard that is not finished.
     """
@@ -360,9 +367,9 @@ def finish(folder: Path, n_rows: int) -> Record:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Removes half-written files that a killed writer left behind. Nobody else may be writing.
+    """Removes half-written files that a killed writer left behind.
 
-    What cannot be removed stays, and does no harm.
+    No other process may be writing. Files that cannot be removed stay, and do no harm.
     """
     for path in folder.iterdir():
         if re.fullmatch(rf"\.({SHARD_NAME}|manifest)\.(acts|tokens|json)\..*", path.name):

@@ -1,10 +1,10 @@
 """Documents of text: from the Hugging Face hub, a folder or a file, streamed in one fixed order.
 
 A file is .jsonl, .parquet or .txt, or one of them compressed (.gz, .xz, .bz2, .zst). A line of a
-.txt file is a document. Of a folder, the files are read whose name begins with the split's
-(`train.jsonl`, `train-00000-of-00002.parquet`), there or in a folder `data`, or that lie in a
-folder named as the split; by name, and all of one kind. The library `datasets` opens and decodes
-them.
+.txt file is a document. In a folder, or in its subfolder `data`, those files are read whose names
+begin with the split's name (`train.jsonl`, `train-00000-of-00002.parquet`) or that lie in a
+subfolder of that name. They are sorted by path, and must all be of one kind. The library `datasets`
+opens and decodes them.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Any
 
 from matryoshka.errors import UserError
 
-BUILDERS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text"}  # of `datasets`
+BUILDERS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text"}  # names that `datasets` uses
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 HASHED_AT_ONCE = 2**20  # bytes
 
@@ -29,13 +29,13 @@ class Documents:
     dataset: str  # a file, a folder, or a hub dataset's name
     split: str = "train"
     column: str = "text"
-    config: str | None = None  # of a hub dataset: one of its parts
-    revision: str | None = None  # of a hub dataset: a branch, tag or commit
+    config: str | None = None  # the configuration of a hub dataset that has several
+    revision: str | None = None  # a hub dataset's branch, tag or commit
 
     def identity(self) -> dict[str, Any]:
-        """What tells these texts from others: names, and of local files their size and checksum.
+        """What identifies these texts: names, and for local files their total size and checksum.
 
-        Raises `UserError` where there are no such files.
+        Raises `UserError` if there are no such files.
         """
         files = self.files()
         return {
@@ -49,7 +49,7 @@ class Documents:
         }
 
     def files(self) -> list[Path]:
-        """The local files, in order; none where the dataset is the hub's. Raises `UserError`."""
+        """The local files, in order; [] for a dataset on the hub. Raises `UserError`."""
         path = Path(self.dataset)
         if os.path.isfile(self.dataset):
             builder_of(path)
@@ -58,7 +58,8 @@ class Documents:
             is_path = self.dataset.count("/") > 1 or self.dataset[:1] in ("", ".", "~", "/")
             if is_path or builder_name(path):
                 raise UserError(
-                    f"--dataset {self.dataset} is no file or folder here, and no hub dataset's name"
+                    f"--dataset {self.dataset} is neither a file or folder here nor the name of a "
+                    "dataset on the hub"
                 )
             return []
         files = sorted(
@@ -81,9 +82,9 @@ class Documents:
         return files
 
     def read(self) -> Iterator[str]:
-        """The texts, from the first on; those that are empty are left out.
+        """The texts that are not empty, in order.
 
-        Raises `UserError` where they cannot be read, or one is no text.
+        Raises `UserError` if they cannot be read, or one is not text.
         """
         n_read = 0
         try:
@@ -96,35 +97,35 @@ class Documents:
             raise
         # The errors of `datasets` come from a dozen libraries and share no class.
         except Exception as error:
-            cause = error.__cause__ or error  # it wraps what went wrong in "an error occurred"
+            cause = error.__cause__ or error  # `datasets` wraps it in "an error occurred"
             reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
-            way_out = (
+            advice = (
                 ""
                 if self.files()
                 else "; without a network, give --dataset a folder or a file, or HF_HUB_OFFLINE=1 "
                 "and HF_HOME where it was downloaded before"
             )
             raise UserError(
-                f"cannot read {self.dataset} from document {n_read} on ({reason}){way_out}"
+                f"cannot read {self.dataset} from document {n_read} on ({reason}){advice}"
             ) from error
 
     def _stream(self) -> Any:
         """The rows of the dataset, as `datasets` streams them."""
-        import datasets  # only here: it takes seconds
+        import datasets  # only here, because the import takes seconds
 
         files = self.files()
         if not files:
             return datasets.load_dataset(
                 self.dataset, self.config, split=self.split, revision=self.revision, streaming=True
             )
-        # Escaped: a file's name is no pattern.
+        # Escaped, because a file's name is not to be taken for a pattern.
         paths = [glob.escape(os.path.abspath(file)) for file in files]
         return datasets.load_dataset(
             builder_of(files[0]), data_files={"train": paths}, split="train", streaming=True
         )
 
     def _text_in(self, row: dict[str, Any], number: int) -> str | None:
-        """The text of a row; None where it has none. Raises `UserError`."""
+        """The text of a row, None if its text is missing. Raises `UserError`."""
         where = f"{self.dataset}, document {number}"
         if self.column not in row:
             raise UserError(
@@ -141,21 +142,24 @@ class Documents:
 
 
 def builder_name(file: Path) -> str | None:
-    """What `datasets` calls the kind of this file, compressed or not; None for any other file."""
+    """What `datasets` calls a file of this kind, compressed or not; None for any other kind."""
     suffixes = [s for s in file.suffixes if s not in COMPRESSED]
     return BUILDERS.get(suffixes[-1]) if suffixes else None
 
 
 def builder_of(file: Path) -> str:
-    """`builder_name`. Raises `UserError` where there is none."""
+    """Like `builder_name`, but raises `UserError` for a file of any other kind."""
     name = builder_name(file)
     if name is None:
-        raise UserError(f"{file} is no {', '.join(BUILDERS)}, nor one that is compressed")
+        raise UserError(
+            f"{file} is not a {', '.join(BUILDERS)} file; each may be compressed "
+            f"({', '.join(COMPRESSED)})"
+        )
     return name
 
 
 def hash_of_files(files: list[Path]) -> str:
-    """SHA-256 of what the files hold, one after another. Raises `UserError`."""
+    """SHA-256 of the files' contents, one after another. Raises `UserError`."""
     digest = hashlib.sha256()
     for file in files:
         try:
@@ -168,7 +172,7 @@ def hash_of_files(files: list[Path]) -> str:
 
 
 def batched(texts: Iterator[str], n_characters: int) -> Iterator[list[str]]:
-    """The texts in lists of at least so many characters, but the last."""
+    """The texts in lists of at least `n_characters` characters; the last may have fewer."""
     while batch := list(_enough(texts, n_characters)):
         yield batch
 

@@ -322,7 +322,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         "dict.pt": "holds a dict, expected one tensor",
         "old.pt": "cannot be read",
         "two.safetensors": r"holds 2 tensors \(a, b\), expected one",
-        "bools.safetensors": "values of BOOL",
+        "bools.safetensors": "has dtype BOOL, which cannot be read",
         "folder": "is a folder without .npy, .pt, .safetensors files",
         "acts.npz": "ends in .npy, .pt, .safetensors",
         "nowhere.npy": "is not there",

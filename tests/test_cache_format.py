@@ -41,7 +41,7 @@ def test_a_finished_cache_of_the_format_before_is_read(sources: Path, tmp_path: 
     cache.verify()
     assert cache.content_hash == content
     assert run(config)["shards_made"] == 0
-    with pytest.raises(UserError, match="its layer is 1, asked for is 2"):
+    with pytest.raises(UserError, match="its layer is 1, expected 2"):
         run(dataclasses.replace(config, layer=2))
     write_dataset(data, 99, seq=32)
     with pytest.raises(UserError, match="its dataset_bytes is"):
@@ -55,7 +55,7 @@ def test_a_finished_cache_of_the_format_before_is_read(sources: Path, tmp_path: 
         ("[]", "manifest.json is damaged"),
         ('{"make": {"format": 1, "dtype": "float16", "d_model": 4}}', "manifest.json is damaged"),
         ('{"make": {"format": 99}}', "format 99: this version reads 1 and 2"),
-        ('{"name": "an app", "icons": []}', "manifest.json is damaged, or belongs to no cache"),
+        ('{"name": "an app", "icons": []}', "manifest.json is damaged, or is not part of a cache"),
         ("[" * 100_000, "manifest.json is damaged"),
     ],
 )

@@ -187,19 +187,21 @@ def test_text_that_has_changed_is_noticed(
     (tmp_path / "c" / "manifest.json").unlink()
     (tmp_path / "c" / "00002.json").unlink()
     write_documents(file, make_documents())
-    with pytest.raises(UserError, match="shard 00000 was made of other rows 0 to 29 than"):
+    with pytest.raises(
+        UserError, match=r"rows 0 to 29 of .* have changed since shard 00000 was made"
+    ):
         run(config)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"site": "attn_out"}, "its site is resid_pre, asked for is attn_out"),
-        ({"layer": 2}, "its layer is 1, asked for is 2"),
-        ({"context": 15}, "its context is 16, asked for is 15"),
-        ({"packing": "padded"}, "its packing is packed, asked for is padded"),
-        ({"begin": "always"}, "its begin is auto, asked for is always"),
-        ({"keep_begin": True}, "its keep_begin is False, asked for is True"),
+        ({"site": "attn_out"}, "its site is resid_pre, expected attn_out"),
+        ({"layer": 2}, "its layer is 1, expected 2"),
+        ({"context": 15}, "its context is 16, expected 15"),
+        ({"packing": "padded"}, "its packing is packed, expected padded"),
+        ({"begin": "always"}, "its begin is auto, expected always"),
+        ({"keep_begin": True}, "its keep_begin is False, expected True"),
         ({"model_dtype": "bfloat16"}, "its weights_hash is"),
         ({"tokenizer": "llama"}, "its tokenizer_hash is"),
     ],
@@ -221,7 +223,7 @@ def test_rows_of_another_tokenizer_are_refused(
 ) -> None:
     recipe = ActivationCache(run(config_for())["out"]).recipe
     model = load_language_model(world / "gpt2", tokenizer=str(world / "llama"))
-    with pytest.raises(UserError, match="was made with another tokenizer than"):
+    with pytest.raises(UserError, match="is not the one that the cache was made with"):
         rows_of(recipe, model)
 
 
@@ -256,7 +258,7 @@ def wrong(world: Path) -> Path:
         ("{OK} --layer 3 --site mlp_out", "layer 3 is not there: .* 0 to 2 with site mlp_out"),
         ("{OK} --site resid_mid", "--site"),
         ("{OK} --model-dtype float8", "--model-dtype"),
-        ("{OK} --context 33", "--context must be at most what .*gpt2 takes, 32, got 33"),
+        ("{OK} --context 33", "--context must be at most 32, which is what .*gpt2 takes, got 33"),
         ("{OK} --context 0", "--context must be a whole number between 1"),
         ("{OK} --packing loose", "--packing"),
         ("{OK} --model {W}/phi", "phi has no tokenizer: give --tokenizer"),
@@ -264,7 +266,7 @@ def wrong(world: Path) -> Path:
         ("{OK} --tokenizer {W}/bare", "no token that ends or begins a text"),
         ("{OK} --tokenizer {W}/bare --packing padded --begin always", "no token that begins"),
         ("{OK} --dataset {W}/nothing", "nothing holds no train.jsonl, .parquet or .txt"),
-        ("{OK} --dataset {W}/nowhere.jsonl", "is no file or folder here"),
+        ("{OK} --dataset {W}/nowhere.jsonl", "is neither a file or folder here"),
         ("{OK} --dataset some/text", "cannot read some/text .*HF_HUB_OFFLINE=1 and HF_HOME"),
         ("{OK} --dataset {W}/empty.jsonl", "cannot read .*empty.jsonl|holds nothing to cache"),
         ("{OK} --dataset {W}/blank.jsonl", "blank.jsonl holds nothing to cache"),

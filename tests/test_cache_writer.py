@@ -299,7 +299,9 @@ def test_rows_reordered_on_the_hub_are_noticed(
     for path in [*(tmp_path / "c").glob("0000[23].*"), tmp_path / "c" / "manifest.json"]:
         path.unlink()
     reorder(data / "train.jsonl")
-    with pytest.raises(UserError, match="shard 00000 was made of other rows 0 to 29 than"):
+    with pytest.raises(
+        UserError, match=r"rows 0 to 29 of .* have changed since shard 00000 was made"
+    ):
         run(config)
     assert not (tmp_path / "c" / "00002.json").exists()
 
@@ -310,7 +312,7 @@ def test_an_unfinished_cache_of_the_format_before_is_refused(sources: Path, tmp_
     as_format_1(tmp_path / "c")
     (tmp_path / "c" / "manifest.json").unlink()
     before = contents(tmp_path / "c")
-    with pytest.raises(UserError, match="its format is 1, asked for is 2; give another --out"):
+    with pytest.raises(UserError, match="its format is 1, expected 2; give another --out"):
         run(config)
     assert contents(tmp_path / "c") == before
 
@@ -319,11 +321,11 @@ def test_an_unfinished_cache_of_the_format_before_is_refused(sources: Path, tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layer": 2}, "its layer is 1, asked for is 2"),
-        ({"dtype": "float32"}, "its dtype is float16, asked for is float32"),
-        ({"keep_begin": True}, "its keep_begin is False, asked for is True"),
-        ({"tokens": 2 * 10**6}, "its tokens is 1000000, asked for is 2000000"),
-        ({"rows_per_shard": 31}, "its rows_per_shard is 30, asked for is 31"),
+        ({"layer": 2}, "its layer is 1, expected 2"),
+        ({"dtype": "float32"}, "its dtype is float16, expected float32"),
+        ({"keep_begin": True}, "its keep_begin is False, expected True"),
+        ({"tokens": 2 * 10**6}, "its tokens is 1000000, expected 2000000"),
+        ({"rows_per_shard": 31}, "its rows_per_shard is 30, expected 31"),
         ({"model": "other.pt"}, "its weights_hash is"),
         ({"split": "validation"}, "its dataset_bytes is"),
     ],
