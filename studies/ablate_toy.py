@@ -1,16 +1,16 @@
-"""What each fix of the original code does: the toy comparison with a defect put back.
+"""Measures what each fix of the original code does: trains the toy with one defect put back.
 
     python -m studies.ablate_toy --seeds 40
 
-Defects that change what is trained, by name:
+The defects that change what is trained, by name:
 
-    moments     Adam's moments stay in their place when latents are reordered (1)
-    order       the running mean square that orders the latents does too (2)
+    moments     when latents are reordered, Adam's moments are not reordered with them (1)
+    order       nor is the running mean square by which the latents are ordered (2)
     normalizer  the running mean norm of the inputs starts at 0 (3)
-    all         the three together, as in the original
+    all         all three, as in the original
 
-Every variant trains the same seeds on the same batches. The Matryoshka SAE is what differs; the
-normalizer concerns the vanilla one as well.
+Every variant trains the same seeds on the same batches. The defects concern the Matryoshka SAE; the
+third concerns the vanilla SAE as well.
 """
 
 import dataclasses
@@ -45,19 +45,19 @@ RESULTS = "ablation.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """The seeds of the ablation, and where its results go; all else is train_toy.py's default."""
+    """The seeds and variants, and where results go; other settings are train_toy.py's defaults."""
 
     seeds: int = setting(40, "how many seeds")
     seed: int = setting(0, "the first seed")
     n_steps: int = inherited(train_toy.Config, "n_steps")
-    workers: int = setting(0, "processes that share the seeds; 0: one a core")
-    variants: str = setting("none,moments,order,normalizer,all", "which, separated by commas")
-    out: str = setting("runs/ablate_toy", "folder for ablation.json, and a folder a variant")
-    overwrite: bool = setting(False, "replace runs of other settings in --out")
+    workers: int = setting(0, "processes that share the seeds; 0: one for each core")
+    variants: str = setting("none,moments,order,normalizer,all", "variants, separated by commas")
+    out: str = setting("runs/ablate_toy", "folder for ablation.json and a folder for each variant")
+    overwrite: bool = setting(False, "replace runs with other settings in --out")
 
 
 class MomentsStay(Trainer):
-    """Defect 1: what Adam knows of the latent in a place passes to whatever latent comes there."""
+    """Defect 1: when a latent moves to another place, it gets the Adam moments of that place."""
 
     def step(self, x: Tensor) -> dict[str, Tensor]:
         old_order = self.order()
@@ -75,7 +75,7 @@ class MomentsStay(Trainer):
 
 
 class OrderStays(Trainer):
-    """Defect 2: the running mean square belongs to places, and latents are sorted through them."""
+    """Defect 2: the running mean square belongs to places, and does not move with the latents."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -95,14 +95,14 @@ class OrderStays(Trainer):
 
 
 class NormalizerFromZero(Trainer):
-    """Defect 3: an exponential mean that starts at 0: the first inputs are 100 times off."""
+    """Defect 3: the running mean norm starts at 0, so the first inputs are scaled 100 times off."""
 
     def _numbers(self, step: int) -> StepNumbers:
         return super()._numbers(step)._replace(norm_share=1 - self.config.norm_decay)
 
 
 class Original(MomentsStay, OrderStays, NormalizerFromZero):
-    """All three."""
+    """All three defects."""
 
 
 VARIANTS: dict[str, type[Trainer]] = {
@@ -135,7 +135,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def train_variant(config: Config, name: str) -> dict[str, Any]:
-    """What train_toy.py reports of the seeds with that defect."""
+    """Trains the seeds with the defect `name`; returns what `train_toy.run` does."""
     toy = train_toy.Config(
         seeds=config.seeds,
         seed=config.seed,
@@ -148,7 +148,7 @@ def train_variant(config: Config, name: str) -> dict[str, Any]:
 
 
 def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Clean features by how many seeds have them, and the medians, for each SAE."""
+    """For each SAE: how many seeds have how many clean features, and the median FVU and L0."""
     summary = {}
     for sae in dict.fromkeys(run["sae"] for run in runs):
         of_sae = [run for run in runs if run["sae"] == sae]
@@ -165,7 +165,7 @@ HEADERS = ["defect put back", "20/20", "the others", "median FVU", "median L0", 
 
 
 def summary(results: dict[str, Any]) -> str:
-    """A row a variant: how many seeds recover all, FVU and L0."""
+    """A table with a row for each variant: how many seeds recover all features, FVU and L0."""
     return table(HEADERS, rows_of(results))
 
 

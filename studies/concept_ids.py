@@ -1,10 +1,10 @@
-"""Fills in the token ids of the words in concepts.json, so that scoring needs no tokenizer.
+"""Fills in the token ids of the words in concepts.json. With them, scoring needs no tokenizer.
 
     python -m studies.concept_ids --vocabulary encoder.json --tiny-to-gpt2 ts_tok_ids_to_neo.pt
 
-The first file is GPT-2's vocabulary (vocab.json on the hub), a dict of token text to id in which
-"\\u0120" stands for a space. The second has GPT-2's id of each of TinyModel's tokens; it comes with
-the PyPI package tinymodel.
+The first file is GPT-2's vocabulary (vocab.json on the hub): a dict from token text to id, in which
+"\\u0120" stands for a space. The second has the GPT-2 id of each of TinyModel's tokens; it is part
+of the PyPI package tinymodel.
 """
 
 import dataclasses
@@ -23,17 +23,17 @@ from matryoshka.files import write_atomically
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Which words, and of which vocabularies."""
+    """The file of words, and the vocabularies that give their ids."""
 
     concepts: str = setting(str(CONCEPTS), "the file whose ids are filled in")
-    vocabulary: str = setting(help="GPT-2's vocabulary, JSON")
-    tiny_to_gpt2: str = setting(help="GPT-2's id of each of TinyModel's tokens, a .pt tensor")
+    vocabulary: str = setting(help="GPT-2's vocabulary, a JSON file")
+    tiny_to_gpt2: str = setting(help="GPT-2 ids of TinyModel's tokens, a .pt file of a tensor")
 
 
 def ids_of_word(word: str, ids_by_text: Mapping[str, int]) -> set[int]:
-    """Ids of the tokens " word", " Word" and "Word": "word" would end other words, too.
+    """Ids of the tokens " word", " Word" and "Word"; "word" may also be the end of another word.
 
-    Raises `UserError` where there are none.
+    Raises `UserError` if none of these is a token.
     """
     capital = word[:1].upper() + word[1:]
     found = {
@@ -45,7 +45,7 @@ def ids_of_word(word: str, ids_by_text: Mapping[str, int]) -> set[int]:
 
 
 def fill_in(content: dict[str, Any], gpt2_ids: Mapping[str, int], gpt2_of: Sequence[int]) -> None:
-    """Sets the "ids" of each concept in `content`, as concepts.json has it, from its "words"."""
+    """Sets the "ids" of each concept from its "words". `content` is what concepts.json holds."""
     texts = {i: text.replace("\u0120", " ") for text, i in gpt2_ids.items()}
     ids_by_text = {texts[g]: i for i, g in enumerate(gpt2_of) if g in texts}
     for concept in content["concepts"].values():
@@ -64,7 +64,7 @@ def as_text(content: Mapping[str, Any]) -> str:
 
 
 def run(config: Config) -> None:
-    """Writes the file anew. Raises `UserError` where a file is not as described."""
+    """Writes the file of concepts anew. Raises `UserError` where a file is not as described."""
     path = Path(config.concepts)
     try:
         content = json.loads(path.read_text())
@@ -73,7 +73,7 @@ def run(config: Config) -> None:
         fill_in(content, gpt2_ids, gpt2_of)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # torch.load's are of many classes
+    except Exception as error:  # torch.load raises errors of many classes
         raise UserError(f"cannot read the three files ({type(error).__name__}: {error})") from None
     write_atomically(path, lambda part: part.write_text(as_text(content)))
 

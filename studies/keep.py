@@ -1,12 +1,12 @@
-"""What is worth keeping of runs: one small file in results/, a line a run, no machine's path.
+"""Copies the results of runs into one small file of results/, a line for each run.
 
     python -m studies.keep --runs runs/toy --file results.json --to results/toy/sampled.json
     python -m studies.keep --runs runs/standin/seed0 runs/standin/seed1 --file evaluation.json \\
         --to results/standin/evaluation.json
 
-A kept file has two lists. `sources` has an item a file that was read: what it says of itself but
-for its runs, and the folder it was in. `runs` has an item a run, with the name of its folder as
-`source`. Paths are reduced to their last part.
+A kept file has two lists. `sources` has an item for each file that was read: what it holds besides
+its runs, and the name of its folder. `runs` has an item for each run, with the name of its folder
+as `source`. Paths are reduced to their last part, so that none of this machine is kept.
 """
 
 import dataclasses
@@ -23,18 +23,18 @@ from matryoshka.files import make_folder, without_paths, write_json
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Which files are kept, and where."""
+    """Which files are kept, and in which file."""
 
     runs: tuple[str, ...] = setting(help="folders of runs")
-    file: str = setting("results.json", "which file of each")
+    file: str = setting("results.json", "which file of each folder")
     to: str = setting(help="the file to write, in results/")
 
 
 def keep(folders: Sequence[Path], file: str) -> dict[str, Any]:
-    """What is kept of `file` in each of `folders`.
+    """What is kept of the file `file` in each of `folders`.
 
-    Raises `UserError` where one is not there or holds no results, and where two folders would
-    have one name.
+    Raises `UserError` if one is missing or is not a JSON object, and for the folders that
+    `short_names` refuses.
     """
     names = short_names([folder.resolve() for folder in folders])
     sources, runs = [], []
@@ -47,7 +47,7 @@ def keep(folders: Sequence[Path], file: str) -> dict[str, Any]:
 
 
 def results_in(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `UserError` where there is none."""
+    """Reads a JSON file that holds an object. Raises `UserError` if it does not."""
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -58,10 +58,10 @@ def results_in(path: Path) -> dict[str, Any]:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """What tells absolute paths apart: each less the folders that hold all of them.
+    """Absolute paths as names: each relative to the folder that holds all of them.
 
-    Raises `UserError` where two are the same, or where the system's root is all that they share:
-    their names would say how this machine is laid out.
+    Raises `UserError` if two are the same, or if that folder is the system's root: the names would
+    be paths of this machine.
     """
     for folder in folders:
         if folders.count(folder) > 1:
@@ -73,7 +73,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Writes the file; returns what it holds."""
+    """Writes the kept file; returns what it holds. Raises `UserError`."""
     kept = keep([Path(folder) for folder in config.runs], config.file)
     target = Path(config.to)
     make_folder(target.parent, "--to")

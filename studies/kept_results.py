@@ -1,4 +1,4 @@
-"""What the tables are made of: the files of results/, read, and figures over the runs in them."""
+"""Reads the files of results/ that the tables are made from, and formats figures of their runs."""
 
 import json
 from collections.abc import Sequence
@@ -17,9 +17,10 @@ Run = dict[str, Any]
 
 
 def read(name: str) -> Results:
-    """A file of results/, as `studies.keep` writes it: "sources" and "runs", lists of objects.
+    """Reads a file of results/ in the form that `studies.keep` writes.
 
-    Raises `UserError` where there is none, and where it is damaged or something else.
+    It has "sources" and "runs", lists of objects. Raises `UserError` if the file is missing or has
+    another form.
     """
     path = RESULTS / name
     if not path.exists():
@@ -38,19 +39,19 @@ def read(name: str) -> Results:
 
 
 def runs_of(results: Results, sae: str) -> list[Run]:
-    """The runs of one kind of SAE, in the order of the file: by seed."""
+    """The runs of one kind of SAE, in the order of the file, which is by seed."""
     return [run for run in results["runs"] if run["sae"] == sae]
 
 
 def kinds_of(results: Results) -> list[str]:
-    """The kinds of SAE that were trained, in the order of the file; not what was refitted."""
+    """The kinds of SAE that were trained, in the order of the file, without the refitted ones."""
     return [sae for sae in dict.fromkeys(run["sae"] for run in results["runs"]) if "," not in sae]
 
 
 def where(*patterns: str) -> str:
-    """On what files of results/ were made: CPU, threads, versions, commit.
+    """Says where files of results/ were made: CPU or GPU, threads, version of torch, commit.
 
-    patterns: of their names, such as "toy/*.json". Raises `UserError` where there is no such file.
+    patterns: names of files, such as "toy/*.json". Raises `UserError` if no file matches one.
     """
     seen: dict[str, None] = {}
     for pattern in patterns:
@@ -73,10 +74,10 @@ def _place(source: dict[str, Any]) -> str:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and standard deviation over seeds."""
+    """Formats the mean and the standard deviation (n - 1) over seeds."""
     return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def percent(share: float, digits: int) -> str:
-    """A share in percent; "-" where it is NaN."""
+    """Formats a share in percent; "-" if it is NaN."""
     return "-" if np.isnan(share) else f"{100 * share:.{digits}f}%"

@@ -1,18 +1,19 @@
-"""How much of an SAE's decoder a smaller SAE explains: SAEBench's meta_structure, by its own code.
+"""Runs SAEBench's meta_structure: how much of an SAE's decoder does a smaller SAE explain?
 
     pip install -e '.[peers]' tabulate collectibles && pip install --no-deps sae-bench==0.6.0
     python -m studies.meta_structure --saes runs/standin/sampled_seed0/*.safetensors \\
         --out results/standin/meta_structure.json
 
-A meta-SAE, a BatchTopK SAE with a quarter of the latents of which 4 fire on a row, is trained on
-the rows d_j of W_dec, all of norm 1. With m the mean of the rows, what is reported is
+A meta-SAE is trained on the rows d_j of W_dec, scaled to norm 1. It is a BatchTopK SAE with a
+quarter of the SAE's latents, 4 of which fire on a row on average. With m the mean of the rows, its
+score is the variance explained,
 
     1 - sum_j ||d_j - meta(d_j)||^2 / sum_j ||d_j - m||^2
 
-Latents that are combinations of a few directions that others share make it high (Bussmann et al.
-2025, appendix D.1). Training and score are SAEBench's. It is installed without its dependencies,
-for it asks for NumPy below 2 and datasets below 4; what this evaluation imports works with later
-ones. Its autocast to bfloat16 is off by default here, for a CPU takes longer with it.
+which is high if many latents are combinations of a few directions that they share (Bussmann et al.
+2025, appendix D.1). SAEBench's own code trains and scores. It is installed without its
+dependencies, because it requires NumPy below 2 and datasets below 4, while this evaluation also
+works with later ones. Its autocast to bfloat16 is off by default, because it is slower on a CPU.
 """
 
 import dataclasses
@@ -28,38 +29,34 @@ from matryoshka import convert
 from matryoshka.command_line import main_guard, parse, require_not_negative, setting, table
 from matryoshka.environment import environment
 from matryoshka.errors import UserError
-from matryoshka.files import make_folder, write_json
-from matryoshka.saved_runs import load_sae
 from sae import SAE
+from studies.score_files import load_saes, score_files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Which SAEs, and how their meta-SAEs are trained; defaults are SAEBench's but for autocast."""
+    """Which SAEs, and how meta-SAEs are trained. Except autocast, defaults are SAEBench's."""
 
     saes: tuple[str, ...] = setting(help="SAEs: files of this project, or folders of other tools")
-    train_steps: int = setting(1500, "steps of a meta-SAE, of 1,024 rows drawn at random")
-    seed: int = setting(42, "of the meta-SAE's start and of the rows drawn")
-    autocast: bool = setting(False, "products in bfloat16, as SAEBench has them")
+    train_steps: int = setting(1500, "training steps of a meta-SAE, each on 1,024 random rows")
+    seed: int = setting(42, "seed of the meta-SAE's initialization and of the random rows")
+    autocast: bool = setting(False, "multiply matrices in bfloat16, as SAEBench does by default")
     out: str = setting("runs/meta_structure.json", "file to write")
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Writes `config.out`, which is not read; returns what it holds. Raises `UserError`."""
+    """Writes `config.out` anew; returns what it holds. Raises `UserError`."""
     require_not_negative(config, "train_steps", "seed")
     require_sae_bench()
-    saes = {path: load_sae(Path(path), torch.device("cpu"))[0] for path in config.saes}
-    make_folder(Path(config.out).parent)
+    saes = load_saes(config.saes)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("saes", "out")}
     versions = {name: importlib.metadata.version(name) for name in ("sae-lens", "sae-bench")}
     made = {"config": settings, "environment": environment(torch.device("cpu")) | versions}
-    results: dict[str, Any] = {"sources": [{"source": "sae_bench", **made}], "runs": []}
-    for path, sae in saes.items():
-        name = Path(path).resolve()
-        about = {"source": "sae_bench", "run": name.parent.name, "sae": name.stem}
-        results["runs"].append(about | score(sae, config))
-        write_json(Path(config.out), results)
-    return results
+
+    def score_one(sae: SAE) -> dict[str, float]:
+        return score(sae, config)
+
+    return score_files(saes, score_one, {"source": "sae_bench", **made}, Path(config.out))
 
 
 def require_sae_bench() -> None:
@@ -74,7 +71,7 @@ def require_sae_bench() -> None:
 
 
 def score(sae: SAE, config: Config) -> dict[str, float]:
-    """{"variance_explained", "mse"} of a meta-SAE's reconstruction of the SAE's decoder rows."""
+    """Trains a meta-SAE on the SAE's decoder rows; returns its {"variance_explained", "mse"}."""
     from sae_bench.evals.meta_structure import eval_config, main
 
     settings = eval_config.MetaStructureEvalConfig(
@@ -91,7 +88,7 @@ def score(sae: SAE, config: Config) -> dict[str, float]:
 
 
 def in_saelens(sae: SAE) -> Any:
-    """SAELens's SAE of it, with decoder rows of norm 1 as SAEBench demands."""
+    """The same SAE as an object of SAELens, with decoder rows of norm 1, as SAEBench requires."""
     import sae_lens
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,16 +1,16 @@
-"""The published benchmark's size on Modal: samples drawn once, our SAEs beside SAELens's.
+"""Runs SynthSAEBench at its published size on Modal: this project's SAEs and SAELens's.
 
     modal run -m studies.modal_synth                      # 16k, three seeds
     modal run -m studies.modal_synth --size mini          # a smoke run, some minutes
 
-A container on an H100 draws the samples to a Volume (studies/synth_data.py); then containers train
-and score at the same time: one a seed for ours (studies/synth.py), one for SAELens's
-(studies/synth_peers.py). What a container wrote is kept: the same command goes on from the last
-checkpoint, and finds what is done. Give it once at a time: two would write the same files.
+A container on an H100 draws the samples to a Volume (studies/synth_data.py). Then containers train
+and score at the same time: one for each seed of ours (studies/synth.py), and one for SAELens's
+(studies/synth_peers.py). What a container wrote is kept: the same command later continues from the
+last checkpoint. Do not run two of these commands at once: they would write the same files.
 
-**It has not been run.** By arithmetic, `16k` takes about 9 hours of an H100 in all, 3.5 by the
-clock (`estimate` below has the assumptions), and 32 GB on the Volume; its cost is 9 times Modal's
-price of an H100's hour. The Volume costs until `modal volume delete matryoshka-synth`.
+**This has not been run.** By calculation, `16k` takes about 9 hours of H100s in all, in 3.5 hours
+(`estimate` below has the assumptions), and 32 GB on the Volume; it costs 9 times Modal's price of
+an hour of an H100. The Volume costs money until `modal volume delete matryoshka-synth`.
 """
 
 import json
@@ -25,7 +25,7 @@ from matryoshka.errors import UserError
 from matryoshka.modal_calls import commit, hands_back_refusals, reason_of, reload
 from matryoshka.modal_plan import STEP_FLOOR
 
-# Those that studies/synth_peers.py was run with beside SAELens.
+# The versions that studies/synth_peers.py was run with.
 REQUIREMENTS = (
     *("sae-lens==6.54.12", "torch==2.13.0", "numpy==2.4.6", "scipy==1.17.1"),
     *("safetensors==0.8.0", "tqdm==4.70.1"),
@@ -54,14 +54,14 @@ on_a_gpu: dict[str, Any] = {
 
 
 def folder(size: str) -> Path:
-    """Where everything of that size is on the Volume."""
+    """The folder on the Volume for everything of that size."""
     return Path(ROOT) / size
 
 
 @app.function(**on_a_gpu)
 @hands_back_refusals
 def sample(size: Any) -> dict[str, Any]:
-    """Draws the samples, or finds them; returns what is known of them."""
+    """Draws the samples if they are missing; returns what `synth_data.run` does."""
     from studies import synth_data
 
     reload(volume)
@@ -74,7 +74,7 @@ def sample(size: Any) -> dict[str, Any]:
 @app.function(**on_a_gpu)
 @hands_back_refusals
 def train_ours(size: Any, seed: int) -> dict[str, Any]:
-    """Trains and scores the project's SAEs of one seed; returns what studies/synth.py does."""
+    """Trains and scores this project's SAEs of one seed; returns what `synth.run` does."""
     from studies import synth
 
     reload(volume)
@@ -95,7 +95,7 @@ def train_ours(size: Any, seed: int) -> dict[str, Any]:
 @app.function(**on_a_gpu)
 @hands_back_refusals
 def train_peers(size: Any, seeds: int) -> dict[str, Any]:
-    """Trains and scores SAELens's SAEs; returns what studies/synth_peers.py does."""
+    """Trains and scores SAELens's SAEs; returns what `synth_peers.run` does."""
     from studies import synth_peers
 
     reload(volume)
@@ -117,17 +117,17 @@ def train_peers(size: Any, seeds: int) -> dict[str, Any]:
 
 
 def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Results of several seeds as one: all sources, all runs. Raises `UserError` for a failure."""
+    """Joins the sources and the runs of several results. Raises `UserError` if one is a failure."""
     for part in parts:
         if reason := reason_of(part):
-            raise UserError(f"{reason}. What is finished is kept: the same command goes on")
+            raise UserError(f"{reason}. What is finished is kept; the same command continues")
     return {name: [item for part in parts for item in part[name]] for name in ("sources", "runs")}
 
 
 def study(size: str, seeds: int, out: Path, call: Callable[..., Any]) -> list[Path]:
-    """Samples, then all trainings at once; writes the two results files that the table reads.
+    """Draws samples, then trains everything at once; writes the two files that the table reads.
 
-    call: begins a function with arguments, and returns what waits for its result.
+    call: starts a function with arguments, and returns a function that waits for its result.
     """
     if reason := reason_of(call(sample, size)()):
         raise UserError(reason)
@@ -143,14 +143,14 @@ def study(size: str, seeds: int, out: Path, call: Callable[..., Any]) -> list[Pa
 
 
 def begin(function: Any, *args: Any) -> Callable[[], Any]:
-    """Begins `function` in a container of its own; the result waits for it."""
+    """Starts `function` in a container of its own; returns a function that waits for its result."""
     handle = function.spawn(*args)
     return lambda: handle.get()
 
 
 @app.local_entrypoint()
 def main(size: str = "16k", seeds: int = 3, out: str = "results/synth") -> None:
-    """`modal run`: waits for all of it, and writes the results here."""
+    """`modal run`: waits for the whole study, and writes its results on this machine."""
     try:
         for path in study(size, seeds, Path(out), begin):
             print(f"written: {path}")
@@ -165,13 +165,14 @@ def main(size: str = "16k", seeds: int = 3, out: str = "results/synth") -> None:
 def estimate(
     n_steps: int, n_latents: int, d_model: int, batch_size: int, n_samples: int, seeds: int
 ) -> dict[str, float]:
-    """Hours of an H100 by part, and bytes on the Volume, by rates that are assumed.
+    """Hours of an H100 for each part, and bytes on the Volume, from assumed rates.
 
-    A step of ours is twice its five dense products at 0.4 of the 67 TFLOP/s of float32, or what
-    matryoshka/modal_plan.py takes for the least, for six SAEs a seed. SAELens says that a training
-    of 200M samples takes 15 to 20 minutes, sampling included; here that is 17.5 for sampling as
-    for training, in proportion to the samples, and three learning rates and two seeds more of two
-    kinds. Copying and scoring: 10 minutes a container.
+    Each of our six SAEs a seed is assumed to take, for a step, twice the time of its five dense
+    products at 0.4 of the GPU's 67 TFLOP/s in float32, but at least modal_plan.STEP_FLOOR.
+    SAELens's documentation says that training on 200M samples takes 15 to 20 minutes, sampling
+    included; 17.5 minutes are assumed for sampling them and again for training on them. Of each of
+    two kinds, SAELens trains three learning rates and then the other seeds. Copying and scoring
+    are assumed to take 10 minutes in each container.
     """
     step = max(STEP_FLOOR, 2 * 5 * 2 * batch_size * d_model * n_latents / (0.4 * 67e12))
     per_sample = 17.5 / 60 / 200e6  # hours

@@ -1,11 +1,11 @@
-"""What the tests do not notice: single mutations of the code, each run against its module's tests.
+"""Mutation testing: changes the code in one place, and finds the changes that no test notices.
 
     python -m studies.mutants --n 100 --seed 0
 
-A mutation changes one thing: an operator, a comparison, a constant, a sign, a removed check. The
-repository is copied, a copy is mutated, and the tests of that module run on it. What survives is
-printed with its line; it either wants a test, or changes nothing that can be observed. Half an
-hour for a hundred on two cores; not part of CI.
+A mutation changes one operator, comparison, constant or sign, or removes one check. For each, the
+repository is copied, the module is mutated in the copy, and the tests of that module are run there.
+A mutation that no test notices is printed with its line: either a test is missing, or the change
+makes no difference that can be observed. A hundred take half an hour on two cores; CI has none.
 """
 
 import ast
@@ -28,7 +28,7 @@ from matryoshka.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
-# By module, the tests that are its own.
+# The file of tests of each module.
 TESTS = {
     "sae.py": "test_sae.py",
     "matryoshka/sae_files.py": "test_sae.py",
@@ -78,13 +78,13 @@ OPERATORS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How many mutants, and of what."""
+    """How many mutants are tried, and of which modules."""
 
-    n: int = setting(100, "how many mutants, drawn from all modules by their size")
+    n: int = setting(100, "how many mutants to draw, from all mutations of all modules")
     seed: int = setting(0, "seed of the draw")
-    only: str = setting("", "modules whose path contains this")
-    workers: int = setting(2, "test processes at once")
-    timeout: int = setting(240, "seconds after which tests that hang count as noticing")
+    only: str = setting("", "only modules whose path contains this")
+    workers: int = setting(2, "how many processes run tests at once")
+    timeout: int = setting(240, "seconds after which tests count as failed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +94,11 @@ class Mutant:
     module: str
     line: int
     what: str
-    source: str  # of the whole mutated module
+    source: str  # the text of the whole mutated module
 
 
 def mutations(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
-    """Makes every single mutation of `tree` in place, yields (where, what), and takes it back."""
+    """Makes each mutation of `tree` in place, yields (node, description), and then undoes it."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
             yield from _swapped_in_list(node.ops, COMPARISONS, node)
@@ -110,9 +110,7 @@ def mutations(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
             yield from _swapped(node, "op", {type(node.op): ast.UAdd})
         elif isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float):
             old: bool | int | float = node.value
-            node.value = (
-                (not old) if isinstance(old, bool) else old + 1 if old in (0, 1) else old * 2
-            )
+            node.value = changed(old)
             yield node, f"{old} -> {node.value}"
             node.value = old
         elif isinstance(node, ast.If) and isinstance(node.body[0], ast.Raise):
@@ -122,7 +120,7 @@ def mutations(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
 
 
 def changed(value: bool | int | float) -> bool | int | float:
-    """Another constant: the other truth, one more of 0 or 1, or twice as much."""
+    """Another constant: the negation of a bool, 0 or 1 plus one, otherwise twice the value."""
     if isinstance(value, bool):
         return not value
     return value + 1 if value in (0, 1) else value * 2
@@ -147,7 +145,7 @@ def _swapped_in_list(
 
 
 def mutants_of(module: str) -> list[Mutant]:
-    """Every mutant of a module. Docstrings and annotations have nothing to mutate."""
+    """Every mutant of a module. Docstrings and annotations contain nothing that is mutated."""
     tree = ast.parse((ROOT / module).read_text())
     return [
         Mutant(module, getattr(node, "lineno", 0), what, ast.unparse(tree))
@@ -156,7 +154,7 @@ def mutants_of(module: str) -> list[Mutant]:
 
 
 def is_noticed(mutant: Mutant, timeout: int) -> bool:
-    """Whether the module's tests fail, or hang, on a copy of the repository with the mutant."""
+    """Whether the module's tests fail, or take too long, on a copy of the repository with it."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         skipped = shutil.ignore_patterns(".git", "runs", "cache", "__pycache__", ".*_cache")
@@ -180,7 +178,7 @@ def is_noticed(mutant: Mutant, timeout: int) -> bool:
 
 
 def run(config: Config) -> tuple[int, list[Mutant]]:
-    """How many mutants were tried, and those that no test noticed. Raises `UserError`."""
+    """Returns how many mutants were tried, and those that no test noticed. Raises `UserError`."""
     modules = [name for name in TESTS if config.only in name and (ROOT / name).exists()]
     every = [mutant for module in modules for mutant in mutants_of(module)]
     if not every:

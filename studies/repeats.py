@@ -1,12 +1,12 @@
-"""Firings that repeat others: latents of nearly one direction that fire on the same token.
+"""Counts repeats: latents with nearly the same direction that fire on the same token.
 
     python -m studies.repeats --cache cache/standin/validation \\
         --saes runs/sign/*/[mv]*.safetensors --out runs/repeats.json
 
-L1 charges an SAE for the length that its latents add, whatever their number: to share an activation
-among several latents of one direction is free. Where L0 is held, it is not: each takes the place of
-another latent. A firing counts as a repeat where another latent fires on the same token, adds
-more, and has a decoder row whose cosine with this one's is over `--cosine`.
+An L1 penalty depends on the length that latents add, not on their number, so splitting an
+activation over several latents with the same direction costs nothing. At a fixed L0 it does cost:
+each of them takes the place of another latent. A firing counts as a repeat if another latent fires
+on the same token, adds more, and has a decoder row whose cosine with this one's is over `--cosine`.
 """
 
 import dataclasses
@@ -22,29 +22,28 @@ from matryoshka.cache_reader import ActivationCache
 from matryoshka.command_line import main_guard, parse, require_positive, setting, table
 from matryoshka.environment import environment
 from matryoshka.errors import UserError
-from matryoshka.files import make_folder, write_json
-from matryoshka.saved_runs import load_sae
 from matryoshka.top_examples import strengths
 from sae import SAE
+from studies.score_files import load_saes, score_files
 
 BATCH_SIZE = 4096  # activations
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Which SAEs, on which activations, and what counts as one direction."""
+    """Which SAEs, on which activations, and which directions count as the same."""
 
     saes: tuple[str, ...] = setting(help="SAEs: files of this project, or folders of other tools")
     cache: str = setting("cache/validation", "activations that they fire on")
-    cosine: float = setting(0.5, "of two decoder rows, over which they count as one direction")
+    cosine: float = setting(0.5, "cosine of two decoder rows over which they count as the same")
     out: str = setting("runs/repeats.json", "file to write")
 
 
 def repeated(added: Tensor, W_dec: Tensor, cosine: float) -> Tensor:
     """Which firings are repeats: bool [n, n_latents].
 
-    added: [n, n_latents], the length that each latent adds, 0 where it is silent. Of two that add
-    the same, neither repeats the other.
+    added: [n, n_latents], the length that each latent adds, 0 where it is silent. If two latents
+    add exactly the same length, neither is a repeat of the other.
     """
     rows = normalize(W_dec)
     alike = (rows @ rows.T).fill_diagonal_(-1) > cosine  # [n_latents, n_latents]
@@ -57,7 +56,7 @@ def repeated(added: Tensor, W_dec: Tensor, cosine: float) -> Tensor:
 
 @torch.inference_mode()
 def score(sae: SAE, cache: ActivationCache, cosine: float) -> dict[str, float]:
-    """L0, and how many of a token's firings are repeats: means over the cache."""
+    """Over the cache: the mean L0, the mean repeats a token, and the share of repeats in firings."""
     n_firings = n_repeats = 0
     for batch in cache.sequential(BATCH_SIZE):
         added = strengths(sae, batch.acts)
@@ -74,22 +73,19 @@ def run(config: Config) -> dict[str, Any]:
     """Writes `config.out`, and returns what it holds. Raises `UserError`."""
     require_positive(config, "cosine")
     cache = ActivationCache(config.cache)
-    saes = {path: load_sae(Path(path), torch.device("cpu"))[0] for path in config.saes}
+    saes = load_saes(config.saes)
     for path, sae in saes.items():
         if sae.d_model != cache.d_model:
             raise UserError(
                 f"{path} is of d_model {sae.d_model}, {config.cache} of {cache.d_model}"
             )
-    make_folder(Path(config.out).parent)
     settings = {"cosine": config.cosine, "cache": Path(config.cache).name}
     made = {"config": settings, "environment": environment(torch.device("cpu"))}
-    results: dict[str, Any] = {"sources": [{"source": "repeats", **made}], "runs": []}
-    for path, sae in saes.items():
-        name = Path(path).resolve()
-        about = {"source": "repeats", "run": name.parent.name, "sae": name.stem}
-        results["runs"].append(about | score(sae, cache, config.cosine))
-    write_json(Path(config.out), results)
-    return results
+
+    def score_one(sae: SAE) -> dict[str, float]:
+        return score(sae, cache, config.cosine)
+
+    return score_files(saes, score_one, {"source": "repeats", **made}, Path(config.out))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,10 +1,10 @@
-"""The tables of README.md and docs/, and the figures of results/, from results/ and nothing else.
+"""Makes the tables of README.md and docs/, and the figures of results/, from the files of results/.
 
-    python -m studies.report            prints every table
-    python -m studies.report --write    puts each between its markers; draws the figures
+    python -m studies.report            print every table
+    python -m studies.report --write    write each table between its markers, and draw the figures
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`. A test compares the pages with what
-this prints, so that no number in a table is typed by hand.
+this makes, so no number in a table is typed by hand.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from studies.toy_tables import REFITS, complete_seeds
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Whether the pages are written."""
+    """Whether the pages and figures are written."""
 
     write: bool = setting(False, "put the tables into README.md and docs/, and draw the figures")
 
@@ -37,7 +37,7 @@ def pages() -> list[Path]:
 
 
 def with_tables(text: str) -> str:
-    """`text` with every marked table made anew. Raises `UserError` for a name that is none."""
+    """`text` with every marked table made anew. Raises `UserError` for an unknown name."""
 
     def fill(match: re.Match[str]) -> str:
         return f"<!-- table {match[1]} -->\n{named(match[1])}\n<!-- end -->"
@@ -46,7 +46,7 @@ def with_tables(text: str) -> str:
 
 
 def draw_refits(path: Path) -> None:
-    """The toy's best cosines before and after the refits, in the seeds that had 20/20."""
+    """Draws the toy's best cosines before and after refits, for seeds with all features clean."""
     results = read("toy/sampled.json")
     complete = complete_seeds(results)
     titles = ("as trained", "decoder\nrefitted", "both\nrefitted")
@@ -63,7 +63,7 @@ def draw_refits(path: Path) -> None:
 
 
 def fvu_curves() -> dict[str, dict[str, Any]]:
-    """The stand-in's FVU by prefix over its seeds, as `plots.fvu_by_prefix` takes it."""
+    """The stand-in SAEs' FVU by prefix for all seeds, in the form of `plots.fvu_by_prefix`."""
     return {
         sae: {
             "prefix": runs[0]["fvu_by_prefix"]["prefix"],
@@ -74,14 +74,14 @@ def fvu_curves() -> dict[str, dict[str, Any]]:
 
 
 def density_histograms() -> dict[str, list[dict[str, Any]]]:
-    """How often the stand-in's latents fire, a histogram a seed, as `plots` takes them."""
+    """How often the stand-in SAEs' latents fire, in the form of `plots.density_histograms`."""
     return {
         sae: [run["density_histogram"] for run in runs] for sae, runs in standin_by_kind().items()
     }
 
 
 def write() -> None:
-    """Draws the figures, and puts every table between its markers."""
+    """Draws the figures, and writes every table between its markers."""
     plots.fvu_by_prefix(RESULTS / "standin" / "fvu_by_prefix.png", fvu_curves())
     plots.density_histograms(RESULTS / "standin" / "densities.png", density_histograms())
     frontier_plot.draw(RESULTS / "standin" / "frontier.png", frontier_lines())
