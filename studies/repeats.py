@@ -56,7 +56,7 @@ def repeated(added: Tensor, W_dec: Tensor, cosine: float) -> Tensor:
 
 @torch.inference_mode()
 def score(sae: SAE, cache: ActivationCache, cosine: float) -> dict[str, float]:
-    """Over the cache: the mean L0, the mean repeats a token, and the share of repeats in firings."""
+    """Over the cache: the mean L0, the mean repeats a token, and what share of firings repeat."""
     n_firings = n_repeats = 0
     for batch in cache.sequential(BATCH_SIZE):
         added = strengths(sae, batch.acts)
