@@ -1,23 +1,23 @@
-"""How fast, against what: times are medians of repeats, and what matters are ratios in one run.
+"""Measures speed. Times are medians of repeats; compare times of one run only, as ratios.
 
-    python -m studies.bench                    all of it; under five minutes on two CPU cores
+    python -m studies.bench                    all but the pair; under 5 minutes on two CPU cores
     python -m studies.bench --part step        a step at full size, against dense arithmetic
     python -m studies.bench --part toy-whole   train_toy.py itself, for one seed and for ten
     python -m studies.bench --part pair        train.py itself, 30,000 steps: for a GPU
 
-Machines are noisy: the variants of a table take turns, so that a slow moment hits all of them. The
-yardstick at full size is the five dense matrix products that a step cannot do without if it works
-densely: encode, decode, and three in the backward pass.
+Machines are noisy, so the variants of a table take turns: a slow moment hits all of them. At full
+size, times are compared with those of the five dense matrix products that a step has if it uses no
+sparsity: encode, decode, and three in the backward pass.
 
-At full size the data is synthetic: 3,072 known directions, 30 of them active in an input, with
-frequencies falling from common to rare. SAEs start on those directions and are trained until they
-fire 30 latents an input; where the size or the L0 varies, that would take too long, and they are
-only placed there. "Fresh" ones are as initialised: half of their latents fire. "bfloat16": with the
-matrix products' operands rounded to it, as `--matmul-dtype bfloat16` has them; left out where the
-machine has no instructions for it, and a product would take up to seventy times as long.
-"batchtopk" is `train.py --recipe paper` with no latent dead, and so are SAELens's SAEs.
-The pair is a Matryoshka and a vanilla SAE, trained side by side on a cache of such data; it is no
-part of "all".
+At full size the data is synthetic: 3,072 known directions, 30 of them active in an input on
+average, some often and most seldom. SAEs start at those directions and are trained until 30 latents
+fire on an input. Where the size or the L0 varies, training would take too long: there the SAEs are
+placed at the directions and not trained. "Fresh" SAEs are as initialised: half of their latents
+fire. "bfloat16" means `--matmul-dtype bfloat16`; it is left out on machines without instructions
+for it, where a product takes up to seventy times as long. "batchtopk" is `train.py --recipe paper`
+without dead latents; SAELens's SAEs have none either. The pair is a Matryoshka and a vanilla SAE,
+trained side by side on a cache of such data.
+
 Writes a JSON file with every median, its quartiles, and where it was measured.
 """
 
@@ -65,24 +65,24 @@ from studies.bench_cases import (
 
 Times = dict[str, dict[str, float]]
 Prefixes = Literal["sampled", "expected"]
-# What `train.py --recipe paper` trains but for its size, its batch and its learning rate.
+# The settings of `train.py --recipe paper` that say what kind of SAE it trains.
 BATCHTOPK = {name: RECIPES["paper"][name] for name in ("widths", "auxiliary")}
 Part = Literal["all", "toy", "toy-whole", "step", "growth", "data", "pair", "pair-bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is measured, and where the figures go."""
+    """What is measured, and where the results go."""
 
     part: Part = setting("all", "what to measure")
-    repeats: int = setting(7, "how often each variant is timed; the median counts")
+    repeats: int = setting(7, "how often each variant is timed")
     original: str = setting(
-        "", "a clone of github.com/noanabeshima/matryoshka-saes: --part step times its step, too"
+        "", "a clone of github.com/noanabeshima/matryoshka-saes whose step --part step times, too"
     )
     saelens: bool = setting(
-        False, "--part step times SAELens's step, too, which pip install sae-lens==6.54.12 brings"
+        False, "--part step times SAELens's step, too; needs pip install sae-lens==6.54.12"
     )
-    pair_steps: int = setting(30_000, "steps of --part pair and of pair-bfloat16")
+    pair_steps: int = setting(30_000, "training steps of --part pair and pair-bfloat16")
     out: str = setting("runs/bench", "folder for the JSON file")
     device: str = setting(
         "auto", "torch device of the full-size step; auto: the GPU if there is one"
@@ -95,8 +95,10 @@ def alternate(
     device: torch.device,
     calls: int = 1,
 ) -> Times:
-    """Milliseconds a call of each variant: its median, and its quartiles. They take turns, of
-    `calls` calls at once."""
+    """The median and the quartiles of each variant's milliseconds a call.
+
+    The variants take turns, each of which is `calls` calls.
+    """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(repeats + 1):  # the first round warms up
         for name, call in variants.items():
@@ -122,15 +124,15 @@ def _wait_for(device: torch.device) -> None:
 
 # --------------------------------------------------------------------------------------- the toy
 
-TOY_STEPS = 100  # timed at once
-TOY_SAMPLES = 200_000  # at once: what training draws; a call for more is bound by its allocation
+TOY_STEPS = 100  # steps that are timed together
+# Samples drawn in one call: about as many as in training. For more, allocation would take longest.
+TOY_SAMPLES = 200_000
 
 
 def bench_toy(repeats: int) -> Times:
-    """The tree, and a step of both SAEs alone and of both for several seeds at once, on the CPU.
+    """Times the tree's samples, and steps of one SAE, of a pair and of stacks of pairs, on the CPU.
 
-    Step times are for one step of the whole stack; a stack is stepped on one thread, as
-    `train_toy.py` does it.
+    A time is that of one step of the whole stack, on one thread, as in `train_toy.py`.
     """
     tree = train_toy.load_tree("tree.json")
     generator = seeded_generator(0)
@@ -153,7 +155,7 @@ def bench_toy(repeats: int) -> Times:
 
 
 def toy_steps(n_prefixes: Sequence[int], prefixes: Prefixes = "sampled") -> Callable[[], None]:
-    """A call that takes TOY_STEPS steps of a stack of SAEs at the toy's size."""
+    """A function that takes TOY_STEPS steps of a stack of SAEs of the toy's size."""
     n_saes = len(n_prefixes)
     configs = [
         TrainerConfig(n_steps=40_000, target_l0=1.2338, prefixes=prefixes, n_prefixes=n)
@@ -170,9 +172,9 @@ def toy_steps(n_prefixes: Sequence[int], prefixes: Prefixes = "sampled") -> Call
 
 
 def bench_toy_whole() -> Times:
-    """`train_toy.py` from its settings to its figures, once each: one seed, and ten.
+    """Times the whole of `train_toy.py` once for one seed, and once for ten.
 
-    Add about 3 s for Python to start and import torch.
+    The command takes about 3 s more, for Python to start and import torch.
     """
     times = {}
     for seeds in (1, 10):
@@ -187,18 +189,21 @@ def bench_toy_whole() -> Times:
 # ------------------------------------------------------------------------------------- full size
 
 
-PAIR_BATCHES = 100  # of activations that the pair is trained on, again and again
+PAIR_BATCHES = 100  # batches in the cache that the pair is trained on, in many passes
 
 
 def steps_at_once(device: torch.device) -> int:
-    """How many are timed together: a GPU's are not waited for one by one in training, either."""
+    """How many steps are timed together; on a GPU several, as training does not wait for each."""
     return 20 if device.type == "cuda" else 1
 
 
 def bench_step(
     repeats: int, device: torch.device, original: Any = None, saelens: bool = False
 ) -> Times:
-    """A step at full size: trained and fresh, by prefixes, and its parts; with the SAEs' L0."""
+    """Times a step at full size: by kind of SAE and number of prefixes, and its parts.
+
+    The result has the L0 of the trained vanilla and Matryoshka SAEs.
+    """
     vanilla, matryoshka = Case.trained(device, 1), Case.trained(device, 10)
     batchtopk = Case.trained(device, 5, "batchtopk", **BATCHTOPK)
     fresh_batchtopk = Case.fresh(device, "batchtopk", bench_cases.L0)
@@ -247,7 +252,7 @@ def bench_step(
 
 
 def bench_growth(repeats: int, device: torch.device) -> Times:
-    """Matryoshka steps and dense products, by size at L0 30, and by L0 at full size."""
+    """Times Matryoshka steps and dense products by size at L0 30, and steps by L0 at full size."""
     times: Times = {}
     has_bfloat16 = multiplies_bfloat16(device)
     for n_latents in (3072, 6144, 12288, 24576, 49152):
@@ -269,8 +274,10 @@ def bench_growth(repeats: int, device: torch.device) -> Times:
 
 
 def bench_pair(n_steps: int, device: torch.device, dtype: MatmulDtype) -> Times:
-    """`train.py` from its settings to its last checkpoint, once: both SAEs at full size. With the
-    share of the time that was spent waiting for data, and L0 and FVU at the end."""
+    """Times the whole of `train.py` once, for both SAEs at full size.
+
+    The result has the share of the time spent waiting for data, and the final L0 and FVU.
+    """
     data = Synthetic(bench_cases.N_LATENTS, bench_cases.L0)
     with tempfile.TemporaryDirectory() as folder:
         cache = cache_arrays(Path(folder) / "cache", (data.draw() for _ in range(PAIR_BATCHES)))
@@ -298,8 +305,10 @@ def bench_pair(n_steps: int, device: torch.device, dtype: MatmulDtype) -> Times:
 
 
 def bench_data(repeats: int, device: torch.device) -> Times:
-    """Caching against the bare forward pass, on a model of the stand-in's shape with random
-    weights and rows; and a batch of 1,024 from a cache of it that is streamed, not held."""
+    """Times caching and the bare forward pass, and a batch of 1,024 that is read from disk.
+
+    The language model has the stand-in's shape, random weights and random rows.
+    """
     shapes = tiny_model.expected_shapes(256, 4, 1024, 10_000, 256)
     generator = seeded_generator(0)
     state = {name: 0.02 * torch.randn(s, generator=generator) for name, s in shapes.items()}
@@ -336,14 +345,14 @@ def bench_data(repeats: int, device: torch.device) -> Times:
 
 
 def peak_memory(device: torch.device) -> str:
-    """The most memory that this process has held."""
+    """The peak memory of this process, with its unit."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on the GPU"
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
 
 
 def show(times: Times) -> str:
-    """Milliseconds, with the spread and the ratio to the table's first row."""
+    """A table of medians in milliseconds, quartiles, and ratios to the first row's median."""
     first = next(iter(times.values()))["median"]
     rows = []
     for name, t in times.items():
@@ -358,7 +367,7 @@ def run(config: Config) -> dict[str, Any]:
     device = pick_device(config.device)
     for flag in ("original", "saelens"):
         if getattr(config, flag) and config.part not in ("all", "step"):
-            raise UserError(f"--{flag} is of --part step, and not of --part {config.part}")
+            raise UserError(f"--{flag} needs --part step or all, not --part {config.part}")
     original = load_original(config.original) if config.original else None
     if config.saelens:
         require_saelens()
@@ -372,7 +381,8 @@ def run(config: Config) -> dict[str, Any]:
         "data": lambda: bench_data(config.repeats, device),
     }
     asked = list(parts) if config.part == "all" else [config.part]
-    parts["pair"] = lambda: bench_pair(config.pair_steps, device, "float32")  # no part of all
+    # These are not in "all":
+    parts["pair"] = lambda: bench_pair(config.pair_steps, device, "float32")
     parts["pair-bfloat16"] = lambda: bench_pair(config.pair_steps, device, "bfloat16")
     results: dict[str, Any] = {name: parts[name]() for name in asked}
     results["environment"] = environment(device)

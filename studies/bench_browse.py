@@ -1,11 +1,12 @@
-"""What browsing costs: the statistics against the encoder's own pass, the page's size, its speed.
+"""Measures browsing: time to collect the statistics, size of the page, time to open it.
 
     python -m studies.bench_browse --no-page                           # the ratio, at full size
     python -m studies.bench_browse --d-model 64 --tokens 500000        # the memory
     python -m studies.bench_browse --d-model 64 --n-latents 65536 --tokens 20000 --repeats 0
 
-Activations are random, and an SAE's biases are set so that 30 latents fire on a token, some of them
-often and most of them seldom. Where there is a Chromium, the page is opened in it.
+The time to collect is compared with that of a pass that only encodes. Activations are random, and
+the SAE's biases are set so that 30 latents fire on a token, some of them often and most of them
+seldom. If Chromium is installed, the page is opened in it.
 """
 
 import dataclasses
@@ -37,24 +38,24 @@ from studies.bench import alternate, peak_memory
 
 ROW = 128  # tokens
 D_VOCAB = 10_000
-LATENTS_OPENED = 20  # in the browser
+LATENTS_OPENED = 20  # how many latents' views are opened in the browser
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Of what size."""
+    """The size of the SAE and the cache, and what is measured."""
 
     n_latents: int = setting(3072, "latents of the SAE")
     d_model: int = setting(768, "width of the activations")
     tokens: int = setting(100_000, "activations in the cache")
-    l0: float = setting(30.0, "latents that fire on a token")
-    repeats: int = setting(3, "rounds of the two passes; 0: they are not timed")
-    page: bool = setting(True, "write the page, and open it where there is a Chromium")
+    l0: float = setting(30.0, "latents that fire on a token, on average")
+    repeats: int = setting(3, "how often the two passes are timed; 0: not at all")
+    page: bool = setting(True, "write the page, and open it if Chromium is installed")
     out: str = setting("runs/bench", "folder for browse.json")
 
 
 def placed_sae(config: Config) -> SAE:
-    """An SAE whose latents fire on random activations, with shares that sum to l0."""
+    """An SAE whose latents fire on l0 of the random activations' tokens, on average each."""
     generator = seeded_generator(0)
     sae = SAE(config.d_model, config.n_latents).requires_grad_(False)
     share = torch.rand(config.n_latents, generator=generator) ** 3
@@ -66,7 +67,7 @@ def placed_sae(config: Config) -> SAE:
 
 
 def arrays(config: Config) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Activations and token ids of rows, a few thousand tokens at a time."""
+    """Yields activations and token ids of rows, a few thousand tokens at a time."""
     generator = seeded_generator(1)
     for start in range(0, config.tokens, BATCH_SIZE):
         n = -(-min(BATCH_SIZE, config.tokens - start) // ROW)
@@ -76,7 +77,7 @@ def arrays(config: Config) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def timed_passes(sae: SAE, cache: ActivationCache, repeats: int) -> dict[str, Any]:
-    """Milliseconds of a pass that only encodes, and of the one that collects."""
+    """Milliseconds of a pass that only encodes, of one that collects, and the ratio of the two."""
 
     @torch.inference_mode()
     def encode() -> None:
@@ -89,7 +90,7 @@ def timed_passes(sae: SAE, cache: ActivationCache, repeats: int) -> dict[str, An
 
 
 def opened(page: Path, n_latents: int) -> dict[str, Any]:
-    """Seconds until the first view is there, and until a latent is: in Chromium, from disk."""
+    """Median seconds until Chromium shows the first view, and until it shows a latent's view."""
     if screenshots.why_not():
         return {"not opened": screenshots.why_not()}
     index = (page / "index.html").resolve().as_uri()
@@ -116,7 +117,7 @@ def opened(page: Path, n_latents: int) -> dict[str, Any]:
 
 
 def written_page(folder: Path, n_latents: int) -> dict[str, Any]:
-    """Megabytes and seconds of the page of `folder`'s run on its cache, and how fast it opens."""
+    """Writes the page of `folder`'s run; its megabytes, seconds to write and seconds to open."""
     start, page = time.perf_counter(), folder / "page"
     run, cache = str(folder / "run"), str(folder / "cache")
     wrote = browse.run(browse.Config(run=run, cache=cache, out=str(page), device="cpu"))
@@ -126,7 +127,7 @@ def written_page(folder: Path, n_latents: int) -> dict[str, Any]:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Measures, and writes browse.json to `config.out`."""
+    """Measures; writes browse.json to `config.out` and returns what it holds."""
     require_positive(config, "n_latents", "d_model", "tokens", "l0")
     require_not_negative(config, "repeats")
     make_folder(Path(config.out))

@@ -1,6 +1,6 @@
-"""SAEs of full size, batches for them, and calls that take steps: what `studies.bench` times.
+"""What `studies.bench` times: SAEs of full size, batches for them, and functions that take steps.
 
-Tests make the sizes below smaller.
+Tests set the sizes below to smaller ones.
 """
 
 import dataclasses
@@ -28,17 +28,17 @@ from studies import saelens_standin
 
 D_MODEL, N_LATENTS, BATCH, L0 = 768, 3072, 1024, 30
 TRAINING_STEPS = 200
-UNMOVED = TrainerConfig(n_steps=10**6, target_l0=L0, lr=1e-12)  # too small to change anything
+UNMOVED = TrainerConfig(n_steps=10**6, target_l0=L0, lr=1e-12)  # steps change next to nothing
 
 
 class Synthetic:
-    """Inputs made of `n_latents` known directions, in units of their mean norm / sqrt(D_MODEL)."""
+    """Inputs made of `n_latents` known directions, scaled to a mean norm of sqrt(D_MODEL)."""
 
     def __init__(self, n_latents: int, l0: float):
         self.generator, self.l0 = seeded_generator(0), l0
         dictionary = torch.randn(n_latents, D_MODEL, generator=self.generator)
         self.dictionary = torch.nn.functional.normalize(dictionary, dim=1)
-        # frequencies fall as a power of the place, none above 1/2, and sum to l0
+        # Frequencies fall as a power of the latent's index; they sum to l0, and none is above 1/2.
         self.frequency = (torch.arange(n_latents) + 10.0) ** -0.8
         for _ in range(50):
             self.frequency = (self.frequency * (l0 / self.frequency.sum())).clamp(max=0.5)
@@ -46,7 +46,7 @@ class Synthetic:
         self.scale = math.sqrt(D_MODEL) / float(self.draw().norm(dim=1).mean())
 
     def draw(self) -> Tensor:
-        """x [BATCH, D_MODEL]"""
+        """Draws a batch x [BATCH, D_MODEL]."""
         shape = (BATCH, len(self.dictionary))
         active = torch.rand(shape, generator=self.generator) < self.frequency
         strength = active * (0.5 + torch.rand(shape, generator=self.generator))
@@ -55,10 +55,11 @@ class Synthetic:
 
     @torch.no_grad()
     def placed_sae(self, x: Tensor, activation: str = "relu") -> SAE:
-        """An SAE on the true directions whose latents fire on x as often as those are active."""
+        """An SAE on the true directions whose latents fire on x as often as these are active."""
         k = None if activation == "relu" else self.l0
         sae = SAE(D_MODEL, len(self.dictionary), activation=activation, k=k)
-        # rounded up or down at random: most of a large dictionary fires less than once a batch
+        # Counts are rounded up or down at random: most latents of a large SAE fire less than once
+        # in a batch.
         chance = torch.rand(len(self.dictionary), generator=self.generator)
         kept = (self.frequency * BATCH + chance).long()
         ranked = (x @ self.dictionary.T).sort(dim=0, descending=True).values
@@ -79,11 +80,13 @@ class Case(NamedTuple):
     def fresh(
         cls, device: torch.device, activation: str = "relu", k: float | None = None
     ) -> "Case":
+        """A new SAE of full size, on Gaussian inputs."""
         x = torch.randn(BATCH, D_MODEL, generator=seeded_generator(0))
         return cls(SAE(D_MODEL, N_LATENTS, activation=activation, k=k).to(device), x.to(device))
 
     @classmethod
     def placed(cls, device: torch.device, n_latents: int = N_LATENTS, l0: float = L0) -> "Case":
+        """An SAE placed at the directions that the inputs are made of, not trained."""
         data = Synthetic(n_latents, l0)
         x = data.draw()
         return cls(data.placed_sae(x).to(device), x.to(device))
@@ -92,7 +95,7 @@ class Case(NamedTuple):
     def trained(
         cls, device: torch.device, n_prefixes: int, activation: str = "relu", **settings: Any
     ) -> "Case":
-        """settings: a `TrainerConfig`'s."""
+        """An SAE trained from those directions. settings: those of `TrainerConfig`."""
         data = Synthetic(N_LATENTS, L0)
         config = TrainerConfig(
             n_steps=TRAINING_STEPS,
@@ -111,22 +114,22 @@ class Case(NamedTuple):
 
     @torch.no_grad()
     def l0(self) -> float:
-        """Active latents an input."""
+        """The mean number of active latents in an input."""
         return float(metrics.l0(self.sae.encode(self.x)))
 
     def trainer(self, n_prefixes: int, **settings: Any) -> Trainer:
-        """A trainer whose steps change nothing. settings: a `TrainerConfig`'s."""
+        """A trainer whose steps change next to nothing. settings: those of `TrainerConfig`."""
         settings |= {"target_l0": self.sae.k or UNMOVED.target_l0, "n_prefixes": n_prefixes}
         config = dataclasses.replace(UNMOVED, **settings)
         return Trainer([self.sae], config, [0])
 
     def step(self, n_prefixes: int, **settings: Any) -> Callable[[], object]:
-        """A call that takes one step."""
+        """A function that takes one step."""
         trainer = self.trainer(n_prefixes, **settings)
         return lambda: trainer.step(self.x)
 
     def five_products(self, dtype_name: MatmulDtype = "float32") -> Callable[[], object]:
-        """The dense step's matrix products alone, on dense operands."""
+        """A function that multiplies the five matrix products of a dense step, and no more."""
         dtype = getattr(torch, dtype_name)
         W_enc, W_dec = (W.detach().to(dtype) for W in (self.sae.W_enc, self.sae.W_dec))
         x = self.x.to(dtype)
@@ -143,7 +146,7 @@ class Case(NamedTuple):
         return call
 
     def parts(self, n_prefixes: int) -> dict[str, Callable[[], object]]:
-        """Calls that do a step's parts, one by one. The second contains the first."""
+        """Functions that each do one part of a step. The second contains the first."""
         trainer = self.trainer(n_prefixes)
         trainer.step(self.x)
         x, params, grads = self.x[None], trainer._params, trainer._grads
@@ -164,7 +167,7 @@ class Case(NamedTuple):
 
 
 def load_original(folder: str) -> Any:
-    """The module sae.py of a clone of the original code. Raises `UserError` where it is none."""
+    """Imports sae.py of a clone of the original code. Raises `UserError` if it is not that."""
     path = Path(folder) / "sae.py"
     if not path.is_file():
         raise UserError(f"--original {folder}: there is no sae.py; a clone of the original has one")
@@ -175,23 +178,24 @@ def load_original(folder: str) -> Any:
     try:
         spec.loader.exec_module(module)
         original_sae(module, 4, 2)
-    except Exception as error:  # somebody else's code: whatever it raises
+    except Exception as error:  # another project's code may raise anything
         why = f"{type(error).__name__}: {error}"
         raise UserError(f"--original {folder}: not the original's sae.py ({why})") from None
     return module
 
 
 def original_sae(original: Any, n_latents: int, n_prefixes: int) -> Any:
-    """An SAE of the original code that a step does not move."""
+    """An SAE of the original code, with a learning rate that changes next to nothing."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*GradScaler")  # it asks for CUDA's everywhere
+        # The original asks for CUDA's GradScaler on every machine.
+        warnings.filterwarnings("ignore", message=".*GradScaler")
         return original.MatryoshkaSAE(
             D_MODEL, n_latents, n_prefixes, L0, UNMOVED.n_steps, lr=UNMOVED.lr
         )
 
 
 def original_step(original: Any, case: Case, n_prefixes: int) -> Callable[[], object]:
-    """A call that takes one step of the original code, from the weights of `case`."""
+    """A function that takes one step of the original code, with the weights of `case`."""
     theirs = original_sae(original, case.sae.n_latents, n_prefixes).to(case.x.device)
     copy_weights(case.sae, theirs)
     with torch.no_grad():
@@ -201,7 +205,7 @@ def original_step(original: Any, case: Case, n_prefixes: int) -> Callable[[], ob
 
 @torch.no_grad()
 def copy_weights(sae: SAE, theirs: Any) -> None:
-    """Gives another tool's SAE, of the same shapes and names, the weights of ours."""
+    """Copies our weights to another tool's SAE, which has the same names and shapes."""
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         getattr(theirs, name).copy_(getattr(sae, name))
 
@@ -209,12 +213,14 @@ def copy_weights(sae: SAE, theirs: Any) -> None:
 def require_saelens() -> None:
     """Raises `UserError` where SAELens is not installed."""
     if importlib.util.find_spec("sae_lens") is None:
-        raise UserError("--saelens: it is not installed: pip install sae-lens==6.54.12")
+        raise UserError("--saelens: SAELens is not installed: pip install sae-lens==6.54.12")
 
 
 def saelens_step(case: Case, autocast: bool = False) -> Callable[[], object]:
-    """A call that takes one step of SAELens's MatryoshkaBatchTopK trainer, from the weights of
-    `case`, an SAE of batchtopk, in the widths of `train.py --recipe paper`."""
+    """A function that takes one step of SAELens's MatryoshkaBatchTopK trainer.
+
+    It has the weights of `case`, a batchtopk SAE, and the widths of `train.py --recipe paper`.
+    """
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 

@@ -8,9 +8,9 @@ and score at the same time: one for each seed of ours (studies/synth.py), and on
 (studies/synth_peers.py). What a container wrote is kept: the same command later continues from the
 last checkpoint. Do not run two of these commands at once: they would write the same files.
 
-**This has not been run.** By calculation, `16k` takes about 9 hours of H100s in all, in 3.5 hours
-(`estimate` below has the assumptions), and 32 GB on the Volume; it costs 9 times Modal's price of
-an hour of an H100. The Volume costs money until `modal volume delete matryoshka-synth`.
+**This has not been run.** By calculation (`estimate` below has the assumptions), `16k` takes about
+9 hours of an H100 in total, 3.5 hours from start to end, and 32 GB on the Volume. It costs 9 times
+Modal's price for an hour of an H100; the Volume costs until `modal volume delete matryoshka-synth`.
 """
 
 import json

@@ -1,19 +1,20 @@
-"""SAELens's own SAEs, trained by SAELens's own trainer, on the batches that ours are trained on.
+"""Trains SAELens's SAEs with SAELens's trainer, on the same batches as this project's SAEs.
 
     pip install sae-lens==6.54.12
     python -m studies.saelens_standin --cache cache/train --validation-cache cache/validation \\
         --out results/standin/saelens.json
 
-BatchTopK and MatryoshkaBatchTopK at a few learning rates, for as many steps of the same batches as
-the project's SAEs. SAELens saves each as the JumpReLU SAE that its users load; that file is read
-back by SAELens, and scored held out with its `encode` and `decode`, summed in float64. What is done
-already is not done again: each training is written as it ends.
+BatchTopK and MatryoshkaBatchTopK SAEs are trained at a few learning rates, for as many steps as the
+project's SAEs. SAELens saves each as the JumpReLU SAE that its users load. SAELens reads that file
+back, and its `encode` and `decode` are scored on the validation cache, with sums in float64. The
+results are written after each training; a training that is in them is not repeated.
 
-Settings are SAELens's defaults but for three. The learning rate rises and falls as the project's
-does (100 steps up, the last fifth down to a tenth), the widths and k are the comparison's, and
-the input is scaled to a mean norm of sqrt(d_model) (SAELens's expected_average_only_in). After 150
-steps at 1e-3 that gave an FVU of 0.1136 (Matryoshka) and 0.1011, SAELens's default, `--normalize
-none`, 0.1144 and 0.1026. The scale is estimated on the batches that training begins with.
+Settings are SAELens's defaults with three exceptions. The learning rate rises and falls as the
+project's does (it rises for 100 steps, and falls to a tenth in the last fifth of the steps). The
+widths and k are the comparison's. The input is scaled to a mean norm of sqrt(d_model) (SAELens's
+expected_average_only_in), which is estimated on the first batches. After 150 steps at 1e-3 this
+gave an FVU of 0.1136 (Matryoshka) and 0.1011 (BatchTopK); SAELens's default, `--normalize none`,
+gave 0.1144 and 0.1026.
 """
 
 import contextlib
@@ -41,41 +42,44 @@ from matryoshka.reconstruction import BATCH_SIZE, Moments
 from studies.keep import results_in
 
 KINDS = ("matryoshka_batchtopk", "batchtopk")
-WARMUP_STEPS, DECAY_SHARE, LR_END = 100, 0.2, 0.1  # those of matryoshka.trainer_config
-NOT_SHAPING = ("lrs", "kinds", "device", "out")  # settings that runs of one file may differ in
-NORM_BATCHES = 100  # from which the input's scale is estimated
+WARMUP_STEPS, DECAY_SHARE, LR_END = 100, 0.2, 0.1  # as in matryoshka.trainer_config
+NOT_SHAPING = ("lrs", "kinds", "device", "out")  # settings in which runs of one file may differ
+NORM_BATCHES = 100  # batches from which the input's scale is estimated
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is trained, on what, and where it is written."""
+    """What is trained, on what, and where the results go."""
 
     cache: str = setting("cache/train", "activations to train on")
     validation_cache: str = setting("cache/validation", "activations to score on")
-    lrs: tuple[float, ...] = setting((1e-3, 3e-4, 3e-3), "learning rates, in turn")
-    kinds: tuple[str, ...] = setting(KINDS, "SAELens's SAEs, in turn")
-    n_latents: int = setting(1024, "latents")
+    lrs: tuple[float, ...] = setting((1e-3, 3e-4, 3e-3), "learning rates, one after another")
+    kinds: tuple[str, ...] = setting(KINDS, "kinds of SAE, one after another")
+    n_latents: int = setting(1024, "latents of each SAE")
     k: float = setting(20.0, "latents that fire on a sample, on average")
     widths: tuple[int, ...] = setting((32, 96, 256, 512, 1024), "prefixes of the Matryoshka SAE")
     n_steps: int = setting(6000, "steps of each training")
-    batch_size: int = setting(1024, "activations a step")
+    batch_size: int = setting(1024, "activations in a step")
     normalize: Literal["expected_average_only_in", "none"] = setting(
         "expected_average_only_in", "SAELens's normalize_activations"
     )
-    seed: int = setting(0, "of the batches, and of SAELens's random numbers")
-    device: str = setting("auto", "torch device; auto: the GPU where there is one")
+    seed: int = setting(0, "seed of the batches and of SAELens's random numbers")
+    device: str = setting("auto", "torch device; auto: the GPU if there is one")
     saes: str = setting("runs/saelens", "folder for the SAEs, as SAELens saves them")
     out: str = setting("runs/saelens/results.json", "file to write")
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Trains what `config.out` does not hold; returns what it then holds. Raises `UserError`."""
+    """Does the trainings that `config.out` does not hold; returns what it then holds.
+
+    Raises `UserError`.
+    """
     require_positive(config, "n_latents", "k", "n_steps", "batch_size")
     for kind in config.kinds:
         if kind not in KINDS:
             raise UserError(f"--kinds {kind}: expected {' or '.join(KINDS)}")
     cache, held_out = ActivationCache(config.cache), ActivationCache(config.validation_cache)
-    results, source = started(config, cache, held_out)
+    results, source = results_so_far(config, cache, held_out)
     done = {(run["sae"], run["lr"]) for run in results["runs"]}
     make_folder(Path(config.out).parent)
     for lr, kind in itertools.product(config.lrs, config.kinds):
@@ -86,12 +90,13 @@ def run(config: Config) -> dict[str, Any]:
     return results
 
 
-def started(
+def results_so_far(
     config: Config, cache: ActivationCache, held_out: ActivationCache
 ) -> tuple[dict[str, Any], str]:
-    """What `config.out` holds, and which of its sources has this process's environment: what was
-    begun on one machine, or at one commit, may be finished on another. Raises `UserError` for
-    other settings.
+    """What `config.out` holds, and the name of the source in it that new runs belong to.
+
+    A source has one environment. A file that was begun on one machine, or at one commit, may be
+    finished on another: then a source is added. Raises `UserError` if the file has other settings.
     """
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SHAPING}
     about = {
@@ -116,7 +121,7 @@ def started(
 def one_run(
     config: Config, kind: str, lr: float, cache: ActivationCache, held_out: ActivationCache
 ) -> dict[str, Any]:
-    """Trains one SAE, saves it, and scores what was saved."""
+    """Trains one SAE, saves it, and scores the saved file."""
     import sae_lens
 
     wall, cpu = time.perf_counter(), time.process_time()
@@ -143,15 +148,15 @@ def train(
     trainer: Mapping[str, Any] = MappingProxyType({}),
     **more: Any,
 ) -> Any:
-    """A training SAE of SAELens, trained by its SAETrainer, the input's scale folded in.
+    """Trains an SAE of SAELens with its SAETrainer, and folds the input's scale into it.
 
-    trainer, more: further settings of the trainer and of the SAE, by SAELens's names.
+    trainer, more: further settings of the trainer and of the SAE, with SAELens's names.
     """
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     device = str(pick_device(config.device))
-    torch.manual_seed(config.seed)  # SAELens draws its start from the global generator
+    torch.manual_seed(config.seed)  # SAELens initializes its weights from the global generator
     sae = untrained(config, kind, cache.d_model, device=device, **more)
     steps = SAETrainerConfig(
         total_training_samples=config.n_steps * config.batch_size,
@@ -168,7 +173,7 @@ def train(
 
 
 def untrained(config: Config, kind: str, d_model: int, **more: Any) -> Any:
-    """A training SAE of SAELens, at its start."""
+    """A newly initialized training SAE of SAELens."""
     import sae_lens
 
     common = {
@@ -188,7 +193,7 @@ def untrained(config: Config, kind: str, d_model: int, **more: Any) -> Any:
 
 
 def batches(config: Config, cache: ActivationCache, device: str) -> Iterator[Tensor]:
-    """The project's batches from the first step on, after those that the scale is estimated on."""
+    """The project's batches in order; before them the first ones, if SAELens estimates a scale."""
     size, seed = config.batch_size, config.seed
     if config.normalize != "none":
         yield from itertools.islice(cache.batches(size, seed, device=device), NORM_BATCHES)
@@ -197,7 +202,7 @@ def batches(config: Config, cache: ActivationCache, device: str) -> Iterator[Ten
 
 @torch.inference_mode()
 def score(sae: Any, cache: ActivationCache) -> dict[str, float]:
-    """FVU, L0 and the share of latents that never fire, of any SAE with `encode` and `decode`."""
+    """FVU, L0 and the share of latents that never fire; `sae` needs `encode` and `decode`."""
     moments, error, fired = Moments(), 0.0, torch.zeros(sae.cfg.d_sae, dtype=torch.int64)
     for batch in cache.sequential(BATCH_SIZE):
         acts = sae.encode(batch.acts)  # [n, n_latents]

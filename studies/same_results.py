@@ -1,8 +1,9 @@
-"""Whether two runs came out the same: every tensor bit for bit, every row of results.json.
+"""Checks that two runs have the same results: every bit of every tensor, every row of results.json.
 
     python -m studies.same_results runs/before runs/after
 
-For a change that should not alter results. Exits with 1, naming what differs, where it does.
+Use it to test a change that should not alter results. If they differ, it prints where, and exits
+with 1.
 """
 
 import argparse
@@ -19,14 +20,15 @@ from torch import Tensor
 from matryoshka.command_line import main_guard
 from matryoshka.errors import UserError
 
-# What may differ in the rows of two equal runs: how long they took, and their files' other words.
+# Entries in which the rows of two equal runs may differ: times, and hashes of files (whose metadata
+# may differ).
 IGNORED = {"seconds", "waited_for_data", "file_sha256", "refit_file_sha256"}
 
 
 def differences(before: Path, after: Path) -> list[str]:
-    """What differs between two folders, a line each.
+    """The differences between two folders, one line each.
 
-    Raises `UserError` where there is nothing to compare, or a file cannot be read.
+    Raises `UserError` if a folder has nothing to compare, or a file cannot be read.
     """
     for folder in (before, after):
         if not files_of(folder) and not (folder / "results.json").exists():
@@ -38,12 +40,12 @@ def differences(before: Path, after: Path) -> list[str]:
 
 
 def files_of(folder: Path) -> set[Path]:
-    """The files of tensors in a folder and in those below it, as seen from there."""
+    """The safetensors files anywhere below a folder, relative to it."""
     return {path.relative_to(folder) for path in folder.rglob("*.safetensors")}
 
 
 def differing_tensors(name: Path, before: Path, after: Path) -> list[str]:
-    """Which tensors of one file differ, a line each."""
+    """The tensors of one file that differ, one line each."""
     for folder in (before, after):
         if not (folder / name).exists():
             return [f"{name}: not in {folder}"]
@@ -56,6 +58,7 @@ def differing_tensors(name: Path, before: Path, after: Path) -> list[str]:
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file. Raises `UserError` if it cannot be read."""
     try:
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
@@ -63,7 +66,7 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether dtype, shape and every bit agree: NaN is equal to itself, 0 is not to -0."""
+    """Whether dtype, shape and every bit agree: NaN equals itself, and 0 does not equal -0."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     bits = (tensor.reshape(-1).view(torch.uint8) for tensor in (one, other))
@@ -71,7 +74,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def differing_rows(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[str]:
-    """Which entries of the rows of results.json differ, a line each."""
+    """The entries of the rows of results.json that differ, one line each."""
     lines = []
     if len(old) != len(new):
         lines.append(f"results.json: {len(old)} rows and {len(new)}")
@@ -85,7 +88,7 @@ def differing_rows(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]])
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a folder's results.json, less what may differ; none where there is no file."""
+    """The rows of a folder's results.json without IGNORED; none if there is no such file."""
     path = folder / "results.json"
     if not path.exists():
         return []
@@ -100,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("before", type=Path, help="a folder of results")
-    parser.add_argument("after", type=Path, help="another, that should hold the same")
+    parser.add_argument("before", type=Path, help="folder of a run")
+    parser.add_argument("after", type=Path, help="folder of a run that should be the same")
     with main_guard():
         folders = parser.parse_args(argv)
         found = differences(folders.before, folders.after)

@@ -1,4 +1,4 @@
-"""Pictures of a page of latents, in headless Chromium: a latent's page, and a tree.
+"""Takes pictures of a page of latents in headless Chromium: of a latent's view, and of a tree.
 
     python browse.py --run runs/standin/sampled_seed0 --cache cache/standin/validation --out page
     python -m studies.screenshots --page page --latent matryoshka/11 --open 11 13 17
@@ -20,29 +20,29 @@ from matryoshka.command_line import main_guard, parse, require_positive, setting
 from matryoshka.errors import UserError
 from matryoshka.files import make_folder, write_atomically
 
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")  # the first that is on the PATH
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")  # the first one on the PATH is used
 FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--window-size=1200,900"),
 )
-SECONDS = 30  # to wait for a view
+SECONDS = 30  # how long to wait for a view
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Of which page, and how large."""
+    """Which page and latents, and the size of the pictures."""
 
     page: str = setting(help="folder that browse.py wrote")
     latent: str = setting("matryoshka/11", "which latent: SAE/NUMBER")
     open: tuple[int, ...] = setting((), "latents that are open in the tree; default: none")
     to: str = setting("results/standin", "folder for latent.png and tree.png")
-    width: int = setting(1100, "of the pictures, in pixels")
-    height: int = setting(1500, "of the pictures at most, in pixels")
-    theme: str = setting("light", "light or dark", choices=("light", "dark"))
+    width: int = setting(1100, "width of the pictures, in pixels")
+    height: int = setting(1500, "largest height of the pictures, in pixels")
+    theme: str = setting("light", "the page's theme", choices=("light", "dark"))
 
 
 def why_not() -> str | None:
-    """What is missing for a browser, in words; None where nothing is."""
+    """Says what is missing to start a browser; None if nothing is."""
     try:
         import selenium.webdriver  # noqa: F401
     except ImportError:
@@ -54,7 +54,10 @@ def why_not() -> str | None:
 
 @contextlib.contextmanager
 def chromium() -> Iterator[Any]:
-    """Selenium's driver of a new headless Chromium, which keeps nothing. Raises `UserError`."""
+    """A context with Selenium's driver of a new headless Chromium with an empty profile.
+
+    Raises `UserError` if it cannot be started.
+    """
     missing = why_not()
     if missing:
         raise UserError(f"no browser can be started: {missing}")
@@ -75,7 +78,7 @@ def chromium() -> Iterator[Any]:
 
 
 def show(driver: Any, page: str, address: str) -> None:
-    """Opens an address of a page anew, and waits until its view is there."""
+    """Reloads the page at an address, and waits until its view is shown. Raises `UserError`."""
     driver.get("about:blank")
     driver.get(page + address)
     end = time.monotonic() + SECONDS
@@ -88,7 +91,7 @@ def show(driver: Any, page: str, address: str) -> None:
 
 
 def picture(driver: Any, config: Config, path: Path) -> None:
-    """Writes what is shown as a PNG, cut off at its end or at `config.height`."""
+    """Writes a PNG of the view, as high as the view, but at most `config.height`."""
     size = {"width": config.width, "deviceScaleFactor": 1, "mobile": False}
     media = {"features": [{"name": "prefers-color-scheme", "value": config.theme}]}
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
@@ -104,7 +107,7 @@ def picture(driver: Any, config: Config, path: Path) -> None:
 
 
 def run(config: Config) -> list[Path]:
-    """Writes the two pictures; returns where they are. Raises `UserError`."""
+    """Writes the two pictures; returns their paths. Raises `UserError`."""
     require_positive(config, "width", "height")
     index = Path(config.page) / "index.html"
     if not index.is_file():

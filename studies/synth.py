@@ -1,13 +1,14 @@
-"""SAEs on a synthetic model whose features are known, scored by how many of them they find.
+"""Trains SAEs on a synthetic model whose features are known, and scores how many they find.
 
     python -m studies.synth --size mini --data cache/synth/mini --out results/synth/mini.json
 
-Trains the kinds of SAE below from the samples that studies/synth_data.py drew, on several seeds, at
-an L0 equal to the number of features that fire, and scores each on samples held out: as trained,
-and with its decoder refitted (matryoshka/refit.py). studies/synth_peers.py does the same with
-SAELens's own. What is done already is not done again: each training is written as it ends.
+The kinds of SAE below are trained on the samples that studies/synth_data.py drew, with several
+seeds, at an L0 equal to the number of features that fire. Each is scored on held-out samples: as
+trained, and with its decoder refitted (matryoshka/refit.py). studies/synth_peers.py does the same
+with SAELens's SAEs. The results are written after each training; a training that is in them is not
+repeated.
 
-Settings were chosen on a seed that the table does not show; docs/synth.md has what was tried.
+The settings were chosen on a seed that the table does not show; docs/synth.md has what was tried.
 """
 
 import dataclasses
@@ -34,10 +35,10 @@ from sae import SAE
 from studies.keep import results_in
 from studies.synth_data import SIZES, SizeName, Truth, read_truth
 
-LRS: dict[str, float] = {"mini": 3e-3, "16k": 3e-4}  # learning rates, by size
-# Where L0 is not to be the number of features that fire: that of the published table.
+LRS: dict[str, float] = {"mini": 3e-3, "16k": 3e-4}  # the learning rate for each size
+# Target L0s, where they are those of the published table and not the number of features that fire.
 TARGET_L0S = {"16k": 25.0}
-# By the name of an SAE, its own settings; "widths" are the size's own where they are WIDTHS.
+# The settings of each SAE, by its name. Where "widths" is WIDTHS, they are those of the size.
 WIDTHS = "the size's"
 BATCHTOPK: dict[str, Any] = {"activation": "batchtopk", "auxiliary": "level", "dead_after": 50_000}
 MATRYOSHKA = {**BATCHTOPK, "widths": WIDTHS}
@@ -53,27 +54,27 @@ SAES: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig:
-    """What is trained on, by whosever trainer."""
+    """The settings of studies/synth.py that studies/synth_peers.py has, too."""
 
     size: SizeName = setting("mini", "the synthetic model: a key of SIZES in synth_data.py")
     data: str = setting("cache/synth/mini", "folder that studies.synth_data wrote")
-    seeds: tuple[int, ...] = setting((0, 1, 2), "seeds of the start and of the order of batches")
-    n_steps: int = setting(0, "steps; 0: the size's own number")
-    device: str = setting("auto", "torch device; auto: the GPU where there is one")
+    seeds: tuple[int, ...] = setting((0, 1, 2), "seeds of the initialization and of the batches")
+    n_steps: int = setting(0, "training steps; 0: the number of the size")
+    device: str = setting("auto", "torch device; auto: the GPU if there is one")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(StudyConfig):
-    """What is trained, on what, and where it is written."""
+    """What is trained, on what, and where the results go."""
 
     saes: tuple[str, ...] = setting(tuple(SAES), "which SAEs, by name")
-    lr: float = setting(0.0, "learning rate; 0: the size's own")
+    lr: float = setting(0.0, "learning rate; 0: that of the size")
     runs: str = setting("runs/synth/mini", "folder for the SAEs")
     out: str = setting("runs/synth/mini/results.json", "file to write")
 
 
 def run(config: Config, on_checkpoint: Callable[[], object] | None = None) -> dict[str, Any]:
-    """Trains and scores what `config.out` does not hold; returns what it then holds.
+    """Trains and scores the SAEs that `config.out` does not hold; returns what it then holds.
 
     on_checkpoint: called after each checkpoint of a training. Raises `UserError`.
     """
@@ -82,7 +83,7 @@ def run(config: Config, on_checkpoint: Callable[[], object] | None = None) -> di
     truth, held_out = read_truth(data), ActivationCache(data / "held_out")
     if truth.about["size"] != config.size:
         raise UserError(f"{data} is of size {truth.about['size']}, not {config.size}")
-    results = started(Path(config.out), source(config, truth))
+    results = results_so_far(Path(config.out), source(config, truth))
     done = {(one["sae"], one["seed"]) for one in results["runs"]}
     for seed, name in itertools.product(config.seeds, config.saes):
         if (name, seed) not in done:
@@ -98,8 +99,11 @@ def require_names(names: Sequence[str], known: Iterable[str]) -> None:
             raise UserError(f"--saes {name} is none of {', '.join(known)}")
 
 
-def started(out: Path, source: dict[str, Any]) -> dict[str, Any]:
-    """What the file `out` holds, or no runs yet. Raises `UserError` for runs of other settings."""
+def results_so_far(out: Path, source: dict[str, Any]) -> dict[str, Any]:
+    """What the file `out` holds, or results without runs if there is no such file.
+
+    Raises `UserError` if it has runs of other settings.
+    """
     make_folder(out.parent)
     if not out.exists():
         return {"sources": [source], "runs": []}
@@ -111,7 +115,7 @@ def started(out: Path, source: dict[str, Any]) -> dict[str, Any]:
 
 
 def source(config: Config, truth: Truth) -> dict[str, Any]:
-    """What the results file says of how it was made."""
+    """What the results file says about how it was made."""
     about = {
         "source": "synth",
         "command": f"python -m studies.synth --size {config.size}",
@@ -125,7 +129,7 @@ def source(config: Config, truth: Truth) -> dict[str, Any]:
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """Settings as a results file has them: without those that say what more is done, or where."""
+    """The settings that all runs of a results file share, in the form in which it has them."""
     settings = dataclasses.asdict(config)
     others = {name: settings[name] for name in settings if name not in ("out", "saes", "seeds")}
     return dict(without_paths(json.loads(json.dumps(others))))
@@ -138,7 +142,7 @@ def one_run(
     data: tuple[ActivationCache, Truth],
     on_checkpoint: Callable[[], object] | None,
 ) -> list[dict[str, Any]]:
-    """Trains one SAE, or finds it; scores it, and it with its decoder refitted."""
+    """Trains one SAE unless it is trained already; scores it as trained and refitted."""
     held_out, truth = data
     trained = train.run(training(config, truth, name, seed), on_checkpoint)
     folder, device = Path(trained["config"]["out"]), pick_device(config.device)
@@ -152,7 +156,7 @@ def one_run(
 
 
 def training(config: Config, truth: Truth, name: str, seed: int) -> TrainingConfig:
-    """The settings of one training; writes the file that says what its SAE is."""
+    """The settings of one training. Writes the members file of its SAE, which they name."""
     size, folder = SIZES[config.size], Path(config.runs) / f"{name}_seed{seed}"
     own = dict(SAES[name])
     if own.get("widths") == WIDTHS:
@@ -178,7 +182,7 @@ def training(config: Config, truth: Truth, name: str, seed: int) -> TrainingConf
 
 
 def target_l0(size: str, truth: Truth) -> float:
-    """Latents that are to fire on a sample, of every SAE."""
+    """The L0 that every SAE of this size is trained for."""
     return TARGET_L0S.get(size) or round(truth.l0, 2)
 
 
@@ -189,7 +193,7 @@ def lr_of(config: Config) -> float:
 
 @torch.inference_mode()
 def score(sae: Any, cache: ActivationCache, truth: Truth) -> dict[str, float]:
-    """The scores on all samples of `cache` of any SAE with `encode`, `decode` and `W_dec`."""
+    """The scores of an SAE on all samples of `cache`; it needs `encode`, `decode` and `W_dec`."""
     device = sae.W_dec.device
     scores, moments = TruthScores(sae.W_dec, truth.directions.to(device)), Moments()
     error, fired = 0.0, torch.zeros(len(sae.W_dec), dtype=torch.int64, device=device)
@@ -229,8 +233,10 @@ HEADERS = ["SAE", "lr", "seed", "F1", "MCC", "unique", "explained", "L0", "dead"
 
 
 def summary(*results: dict[str, Any]) -> str:
-    """The table of several results files: mean and spread over seeds, an SAE a row, at the learning
-    rate that it was trained at on all seeds."""
+    """The table of several results: for each SAE, the mean and standard deviation over seeds.
+
+    An SAE's row is that of the learning rate with the most seeds.
+    """
     runs = [run for one in results for run in one["runs"]]
     rows = []
     for name in dict.fromkeys(run["sae"] for run in runs):
@@ -257,7 +263,7 @@ def _cells(runs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds."""
+    """Formats the mean and the standard deviation over seeds."""
     mean = f"{np.mean(values):.3f}"
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.3f}"
 

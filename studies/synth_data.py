@@ -1,18 +1,18 @@
-"""Samples of a synthetic model whose features are known (SynthSAEBench), once, into a cache.
+"""Draws samples of a synthetic model whose features are known (SynthSAEBench) into a cache.
 
     pip install sae-lens==6.54.12
     python -m studies.synth_data --size mini --out cache/synth/mini
 
-The model is SAELens's `SyntheticModel` (Chanin and Garriga-Alonso 2026, arXiv 2602.14687): features
-in trees, with children that exclude each other and shrink with their parents, firing with Zipfian
-probabilities that are correlated, more of them than there are dimensions. On a CPU its sampler
-takes longer than a training does, so samples are drawn once:
+The model is SAELens's `SyntheticModel` (Chanin and Garriga-Alonso 2026, arXiv 2602.14687). It has
+more features than dimensions. They form trees, in which children exclude each other and scale with
+their parents; they fire with Zipfian probabilities and are correlated. On a CPU its sampler takes
+longer than a training does, so samples are drawn once:
 
     OUT/train, OUT/held_out   caches of activations, as cache_activations.py writes them
-    OUT/truth.safetensors     the features' directions; which of them fire on what is held out
+    OUT/truth.safetensors     the features' directions, and which of them fire on held-out samples
 
-Only this and studies/synth_peers.py need SAELens. The size `16k` is the published benchmark's
-configuration; `mini` is an eighth of it: minutes on two cores.
+Only this module and studies/synth_peers.py need SAELens. The size `16k` is the published
+benchmark's configuration; `mini` is an eighth of it, and takes minutes on two cores.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ from matryoshka.errors import UserError
 from matryoshka.files import make_folder, write_atomically
 
 SizeName = Literal["mini", "16k"]
-MODEL_SEED = 42  # the benchmark's: it makes the directions, the trees and the magnitudes
-SEED_TRAIN, SEED_HELD_OUT = 0, 1  # of what is drawn from it
+MODEL_SEED = 42  # the benchmark's seed of the directions, the trees and the magnitudes
+SEED_TRAIN, SEED_HELD_OUT = 0, 1  # seeds of the samples
 AT_ONCE = 1024  # samples drawn at once
 TRUTH = "truth.safetensors"
 
@@ -48,7 +48,7 @@ class Size(NamedTuple):
     n_trees: int
     n_latents: int
     widths: tuple[int, ...]  # of Matryoshka SAEs
-    n_samples: int  # to train on; more steps than they fill are further passes
+    n_samples: int  # to train on, in several passes if the steps need more
     n_held_out: int
     n_steps: int
     batch_size: int
@@ -85,30 +85,30 @@ SIZES: dict[str, Size] = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Which model, how many samples of it, and where they go."""
+    """Which model, how many of its samples, and where they go."""
 
     size: SizeName = setting("mini", "the synthetic model: a key of SIZES")
-    samples: int = setting(0, "samples to train on; 0: the size's own number")
-    held_out: int = setting(0, "samples to score on; 0: the size's own number")
+    samples: int = setting(0, "samples to train on; 0: the number of the size")
+    held_out: int = setting(0, "samples to score on; 0: the number of the size")
     out: str = setting("cache/synth/mini", "folder for the caches and the truth")
     device: str = setting("auto", "auto, cpu, cuda, ...")
 
 
 class Truth(NamedTuple):
-    """What is known of the samples that are held out."""
+    """The true features, and which of them fire on each held-out sample."""
 
     directions: Tensor  # [n_features, d_model], of norm 1
-    features: Tensor  # int32: which features fire, sample after sample
-    starts: Tensor  # int64 [n_samples + 1]: where each sample's begin in `features`
-    about: dict[str, Any]  # the model's settings, the sampler's version and seeds
+    features: Tensor  # int32 [n_firings]: the features that fire, sample after sample
+    starts: Tensor  # int64 [n_samples + 1]: where each sample's features begin in `features`
+    about: dict[str, Any]  # the model's settings, SAELens's version and the seeds
 
     @property
     def l0(self) -> float:
-        """Features that fire on a sample, on average."""
+        """The mean number of features that fire on a sample."""
         return len(self.features) / (len(self.starts) - 1)
 
     def fired(self, start: int, stop: int) -> Tensor:
-        """Which features fire on the samples `start` up to `stop`: bool [n, n_features]."""
+        """Which features fire on samples `start` to `stop` - 1: bool [n, n_features]."""
         counts = self.starts[start : stop + 1].diff()
         rows = torch.arange(len(counts)).repeat_interleave(counts)
         features = self.features[self.starts[start] : self.starts[start + len(counts)]]
@@ -118,7 +118,10 @@ class Truth(NamedTuple):
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Draws the samples, or finds that done; returns what is known of them. Raises `UserError`."""
+    """Draws the samples unless the folder has them; returns their numbers and the true L0.
+
+    Raises `UserError`, also if the folder has samples of other settings.
+    """
     size, folder = SIZES[config.size], Path(config.out)
     n_train, n_held_out = config.samples or size.n_samples, config.held_out or size.n_held_out
     asked = {"size": config.size, "n_samples": n_train, "n_held_out": n_held_out}
@@ -146,7 +149,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def synthetic_model(size: Size, device: torch.device) -> Any:
-    """SAELens's model of that size, with the published benchmark's settings otherwise."""
+    """SAELens's model of that size; all other settings are the published benchmark's."""
     try:
         from sae_lens import synthetic
     except ImportError:
@@ -177,10 +180,11 @@ def synthetic_model(size: Size, device: torch.device) -> Any:
 
 
 def samples(model: Any, n: int, seed: int, fired: list[Tensor] | None = None) -> Iterator[Tensor]:
-    """The first `n` samples of `model` by `seed`, a few at a time: [AT_ONCE, d_model] each.
+    """Yields the first `n` samples of `model` with `seed`, in parts x [AT_ONCE, d_model].
 
-    `fired` is given which features fire on each: int64 [n_firings, 2], of sample and feature. The
-    sampler draws from torch's global generator, which nothing else here does meanwhile.
+    For each part, int64 [n_firings, 2], pairs of a sample and a feature that fires on it, are
+    appended to `fired`. SAELens's sampler draws from torch's global generator; nothing else here
+    uses it.
     """
     torch.manual_seed(seed)
     for start in range(0, n, AT_ONCE):
@@ -191,7 +195,7 @@ def samples(model: Any, n: int, seed: int, fired: list[Tensor] | None = None) ->
 
 
 def truth_of(model: Any, fired: Sequence[Tensor], asked: dict[str, Any]) -> Truth:
-    """What is known of the samples on which `fired` says what fires."""
+    """The truth about held-out samples, from the pairs that `samples` appended to `fired`."""
     sample, feature = torch.cat(list(fired)).unbind(1)
     counts = torch.bincount(sample, minlength=asked["n_held_out"])
     about = asked | {
@@ -204,7 +208,7 @@ def truth_of(model: Any, fired: Sequence[Tensor], asked: dict[str, Any]) -> Trut
 
 
 def write_truth(folder: Path, truth: Truth) -> None:
-    """Writes the file of it, whole or not at all."""
+    """Writes the truth's file, whole or not at all."""
     tensors = {name: getattr(truth, name).contiguous() for name in Truth._fields[:3]}
     metadata = {"truth": json.dumps(truth.about)}
     write_atomically(
@@ -213,7 +217,7 @@ def write_truth(folder: Path, truth: Truth) -> None:
 
 
 def read_truth(folder: Path) -> Truth:
-    """What is known of the samples in a folder. Raises `UserError` where that is not there."""
+    """Reads the truth about the samples in a folder. Raises `UserError` if it cannot be read."""
     try:
         with safetensors.safe_open(folder / TRUTH, framework="pt") as file:
             directions, features, starts = (file.get_tensor(name) for name in Truth._fields[:3])

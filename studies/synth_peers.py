@@ -1,16 +1,17 @@
-"""SAELens's own SAEs, trained by SAELens's own trainer on the samples that ours are trained on.
+"""Trains SAELens's SAEs with SAELens's trainer, on the same samples as studies/synth.py.
 
     pip install sae-lens==6.54.12
     python -m studies.synth_peers --size mini --data cache/synth/mini \\
         --out results/synth/mini_saelens.json
 
-BatchTopK and MatryoshkaBatchTopK at each learning rate, on the first seed; then, at the one with
-the best F1, on the other seeds. The batches, the number of latents and of steps, k, the widths and
-the learning rate's course are those of studies/synth.py. So is the number of samples after which
-a latent is dead: at SAELens's default, 1,000 steps, none of `mini` would be revived. Other settings
-are SAELens's defaults, but that the Matryoshka SAE has its auxiliary loss a level at a time
-(`use_matryoshka_aux_loss`), as the published benchmark does. What is saved is read back by SAELens,
-and scored with its `encode`. Each training is written as it ends, and not done again.
+BatchTopK and MatryoshkaBatchTopK SAEs are trained at each learning rate with the first seed, and at
+the one with the best F1 with the other seeds. The batches, the numbers of latents and of steps, k,
+the widths and the learning rate's schedule are those of studies/synth.py. So is the number of
+samples after which a latent counts as dead: with SAELens's default, 1,000 steps, no latent of
+`mini` would be revived. Other settings are SAELens's defaults, except that the Matryoshka SAE has
+an auxiliary loss for each level (`use_matryoshka_aux_loss`), as in the published benchmark. SAELens
+reads back what it saved, and its `encode` and `decode` are scored. The results are written after
+each training; a training that is in them is not repeated.
 """
 
 import contextlib
@@ -33,15 +34,15 @@ from studies.synth import (
     HEADERS,
     StudyConfig,
     require_names,
+    results_so_far,
     rows_of,
     score,
     settings_of,
-    started,
     target_l0,
 )
 from studies.synth_data import SIZES, SizeName, Truth, read_truth
 
-# By the name of an SAE: the kind in studies/saelens_standin.py, and settings of SAELens's own.
+# By the name of an SAE: its kind in studies/saelens_standin.py, and further settings of SAELens's.
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "saelens_matryoshka": ("matryoshka_batchtopk", {"use_matryoshka_aux_loss": True}),
     "saelens_batchtopk": ("batchtopk", {}),
@@ -50,7 +51,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Config(StudyConfig):
-    """What is trained, on what, and where it is written."""
+    """What is trained, on what, and where the results go."""
 
     saes: tuple[str, ...] = setting(tuple(PEERS), "which SAEs, by name")
     runs: str = setting("runs/synth/mini_saelens", "folder for the SAEs, as SAELens saves them")
@@ -58,15 +59,15 @@ class Config(StudyConfig):
 
 
 def run(config: Config, on_done: Callable[[], object] | None = None) -> dict[str, Any]:
-    """Trains what `config.out` does not hold; returns what it then holds. Raises `UserError`.
+    """Does the trainings that `config.out` does not hold; returns what it then holds.
 
-    on_done: called when a training is scored and written.
+    on_done: called after each training, when its scores are written. Raises `UserError`.
     """
     require_names(config.saes, PEERS)
     data = Path(config.data)
     truth = read_truth(data)
     train, held_out = (ActivationCache(data / split) for split in ("train", "held_out"))
-    results = started(Path(config.out), source(config, truth))
+    results = results_so_far(Path(config.out), source(config, truth))
     for name in config.saes:
         for seed, lr in still_to_do(config, name, results["runs"]):
             results["runs"].append(one_run(config, name, seed, lr, (train, held_out, truth)))
@@ -79,8 +80,11 @@ def run(config: Config, on_done: Callable[[], object] | None = None) -> dict[str
 def still_to_do(
     config: Config, name: str, runs: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[int, float]]:
-    """Seeds and learning rates of what is not in `runs`, which grows meanwhile: all rates on the
-    first seed, then the best of them, by F1, on the others."""
+    """Yields the (seed, learning rate) pairs that are not in `runs`.
+
+    First come all rates with the first seed, then the rate that has the best F1 with the other
+    seeds. The caller adds each run to `runs` before it asks for the next pair.
+    """
     first, *others = config.seeds
     lrs = SIZES[config.size].lrs
 
@@ -99,7 +103,10 @@ def one_run(
     lr: float,
     data: tuple[ActivationCache, ActivationCache, Truth],
 ) -> dict[str, Any]:
-    """Trains one SAE, saves it, and scores what was saved. data: to train on, held out, truth."""
+    """Trains one SAE, saves it, and scores the saved file.
+
+    data: the samples to train on, the held-out samples, and the truth about these.
+    """
     import sae_lens
 
     train, held_out, truth = data
@@ -131,13 +138,15 @@ def one_run(
 
 
 def trainer_settings(size: SizeName) -> dict[str, Any]:
-    """SAELens's trainer's settings that are not its defaults: steps after which a latent is dead,
-    of as many samples as ours."""
+    """Settings of SAELens's trainer other than its defaults: the steps until a latent is dead.
+
+    They have as many samples as `dead_after` in studies/synth.py.
+    """
     return {"dead_feature_window": BATCHTOPK["dead_after"] // SIZES[size].batch_size}
 
 
 def source(config: Config, truth: Truth) -> dict[str, Any]:
-    """What the results file says of how it was made."""
+    """What the results file says about how it was made."""
     about = {
         "source": "synth_saelens",
         "command": f"python -m studies.synth_peers --size {config.size}",

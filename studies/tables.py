@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/ by name; those of speed and of synthetic models are here."""
+"""The tables of README.md and docs/ by name; makes those about speed and synthetic models."""
 
 from collections.abc import Callable
 
@@ -32,19 +32,19 @@ from studies.toy_tables import (
     unhedged_short,
 )
 
-# what pages and the notebook take from here, beside the tables
+# What the pages and the notebook import from here.
 __all__ = ["RECIPES", "RESULTS", "ROOT", "TABLES", "TREES", "kinds_of", "named", "read", "runs_of"]
 
 # --------------------------------------------------------------- synthetic models of known features
 
 
 def synth() -> str:
-    """SAEs on the synthetic model `mini`: ours, then SAELens's on the same samples."""
+    """The SAEs on the synthetic model `mini`: ours, then SAELens's on the same samples."""
     return synth_study.summary(read("synth/mini.json"), read("synth/mini_saelens.json"))
 
 
 def synth_lrs() -> str:
-    """SAELens's on the first seed, at every learning rate."""
+    """SAELens's SAEs with the first seed, at every learning rate."""
     return table(synth_study.HEADERS, synth_study.rows_of(_first_seed("synth/mini_saelens.json")))
 
 
@@ -56,32 +56,32 @@ def _first_seed(name: str) -> list[Run]:
 # ------------------------------------------------------------------------------------------ speed
 
 
-def of_bench(part: str, file: str = "") -> str:
-    """A part of studies.bench as it prints it; `file`: in results/bench, where not of that name."""
+def bench_table(part: str, file: str = "") -> str:
+    """The table that studies.bench prints for a part, from results/bench/`file` or /`part`.json."""
     return bench.show(read(f"bench/{file or part}.json")["sources"][0][part])
 
 
 def step() -> str:
     """A step at full size on a CPU, as a multiple of its five dense products."""
-    return of_bench("step")
+    return bench_table("step")
 
 
 def step_xeon() -> str:
-    """The same on a CPU that multiplies in bfloat16."""
-    return of_bench("step", "step_xeon")
+    """A step at full size on a CPU that has instructions for bfloat16."""
+    return bench_table("step", "step_xeon")
 
 
 def step_gpu() -> str:
-    """The same on a GPU."""
-    return of_bench("step", "step_gpu")
+    """A step at full size on a GPU."""
+    return bench_table("step", "step_gpu")
 
 
 def growth() -> str:
-    """A step by the size of the dictionary, against the dense products of that size, and by L0."""
+    """A step by the number of latents, against the dense products of that size, and by L0."""
     times = read("bench/growth.json")["sources"][0]["growth"]
     rows = []
     for name in times:
-        if "," in name:  # a column of another's row
+        if "," in name:  # it is shown as a column of another name's row
             continue
         columns = [times.get(name + more) for more in ("", ", bfloat16", ", five products")]
         medians = [column and column["median"] for column in columns]
@@ -92,12 +92,12 @@ def growth() -> str:
 
 
 def data() -> str:
-    """Caching against the bare forward pass, and a streamed batch."""
-    return of_bench("data")
+    """Caching against the bare forward pass, and a batch read from disk."""
+    return bench_table("data")
 
 
 def browsing() -> str:
-    """What browsing costs: a pass that collects against one that only encodes, and the page."""
+    """Browsing: a pass that collects against one that only encodes, and the page."""
     rows = []
     for made in read("bench/browse.json")["sources"]:
         size, passes, page = made["config"], made.get("passes", {}), made.get("page", {})
@@ -118,7 +118,7 @@ OF_A_PAGE = {"megabytes": ".0f", "first view": ".2f", "a latent": ".3f"}
 
 OF_RECIPES = tuple(f"toy/{file}.json" for file in RECIPES.values())
 
-# By the name that a page calls a table by: the function, and the files of results/ that it shows.
+# By the name of a table in the pages: the function that makes it, and the files that it shows.
 TABLES: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     "toy": (toy, ("toy/sampled.json",)),
     "recipes": (recipes, (*OF_RECIPES, "bench/toy.json")),
@@ -154,8 +154,10 @@ TABLES: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
 
 
 def named(name: str) -> str:
-    """The table `name`, and under it where its figures were made. Raises `UserError` for none, and
-    where the files that it is made of lack something that it shows."""
+    """The table `name`, and under it where its figures were made.
+
+    Raises `UserError` for an unknown name, or if a file of results/ lacks something that it shows.
+    """
     if name not in TABLES:
         raise UserError(f"there is no table {name}, only {', '.join(TABLES)}")
     make, files = TABLES[name]

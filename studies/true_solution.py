@@ -1,19 +1,20 @@
-"""Is the true dictionary where training could end? The loss at the truth, and where it leads.
+"""Is the true dictionary a minimum of the training loss? Compares it with where training ends.
 
     python -m studies.true_solution --d-model 14
 
-For each seed an SAE of each kind is trained as `train_toy.py` does. The loss is then held: the
-sparsity weight that training ended with, and the prefixes' expected reach. Four points of it, each
-after `--n-steps` steps of Adam on new samples, and scored on the same held-out ones:
+For each seed, an SAE of each kind is trained as `train_toy.py` does it. Then the loss is fixed: its
+sparsity weight is the one at the end of training, and each latent is weighted by the expected share
+of prefixes that contain it. Four SAEs are scored by this loss on the same held-out samples:
 
-    trained            where training ends
-    trained, on        the same, after more steps of all parameters
-    truth              decoder rows are the features, only encoder and biases have learnt
-    truth, on          the same, after more steps of all parameters
+    trained            the SAE at the end of training
+    trained, on        the same, after `--n-steps` more steps of Adam on this loss
+    truth              decoder rows are the features; encoder and biases have had as many steps
+    truth, on          the same, after as many steps of all parameters
 
-If the loss is higher at "truth" than at "trained, on", no better optimiser of this loss finds the
-features. If "truth, on" has lost features, they are not even a local optimum. A kind "tied" is the
-first part of unhedged training: an encoder that points along its decoder, and no prefixes.
+If the loss is higher at "truth" than at "trained, on", a better optimiser of this loss will not
+find the features. If "truth, on" has lost features, the truth is not even a local minimum. The kind
+"tied" is the first part of unhedged training: each encoder column is parallel to its decoder row,
+and there are no prefixes.
 """
 
 import dataclasses
@@ -53,18 +54,18 @@ KINDS: dict[str, dict[str, Any]] = {  # settings of train_toy.py
     "tied": {"saes": ("vanilla",), "unhedged": 1.0},
 }
 LR, BATCH_SIZE = 0.003, 1000
-DIGITS = {"loss": 4, "fvu": 4, "l0": 2, "clean": 1}  # what is scored, and how it is shown
+DIGITS = {"loss": 4, "fvu": 4, "l0": 2, "clean": 1}  # the scores, with the decimals shown
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The tree, the seeds, and how long each point is descended from."""
+    """The tree, the seeds, and the numbers of steps."""
 
     tree: str = inherited(train_toy.Config, "tree")
     d_model: int = inherited(train_toy.Config, "d_model")
     target_l0: float = inherited(train_toy.Config, "target_l0")
-    train_steps: int = setting(40_000, "steps of the training as train_toy.py does it")
-    n_steps: int = setting(3_000, "steps of Adam on the held loss, with 1,000 samples each")
+    train_steps: int = setting(40_000, "training steps, as train_toy.py takes them")
+    n_steps: int = setting(3_000, "steps of Adam on the fixed loss, with 1,000 samples each")
     seeds: int = setting(3, "how many seeds")
     seed: int = setting(0, "the first seed")
     out: str = setting("runs/true_solution", "folder for true_solution.json")
@@ -72,31 +73,31 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """What an SAE of one kind is trained on, everything held but the SAE."""
+    """The fixed training loss of one kind of SAE: a function of its parameters alone."""
 
-    reach: Tensor  # float64 [n_latents]
-    price: float  # of a_j ||d_j||
+    reach: Tensor  # float64 [n_latents]: the expected share of prefixes that contain each latent
+    price: float  # the sparsity weight, of a_j ||d_j||
     is_tied: bool
 
     def __call__(self, x: Tensor, params: Sequence[Tensor]) -> Tensor:
-        """x [n, d_model], scaled; params as `parameters` has them, latents in order."""
+        """The loss on scaled x [n, d_model]; params as `parameters` returns, latents in order."""
         W_enc, b_enc, W_dec, b_dec = params
         if self.is_tied:
             W_enc = along_decoder(W_enc.T, W_dec).T
         acts = torch.relu(x @ W_enc + b_enc)
         weights = self.reach - torch.cat([self.reach[1:], self.reach.new_zeros(1)])
-        lengths = 1 + weights.nonzero()[:, 0]  # of one prefix only the last has a weight
+        lengths = 1 + weights.nonzero()[:, 0]  # with one prefix, only the full length has weight
         weights = weights[lengths - 1].float()
         return matryoshka_loss(x, acts, W_dec, b_dec, lengths, weights, self.price)
 
 
 def parameters(sae: SAE) -> list[Tensor]:
-    """W_enc, b_enc, W_dec and b_dec, as tensors of their own."""
+    """Copies of W_enc, b_enc, W_dec and b_dec."""
     return [p.detach().clone() for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)]
 
 
 def in_order(sae: SAE, x: Tensor) -> SAE:
-    """The SAE with its latents in the order of what they contribute on x [n, d_model]."""
+    """The SAE with latents sorted by the mean square of what each adds on x [n, d_model]."""
     size = (sae.encode(x) * sae.W_dec.norm(dim=1)).square().mean(0)
     order = size.argsort(descending=True)
     return sae.with_tensors(
@@ -105,7 +106,7 @@ def in_order(sae: SAE, x: Tensor) -> SAE:
 
 
 def descended(sae: SAE, loss: Loss, batches: Any, n_steps: int, holds_decoder: bool = False) -> SAE:
-    """The SAE after `n_steps` of Adam on `loss`; the learning rate falls to 0 on the way."""
+    """The SAE after `n_steps` of Adam on `loss`, with a learning rate that falls linearly to 0."""
     params = parameters(sae)
     free = params[:2] + params[3:] if holds_decoder else params
     for param in free:
@@ -124,7 +125,7 @@ def descended(sae: SAE, loss: Loss, batches: Any, n_steps: int, holds_decoder: b
 
 
 def true_sae(sae: SAE, directions: Tensor, x: Tensor) -> SAE:
-    """An SAE whose latents are the features: decoder rows in its units, most important first."""
+    """An SAE in the units of `sae` whose decoder rows are the features, most important first."""
     rows = directions * sae.scale
     order = (x @ normalize(directions).T).square().mean(0).argsort(descending=True)
     rows = rows[order]
@@ -138,7 +139,7 @@ def true_sae(sae: SAE, directions: Tensor, x: Tensor) -> SAE:
 
 @torch.no_grad()
 def scores(sae: SAE, loss: Loss, x: Tensor, directions: Tensor) -> dict[str, float]:
-    """Of an SAE on held-out x [n, d_model]."""
+    """The scores of an SAE on held-out x [n, d_model]."""
     sae = in_order(sae, x)
     acts = sae.encode(x)
     best = best_cosine(decoder_cosines(sae.W_dec, directions))
@@ -151,7 +152,7 @@ def scores(sae: SAE, loss: Loss, x: Tensor, directions: Tensor) -> dict[str, flo
 
 
 def points(config: Config, data: ToyData, sae: SAE, loss: Loss, seed: int) -> dict[str, Any]:
-    """The scores of the four points that lead from one trained SAE and from the truth."""
+    """The scores of the four SAEs named above, by name, from one trained SAE."""
     _, x = data.held_out(seed, 50_000)
     directions = data.directions(seed)
     batches = data.batches([seed], BATCH_SIZE, torch.device("cpu"))
@@ -167,7 +168,7 @@ def points(config: Config, data: ToyData, sae: SAE, loss: Loss, seed: int) -> di
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Trains and descends; writes true_solution.json to `config.out`, and returns its runs."""
+    """Trains the SAEs and scores the four points of each; returns a dict for each point."""
     require_positive(config, "d_model", "target_l0", "train_steps", "n_steps", "seeds")
     fix_kernels()
     data = ToyData(FeatureTree.from_json(config.tree), config.d_model)
@@ -198,7 +199,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """A row a kind and point, means over seeds."""
+    """A row of the table for each kind and point: means over seeds."""
     rows = []
     for kind, point in dict.fromkeys((run["kind"], run["point"]) for run in runs):
         of_row = [run for run in runs if (run["kind"], run["point"]) == (kind, point)]
