@@ -4,12 +4,12 @@
     topk                AutoEncoderTopK
     batchtopk           BatchTopKSAE, whose threshold is one number
     jumprelu            JumpReluAutoEncoder
-    relu or batchtopk,  MatryoshkaBatchTopKSAE, the one public format in which prefixes survive:
-      with widths         its `active_groups` first groups of latents are a prefix
+    relu or batchtopk,  MatryoshkaBatchTopKSAE, the only public format that keeps prefixes:
+      with widths         its first `active_groups` groups of latents are a prefix
 
-Decoder rows get norm 1, as its trainers and SAEBench have them: activations are a_j ||d_j|| there.
-AutoEncoder is read as well. All but AutoEncoderNew and JumpReluAutoEncoder take the decoder's bias
-off the input first.
+Decoder rows are written with norm 1, which its trainers and SAEBench expect, so that activations
+there are a_j ||d_j||. AutoEncoder can be read, too. All classes but AutoEncoderNew and
+JumpReluAutoEncoder subtract the decoder's bias from the input first.
 """
 
 import io
@@ -38,12 +38,12 @@ from matryoshka.plain_weights import (
 from sae import SAE
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
-OURS = "matryoshka_sae"  # the key of config.json under which this project's own settings are
-ONE_THRESHOLD = 1e-5  # a_j ||d_j|| at which latents begin to fire: one number, within this share
+OURS = "matryoshka_sae"  # the key in config.json of this project's own settings
+ONE_THRESHOLD = 1e-5  # relative differences of thresholds up to which they count as one number
 
 LINEAR = {"W_enc": "encoder.weight.T", "b_enc": "encoder.bias", "W_dec": "decoder.weight.T"}
 PLAIN = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-TENSORS = {  # of each class, by the fields of `Weights`
+TENSORS = {  # class -> field of `Weights` -> name of the tensor; .T: transposed
     "AutoEncoder": LINEAR | {"b_dec": "bias"},
     "AutoEncoderNew": LINEAR | {"b_dec": "decoder.bias"},
     "AutoEncoderTopK": LINEAR | {"b_dec": "b_dec"},
@@ -59,7 +59,7 @@ ACTIVATIONS = {"AutoEncoderTopK": "topk", "JumpReluAutoEncoder": "jumprelu"} | d
 
 
 def is_one(folder: Path) -> bool:
-    """Whether a folder looks like one of dictionary_learning's, whole or in part."""
+    """Whether a folder looks like one of dictionary_learning's, even if it is incomplete."""
     return (folder / WEIGHTS).exists()
 
 
@@ -67,10 +67,10 @@ def is_one(folder: Path) -> bool:
 
 
 def write(sae: SAE, folder: Path, widths: Sequence[int] | None = None) -> list[str]:
-    """Writes both files; returns what the format cannot express, a line each.
+    """Writes both files; returns notes on what the format cannot express, one line each.
 
-    widths: prefixes to keep, which rise and end at n_latents; by default those that the SAE was
-    trained at. Raises `UserError` where the SAE has no form there.
+    widths: prefix lengths to keep, which rise and end at n_latents; None: those that the SAE was
+    trained at. Raises `UserError` if the format has no class for the SAE.
     """
     if sae.activation == "batchtopk" and sae.threshold is None:
         raise UserError("a batchtopk SAE without a threshold is not trained yet: train it first")
@@ -91,7 +91,7 @@ def write(sae: SAE, folder: Path, widths: Sequence[int] | None = None) -> list[s
     if name in ("AutoEncoderTopK", *OF_BATCH):
         tensors["k"] = torch.tensor(k, dtype=torch.int)
         if k != sae.k:
-            notes.append(f"k must be a whole number there: it is {k}, and decides nothing")
+            notes.append(f"k must be a whole number there: {k} was written, and has no effect")
     groups = [end - start for start, end in pairwise([0, *(widths or [])])]
     if name == "MatryoshkaBatchTopKSAE":
         tensors["group_sizes"] = torch.tensor(groups)
@@ -103,7 +103,7 @@ def write(sae: SAE, folder: Path, widths: Sequence[int] | None = None) -> list[s
 
 
 def require_widths(sae: SAE, widths: Sequence[int] | None) -> list[int]:
-    """The prefixes to keep, [] for none. Raises `UserError` where they are not prefixes."""
+    """The prefix lengths to keep, [] for none. Raises `UserError` if they are not prefixes."""
     widths = list(widths or _groups_of(sae.about))
     if not widths:
         return []
@@ -116,12 +116,12 @@ def require_widths(sae: SAE, widths: Sequence[int] | None) -> list[int]:
 
 
 def _groups_of(about: Mapping[str, Any]) -> list[int]:
-    """The widths that an SAE was trained at but for 0, its bias alone."""
+    """The widths that an SAE was trained at, without 0, at which only its bias is trained."""
     return [width for width in about.get("widths") or [] if width > 0]
 
 
 def class_of(sae: SAE, weights: Weights, widths: Sequence[int]) -> tuple[str, Tensor]:
-    """The class for an SAE whose `weights` have unit rows, and its threshold: [] or [n_latents]."""
+    """The class for an SAE, and its threshold: [] or [n_latents]. weights: its, with unit rows."""
     none = torch.tensor(0.0 if sae.activation == "relu" else -1.0)
     if sae.activation == "topk":
         return "AutoEncoderTopK", none
@@ -137,14 +137,14 @@ def class_of(sae: SAE, weights: Weights, widths: Sequence[int]) -> tuple[str, Te
 
 
 def _prefix_notes(sae: SAE, name: str) -> list[str]:
-    """What is said of prefixes that the class cannot keep."""
+    """The note that the class cannot keep prefixes, if it cannot and the SAE has any."""
     if name == "MatryoshkaBatchTopKSAE" or not has_prefixes(sae):
         return []
     return [f"{name} cannot decode a prefix: those trained at are in config.json only"]
 
 
 def _tensors(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Float32 tensors by the names that a class has for them."""
+    """Float32 tensors under the names that the class `name` gives them."""
     named = {}
     for field, theirs in TENSORS[name].items():
         if field in tensors:
@@ -156,11 +156,11 @@ def _tensors(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def config_of(sae: SAE, name: str, k: int, groups: Sequence[int]) -> dict[str, Any]:
-    """config.json: what its reader and SAEBench look for, and all that this project knows."""
+    """config.json: the entries that its reader and SAEBench use, and those of this project."""
     about = sae.about
     trainer: dict[str, Any] = {
         "dict_class": name,
-        "trainer_class": None,  # it was trained by none of its trainers
+        "trainer_class": None,  # the SAE was not trained by dictionary_learning
         "activation_dim": sae.d_model,
         "dict_size": sae.n_latents,
         "lm_name": about.get("model"),
@@ -187,8 +187,7 @@ def config_of(sae: SAE, name: str, k: int, groups: Sequence[int]) -> dict[str, A
 
 
 def read(folder: Path) -> SAE:
-    """The SAE in a folder of dictionary_learning. Raises `UserError` where it holds none that can
-    be read."""
+    """The SAE in a folder of dictionary_learning. Raises `UserError` if it cannot be read."""
     config, tensors = read_object(folder / CONFIG), read_pickle(folder / WEIGHTS)
     try:
         trainer = config.get("trainer")
@@ -222,7 +221,7 @@ def _read(trainer: dict[str, Any], config: dict[str, Any], tensors: Mapping[str,
 
 
 def _our_own(ours: dict[str, Any], name: str, widths: list[int] | None) -> tuple[Any, ...]:
-    """activation, k, mean_norm and about of an SAE of this project that has come back."""
+    """activation, k, mean_norm and about of an SAE that this project wrote in this format."""
     activation, about, mean_norm = ours.get("activation"), ours.get("about"), ours.get("mean_norm")
     classes = {
         "relu": ("AutoEncoderNew", "MatryoshkaBatchTopKSAE"),
@@ -240,18 +239,19 @@ def _our_own(ours: dict[str, Any], name: str, widths: list[int] | None) -> tuple
 
 
 def _k(trainer: dict[str, Any], tensors: Mapping[str, Tensor]) -> int:
-    """Active latents a sample, where config.json and ae.pt agree."""
+    """Active latents a sample. Raises `UserError` unless config.json and ae.pt agree."""
     k = whole(trainer, "k")
-    if "k" in tensors and (tensors["k"].dim() != 0 or int(tensors["k"]) != k):
+    if "k" in tensors and (tensors["k"].dim() != 0 or tensors["k"].item() != k):
         raise UserError(f"k is {k} in {CONFIG} and {tensors['k'].tolist()} in {WEIGHTS}")
     return k
 
 
 def _widths(tensors: Mapping[str, Tensor], n_latents: int) -> list[int]:
-    """The ends of its groups of latents."""
-    groups = tensors.get("group_sizes")
-    if groups is None or groups.dim() != 1 or int(groups.sum()) != n_latents or (groups < 1).any():
+    """The prefix lengths at which the groups of latents end. Raises `UserError`."""
+    groups = tensors.get("group_sizes", torch.empty(0))
+    sizes = groups.tolist() if groups.dim() == 1 else []
+    if sum(sizes) != n_latents or not all(isinstance(n, int) and n > 0 for n in sizes):
         raise UserError(
             f"group_sizes in {WEIGHTS} must be sizes of groups that add up to {n_latents}"
         )
-    return list(accumulate(int(size) for size in groups))
+    return list(accumulate(sizes))

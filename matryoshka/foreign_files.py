@@ -1,4 +1,4 @@
-"""What the readers of other tools' files share: JSON, tensors, and errors that name the file."""
+"""Readers of JSON and of tensors that other tools wrote, with errors that name the file."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from matryoshka.errors import UserError
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `UserError` where there is none."""
+    """The object in a JSON file. Raises `UserError` if the file does not hold one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -25,9 +25,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def whole(config: dict[str, Any], name: str, at_least: int = 1) -> int:
-    """A whole number among settings. Raises `UserError` where it is none."""
+    """The setting `name` as an int. Raises `UserError` unless it is whole and large enough."""
     value = config.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0:
         raise UserError(f"{name} must be a whole number, got {value!r}")
     if value < at_least:
         raise UserError(f"{name} must be at least {at_least}, got {value!r}")
@@ -46,15 +46,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a torch file by name, on the CPU; no code in it is run.
+    """The tensors of a torch file by name, on the CPU. No code in the file is run.
 
-    Raises `UserError` where it holds anything else.
+    Raises `UserError` if it holds anything else.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # whatever the bytes make of the unpickler
+    except Exception as error:  # damaged bytes can raise nearly anything in the unpickler
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path} holds more than tensors, or is damaged: {reason}") from None
     if not isinstance(content, dict) or not all(

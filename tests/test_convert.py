@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -250,6 +251,8 @@ def change_config(folder: Path, **changed: object) -> None:
         ({"d_sae": 21}, "21 latents"),
         ({"d_in": "12"}, "d_in must be a whole number"),
         ({"d_sae": None}, "d_sae must be a whole number"),
+        ({"d_sae": math.nan}, "d_sae must be a whole number"),
+        ({"d_sae": math.inf}, "d_sae must be a whole number"),
         ({"normalize_activations": "expected_average_only_in"}, "the scale of its inputs"),
         ({"normalize_activations": "layer_norm"}, "layer_norm"),
         ({"reshape_activations": "hook_z"}, "hook_z"),
@@ -348,6 +351,28 @@ def test_k_must_be_the_same_in_both_files(tmp_path):
     config["trainer"]["k"] = 5
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match="k is 5"):
+        convert.load(tmp_path / "in")
+
+
+@pytest.mark.parametrize("groups", [[4.5, 5.5, 10.0], [4, 0, 16], [4, 16, 1], [[20]]])
+def test_groups_of_latents_must_be_whole_and_add_up(groups, tmp_path):
+    sae = any_sae("batchtopk", 1)
+    convert.export(sae, "dictionary-learning", tmp_path / "in", inputs(sae, 1), [4, 10, N_LATENTS])
+    path = tmp_path / "in" / "ae.pt"
+    torch.save(torch.load(path) | {"group_sizes": torch.tensor(groups)}, path)
+    with pytest.raises(UserError, match=f"groups that add up to {N_LATENTS}"):
+        convert.load(tmp_path / "in")
+
+
+@pytest.mark.parametrize("mean_norm", [math.nan, math.inf, 0.0])
+def test_a_mean_norm_that_cannot_be_right_is_refused(mean_norm, tmp_path):
+    sae = any_sae("relu", 1)
+    convert.export(sae, "dictionary-learning", tmp_path / "in", inputs(sae, 1))
+    path = tmp_path / "in" / "config.json"
+    config = json.loads(path.read_text())
+    config["matryoshka_sae"]["mean_norm"] = mean_norm
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="mean_norm"):
         convert.load(tmp_path / "in")
 
 
