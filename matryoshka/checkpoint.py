@@ -1,4 +1,4 @@
-"""A training's checkpoint: its tensors with a checksum, and what it is of."""
+"""The checkpoint of a training run: its tensors with a checksum, and what it belongs to."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Writes `tensors` and `about`, whole or not at all.
 
-    about: "config", "cache_hash", "dropped", and the NUMBERS. Raises `CannotWrite`.
+    about: has "config", "cache_hash", "dropped" and the keys of NUMBERS. Raises `CannotWrite`.
     """
     on_cpu = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     metadata = {
@@ -41,7 +41,7 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], about: Mapping[s
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a checkpoint is about, and its tensors. Raises `UserError` where it is damaged."""
+    """`about` and `tensors` as they were written. Raises `UserError` if the file is damaged."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata()
@@ -60,8 +60,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def no_checkpoint(path: Path, error: Exception) -> UserError:
-    """The error of a file that is no checkpoint of the run in its folder."""
+    """The `UserError` that says that a file is not a checkpoint of the run in its folder."""
     return UserError(
-        f"{path} is no checkpoint of this run ({error}): to start over, delete {path.parent} or "
+        f"{path} is not a checkpoint of this run ({error}): to start over, delete {path.parent} or "
         "choose another --out"
     )

@@ -1,8 +1,8 @@
-"""What every script shares: its command line, its one-line errors, its tables.
+"""What all scripts share: command lines, errors of one line, and tables.
 
-A script's settings are a frozen dataclass whose fields are made by `setting`; `parse` turns a
-command line into one, and `--help` shows every flag with its default. Bad input raises
-`UserError`, which `main_guard` turns into one line on stderr and exit code 2.
+A script's settings are a frozen dataclass whose fields are made by `setting`. `parse` turns a
+command line into an instance of it, and `--help` shows every flag with its default. Bad input
+raises `UserError`, which `main_guard` turns into one line on stderr and exit code 2.
 """
 
 import argparse
@@ -37,10 +37,10 @@ def setting(
     flag: str | None = None,
     is_flag: bool = True,
 ) -> Any:
-    """A dataclass field that is also a command-line flag: its default, one line on what it does.
+    """A dataclass field that is also a command-line flag, with its default and its help text.
 
-    `flag`: the flag's name, if not the field's; `alias`: another name of it. `is_flag`: False
-    leaves it off the command line.
+    flag: the flag's name, if it is not the field's; alias: a second name of the flag; is_flag:
+    False means that the field has no flag.
     """
     metadata: dict[str, Any] = {"help": help, "choices": choices, "metavar": metavar}
     metadata |= {"alias": alias, "flag": flag, "is_flag": is_flag}
@@ -48,13 +48,13 @@ def setting(
 
 
 def inherited(config_class: Any, name: str, **changes: Any) -> Any:
-    """The setting `name` of another dataclass, with another default, help or the like."""
+    """The setting `name` of another dataclass, with some of the arguments of `setting` changed."""
     (field,) = (field for field in dataclasses.fields(config_class) if field.name == name)
     return setting(**({"default": field.default, **field.metadata} | changes))
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they are written; a default wherever there is one."""
+    """Prints descriptions as they are written, and every default that is not empty."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         has_default = action.default not in (None, (), "")
@@ -62,18 +62,18 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line on stderr for a command line that cannot be parsed."""
+    """Writes one line to stderr if a command line cannot be parsed."""
 
     def error(self, message: str) -> typing.NoReturn:
         self.exit(2, f"error: {message} ({self.prog} --help shows every flag)\n")
 
 
 def parser_for(config_class: type, description: str) -> argparse.ArgumentParser:
-    """An argparse parser with one flag a field of `config_class`: `n_latents` is `--n-latents`.
+    """An argparse parser with one flag for each field of `config_class`: `--n-latents`, say.
 
-    A bool field is two flags, `--name` and `--no-name`. A field of type `X | None` takes an X, one
-    of a `Literal` its values, one of a tuple as many values. Flags are written out: `--step` is
-    unknown where there is `--steps`.
+    A bool field has two flags, `--name` and `--no-name`. A field of type `X | None` takes an X, a
+    `Literal` field takes one of its values, and a tuple field takes several values. Flags cannot be
+    abbreviated: `--step` does not stand for `--steps`.
     """
     parser = _Parser(description=description, formatter_class=_Help, allow_abbrev=False)
     hints = typing.get_type_hints(config_class)
@@ -88,7 +88,7 @@ def parser_for(config_class: type, description: str) -> argparse.ArgumentParser:
 
 
 def _argument(field: "dataclasses.Field[Any]", hint: Any) -> dict[str, Any]:
-    """What argparse needs to know of a field of type `hint`."""
+    """The arguments of `add_argument` for a field of type `hint`."""
     is_required = field.default is dataclasses.MISSING
     common: dict[str, Any] = {"dest": field.name, "help": field.metadata["help"]}
     common |= {"required": True} if is_required else {"default": field.default}
@@ -121,9 +121,10 @@ def parse(
     argv: Sequence[str] | None,
     recipes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Config:
-    """`argv` (None: the process's own) as a `config_class`. Exits with 2 on an unknown flag.
+    """The `config_class` that a command line describes. Exits with code 2 if it cannot be parsed.
 
-    `recipes`: by the value of --recipe, defaults in place of the fields'.
+    argv: the words of the command line; None: those of this process. recipes: for each value of
+    --recipe, the defaults that replace the fields' own.
     """
     parser = parser_for(config_class, description)
     arguments = parser.parse_args(argv)
@@ -135,18 +136,18 @@ def parse(
 
 @contextlib.contextmanager
 def main_guard() -> Iterator[None]:
-    """Turns `UserError` into one line on stderr and exit code 2, and Ctrl-C into one and 130.
+    """Turns `UserError` into one line on stderr and exit code 2, and Ctrl-C into a line and 130.
 
-    Prints on any stdout: characters that its encoding lacks become "?". One that cannot be written
-    to is a `UserError`.
+    Characters that stdout's encoding lacks are printed as "?". A stdout that cannot be written to
+    is a `UserError`.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    # A script may have had Ctrl-C end it without a word while it imported torch.
+    # While it imported torch, a script may have let Ctrl-C end it without a word.
     if in_main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        commit()  # that of the code which runs, whatever is committed while it does
+        commit()  # kept from here on, because the checkout may change while the script runs
         yield
         _flush_stdout()
     except UserError as error:
@@ -158,17 +159,19 @@ def main_guard() -> Iterator[None]:
 
 
 def _flush_stdout() -> None:
-    """Raises `UserError` where what was printed does not arrive: a full disk, a closed pipe."""
+    """Raises `UserError` if what was printed cannot be written: a full disk, a closed pipe."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # Python flushes again at exit
         raise UserError(f"stdout cannot be written to ({error.strerror})") from None
 
 
 def require_positive(config: Any, *names: str) -> None:
-    """Raises `UserError` naming the first of the settings `names` that is not finite, above 0."""
+    """Raises `UserError` naming the first of the settings `names` that is not a positive number."""
     require_finite(config, *names)
     for name in names:
         value = getattr(config, name)
@@ -177,21 +180,21 @@ def require_positive(config: Any, *names: str) -> None:
 
 
 def require_recipe(config: Any, recipes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises `UserError` where a config names a recipe and has less than a third of its settings.
+    """Raises `UserError` if a config names a recipe but has less than a third of its settings.
 
-    The command line fills in those that are not given. In Python nothing does.
+    The command line fills in the recipe's settings. In Python they must be given.
     """
     settings = recipes[config.recipe]
     n_there = sum(getattr(config, name) == value for name, value in settings.items())
     if 3 * n_there < len(settings):
         raise UserError(
-            f"--recipe {config.recipe} with {n_there} of its {len(settings)} settings is another: "
-            f"leave it out (in Python, a recipe is Config(**RECIPES['{config.recipe}']))"
+            f"--recipe {config.recipe} has only {n_there} of its {len(settings)} settings: leave "
+            f"it out (in Python, a recipe is Config(**RECIPES['{config.recipe}']))"
         )
 
 
 def require_not_negative(config: Any, *names: str) -> None:
-    """Raises `UserError` naming the first of the settings `names` that is not finite, 0 or more."""
+    """Raises `UserError` naming the first of the settings `names` that is negative or infinite."""
     require_finite(config, *names)
     for name in names:
         value = getattr(config, name)
@@ -200,8 +203,8 @@ def require_not_negative(config: Any, *names: str) -> None:
 
 
 def require_finite(config: Any, *names: str) -> None:
-    """Raises `UserError` naming the first of the settings `names` that is NaN or infinite, or an
-    integer of more than 64 bits."""
+    """Raises `UserError` naming the first of the settings `names` that is NaN, infinite, or an
+    integer too large for 64 bits."""
     for name in names:
         value = getattr(config, name)
         if isinstance(value, int) and value >= 2**63:
@@ -213,7 +216,7 @@ def require_finite(config: Any, *names: str) -> None:
 def pick_device(name: str) -> torch.device:
     """The torch device called `name`; "auto" is the GPU if there is one, else the CPU.
 
-    Raises `UserError` where there is no such device.
+    Raises `UserError` if there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -243,8 +246,10 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def narrow_table(headers: Sequence[str], rows: Sequence[Sequence[object]], width: int = 80) -> str:
-    """`table` for a terminal: its columns in several tables, one above another, where they do not
-    fit in `width` characters. Each begins with the first column."""
+    """Like `table`, but for a terminal: as several tables if one would be wider than `width`.
+
+    The tables are one below another, and each begins with the first column.
+    """
     groups: list[list[int]] = [[0]]
     for i in range(1, len(headers)):
         wider = [*groups[-1], i]
@@ -257,4 +262,5 @@ def narrow_table(headers: Sequence[str], rows: Sequence[Sequence[object]], width
 
 
 def _columns(headers: Sequence[str], rows: Sequence[Sequence[object]], which: list[int]) -> str:
+    """`table` of the columns whose numbers are `which`."""
     return table([headers[i] for i in which], [[row[i] for i in which] for row in rows])

@@ -1,4 +1,4 @@
-"""Work that a GPU replays: one launch in place of a hundred, where the host is what takes long."""
+"""CUDA graphs: one launch in place of a hundred, for work that is limited by the host's speed."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,14 +10,14 @@ Function = Callable[..., dict[str, Tensor]]
 
 
 class CudaGraph:
-    """A function of tensors, called as one CUDA graph, on the GPU of the first of them.
+    """Calls a function of tensors as one CUDA graph, on the GPU of the first tensor.
 
-    The function may change other tensors in place, as training does. It must not read a number back
-    from the GPU, and neither its shapes, nor where those tensors lie, nor what it reads of Python
-    may change between calls.
+    The function may change other tensors in place, as training does. It must not read values back
+    from the GPU. Between calls, shapes, the memory addresses of those other tensors, and the Python
+    values that the function reads must not change.
     """
 
-    WARM_UP = 3  # plain calls before the graph is recorded, for libraries to set themselves up
+    WARM_UP = 3  # plain calls before the graph is recorded, in which libraries set themselves up
 
     def __init__(self, inputs: Sequence[Tensor]):
         self._inputs = [tensor.clone() for tensor in inputs]  # what the graph reads from
@@ -25,7 +25,7 @@ class CudaGraph:
         self._n_calls = 0
 
     def __call__(self, function: Function, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-        """`function` of `inputs`: the same function, and shapes and dtypes, from call to call."""
+        """`function(*inputs)`. The function, shapes and dtypes must be the same in every call."""
         for held, tensor in zip(self._inputs, inputs, strict=True):
             held.copy_(tensor)
         self._n_calls += 1
@@ -44,7 +44,7 @@ class CudaGraph:
 
     def _record(self, function: Function) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        # thread_local: another thread may be moving the next batches to the GPU meanwhile
+        # thread_local, because another thread may be moving the next batches to the GPU meanwhile
         with (
             self._aside() as stream,
             torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"),
@@ -53,7 +53,11 @@ class CudaGraph:
 
     @contextmanager
     def _aside(self) -> Iterator[torch.cuda.Stream]:
-        """The GPU of the inputs, and a stream there that begins and ends with the current one."""
+        """Selects the inputs' GPU, and yields a stream of it for the work inside.
+
+        That stream waits for the current stream at the beginning, and the current one for it at the
+        end.
+        """
         with torch.cuda.device(self._inputs[0].device):
             self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
             here = torch.cuda.current_stream()

@@ -1,4 +1,4 @@
-"""Where a result was made: versions, the commit, the device, what decides how sums are rounded."""
+"""Where a result was made: versions, commit, device, and what decides how sums are rounded."""
 
 import functools
 import os
@@ -13,10 +13,11 @@ import torch
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Where a result was made; goes into every `results.json`. No path of the machine is in it.
+    """Where a result was made. Every `results.json` has this. It contains no paths.
 
-    Versions and the code's commit, device and threads, and what decides how sums are rounded: the
-    CPU, its instruction sets, and what was asked of them. A seed's bits depend on these.
+    It has the versions and the commit of the code; the device and the number of threads; and what
+    decides how sums are rounded, and thereby the bits of a seed's result: the CPU, its instruction
+    sets, and the variables that restrict them.
     """
     on_gpu = device.type == "cuda"
     cpu, instruction_sets = _cpu()
@@ -35,12 +36,12 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _cpu() -> tuple[str, list[str]]:
-    """The CPU's name, and which of the instruction sets that arithmetic may use it has."""
+    """The CPU's name, and those of its instruction sets that arithmetic may use."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
         return platform.processor() or platform.machine(), []
-    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)  # an ARM CPU gives none
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)  # None for an ARM CPU
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     sets = [
         flag
@@ -51,8 +52,11 @@ def _cpu() -> tuple[str, list[str]]:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for products in bfloat16; without, they take many times a
-    float32 product's time. True for a CPU that does not say what it has."""
+    """Whether a device has instructions for products in bfloat16.
+
+    Without them, such products take many times as long as in float32. True for a CPU whose
+    instruction sets are not known.
+    """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     instruction_sets = _cpu()[1]
@@ -61,9 +65,9 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 @functools.cache
 def commit() -> str | None:
-    """The git commit of the checkout that this file is in; None where it is in none.
+    """The git commit of the checkout that this file is in; None if it is not in a checkout.
 
-    "+changes" follows where a Python file that git tracks is not the commit's.
+    It ends in "+changes" if a Python file that git tracks differs from the commit.
     """
     here = Path(__file__).resolve()
 
@@ -73,7 +77,8 @@ def commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", here.name)  # not the checkout around an installed copy
+        # An installed copy may lie inside another checkout, which does not track it.
+        git("ls-files", "--error-unmatch", here.name)
         changes = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)*.py")
         return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.SubprocessError):
@@ -81,13 +86,13 @@ def commit() -> str | None:
 
 
 def fix_kernels() -> None:
-    """Asks for kernels of matrix products and vectors that every x86-64 CPU with AVX2 has.
+    """Makes MKL and PyTorch use kernels that every x86-64 CPU with AVX2 has.
 
-    MKL and PyTorch choose their kernels by the CPU, each with a rounding of its own, and in the
-    toy's 40,000 steps a rounding decides whether a seed finds all features. Both read these
-    variables when they first compute something, so this must come before that; processes born
-    later inherit them. It costs half of a step's time again. Variables that are set already are
-    left alone. An Intel and an AMD CPU ended apart all the same: see docs/toy_details.md.
+    Otherwise they choose kernels by the CPU, and each kernel rounds differently. In the toy's
+    40,000 steps a rounding can decide whether a seed finds all features. Call this before the
+    first computation, when both libraries read these variables. Processes that are started later
+    inherit them, and variables that are already set are kept. A step then takes 1.5 times as long.
+    An Intel and an AMD CPU gave different results all the same: see docs/toy_details.md.
     """
     cpu_info = Path("/proc/cpuinfo")
     if cpu_info.exists() and " avx2 " in cpu_info.read_text():

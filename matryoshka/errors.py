@@ -1,13 +1,13 @@
-"""What a script says in one line, and ends with."""
+"""Exceptions that end a script with one line on stderr."""
 
 
 class Interrupted(Exception):
-    """Ctrl-C, after what was finished has been written. The message says what that is."""
+    """Ctrl-C, after finished work has been written. The message says what was written."""
 
 
 class UserError(ValueError):
-    """Something in the input is wrong. The message is one line: what, where, and what would do."""
+    """Wrong input. The message is one line that says what is wrong, where, and what to do."""
 
 
 class CannotWrite(UserError, OSError):
-    """A file cannot be written, and the message names it. An OSError, for who has more to say."""
+    """A file cannot be written; the message names it. Also an OSError, which callers can catch."""

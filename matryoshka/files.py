@@ -1,6 +1,6 @@
-"""Folders and files of a script: written whole or not at all, by one writer.
+"""Folders and files that scripts write: each file whole or not at all, each folder by one writer.
 
-Linux and macOS; elsewhere nothing locks a folder, and a line on stderr says so.
+On systems other than Linux and macOS folders are not locked, and a line on stderr says so.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ except ImportError:  # not a Unix
 
 
 def make_folder(path: Path, flag: str = "--out") -> None:
-    """Makes the folder `path`, or raises `UserError` naming `flag` where it cannot be written."""
+    """Makes the folder `path`. Raises `UserError` naming `flag` if it cannot be written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -34,10 +34,11 @@ def make_folder(path: Path, flag: str = "--out") -> None:
 
 @contextlib.contextmanager
 def one_writer(folder: Path, flag: str = "--out") -> Iterator[None]:
-    """Holds the folder for one writer on this machine; a dead writer's lock goes with it.
+    """Locks the folder against a second writer on this machine.
 
-    Raises `UserError` where another holds it. Where the system or the folder's file system has no
-    locks, a line on stderr says so. `folder`/.lock stays: to delete it would let two writers in.
+    Raises `UserError` if another process has locked it. The lock of a process that dies is
+    released. If the system or the folder's file system has no locks, a line on stderr says so. The
+    file `folder`/.lock is never deleted, because then two writers could get in.
     """
     try:
         file = (folder / ".lock").open("a")
@@ -63,9 +64,10 @@ def one_writer(folder: Path, flag: str = "--out") -> Iterator[None]:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` on a file beside `path`, then renames: a kill leaves old or new, whole.
+    """Calls `write` on a temporary file beside `path`, then renames that file to `path`.
 
-    Raises `CannotWrite` that names `path` where it cannot be written: a full disk, a folder there.
+    A process that is killed leaves the old content or the new, and never a part of it. Raises
+    `CannotWrite` naming `path` if it cannot be written, because the disk is full, for example.
     """
     part = None
     try:
@@ -93,17 +95,17 @@ def _umask() -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as JSON, whole or not at all: a line a key, and a line an item of a list.
+    """Writes `json_text(value)` to a file, whole or not at all.
 
-    NaN is refused: JSON has none.
+    Raises `ValueError` if it holds a NaN, which JSON does not have, and `CannotWrite`.
     """
     write_atomically(path, lambda part: part.write_text(json_text(value), encoding="utf-8"))
 
 
 def json_text(value: Any) -> str:
-    """`value` as JSON that a person can read and a line tool can search.
+    """`value` as JSON that is easy to read, and to search with tools that work on lines.
 
-    An object at the top has a line a key, and a list of objects in it a line an item.
+    Each key of the outermost object is on its own line, and so is each item of a list of objects.
     """
 
     def line(value: Any) -> str:
@@ -120,7 +122,7 @@ def json_text(value: Any) -> str:
 
 
 def without_paths(value: Any) -> Any:
-    """`value` with every string that is a path reduced to its last part."""
+    """`value`, but of every string that is a path only the last part is kept."""
     if isinstance(value, dict):
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -131,5 +133,5 @@ def without_paths(value: Any) -> Any:
 
 
 def is_path(text: str) -> bool:
-    """Whether `text` leads somewhere on this machine: a hub's name, owner/name, does not."""
+    """Whether `text` looks like a path on this machine; OWNER/NAME, of the hub, does not."""
     return text.startswith(("/", "~", "./", "../")) or (text.count("/") > 1 and " " not in text)

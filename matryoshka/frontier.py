@@ -1,7 +1,7 @@
-"""The frontier of SAEs of several sparsities: what each kind reaches at each L0.
+"""The frontier of SAEs of several sparsities: the scores of each kind of SAE at each L0.
 
-A point is the result of one SAE in evaluation.json; l0 and fvu are there, other scores may be None.
-A line is all points of one kind, size and activation function.
+A point is the result of one SAE in evaluation.json. It has l0 and fvu; other scores may be None. A
+line is all points of one kind, size and activation function.
 """
 
 import math
@@ -16,9 +16,11 @@ Lines = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def lines_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Scored SAEs by kind and activation function, "matryoshka, relu", in order of their L0; with
-    the number of latents between, where that differs. SAEs that were not trained for an L0 are
-    left out."""
+    """The lines by name, such as "matryoshka, relu", each with its points sorted by L0.
+
+    The name has the kind and the activation function, and between them the number of latents, if
+    SAEs differ in it. SAEs that were not trained for an L0 are left out.
+    """
     runs = [run for run in runs if run.get("target_l0") is not None]
     several = len({run.get("n_latents") for run in runs}) > 1
     lines: dict[str, list[Mapping[str, Any]]] = {}
@@ -36,7 +38,7 @@ def is_frontier(runs: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def frontier_table(lines: Lines) -> str:
-    """A kind and target L0 a row, as means over its SAEs; "-" where none has the score."""
+    """A table of each line's mean scores at each target L0; "-" for a score that no SAE has."""
     headers = ["SAE", "asked L0", "L0", "FVU", "dead", "loss recovered", "highest cosine"]
     forms = {"l0": ".2f", "fvu": ".4f", "dead_share": ".1%", "loss_recovered": ".1%"}
     forms |= {"mean_highest_cosine": ".3f", "absorption": ".1%"}
@@ -54,12 +56,12 @@ def _cell(points: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
 
 
 def by_target(points: Sequence[Mapping[str, Any]]) -> dict[float, list[Mapping[str, Any]]]:
-    """The points of one line by the L0 that was asked for, from the lowest up."""
+    """The points of one line by target L0, in rising order."""
     targets = sorted({run["target_l0"] for run in points})
     return {target: [run for run in points if run["target_l0"] == target] for target in targets}
 
 
 def mean(points: Sequence[Mapping[str, Any]], key: str) -> float:
-    """Of a score over those points that have it; NaN where none has."""
+    """The mean of the score `key` over the points that have it; NaN if none has it."""
     values = [run[key] for run in points if run.get(key) is not None]
     return float(np.mean(values)) if values else float("nan")

@@ -1,4 +1,4 @@
-"""The figure of a frontier: each score of SAEs of several sparsities against their L0."""
+"""The figure of a frontier: scores of SAEs of several sparsities against their L0."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -18,16 +18,16 @@ PANELS = {
     "absorption": "absorption (lower is better)",
     "mean_highest_cosine": "mean highest cosine (lower is less alike)",
 }
-DASHES: dict[str, Literal["-", "--", ":", "-."]] = {  # of activations
+DASHES: dict[str, Literal["-", "--", ":", "-."]] = {  # by activation function
     "relu": "-", "batchtopk": "--", "topk": ":", "jumprelu": "-."
 }  # fmt: skip
 
-Looks = dict[str, dict[str, Any]]  # by the name of a line: matplotlib's settings of it
+Looks = dict[str, dict[str, Any]]  # a line's name -> matplotlib's settings for it
 
 
 def draw(path: str | Path, lines: Lines) -> None:
-    """The four scores against L0: a dot an SAE, a line through the means of each target L0. A kind
-    of one target has no line, and diamonds in place of dots."""
+    """Draws the four scores against L0: a dot for each SAE, and a line through the mean at each
+    target L0. SAEs of a kind with a single target have diamonds and no line."""
     plots._write(path, _figure(lines))
 
 
@@ -83,8 +83,8 @@ def _panel(ax: Axes, lines: Lines, looks: Looks, key: str) -> None:
 
 
 def _looks(lines: Lines) -> Looks:
-    """How each line is drawn: a colour a kind, dashes an activation, hollow diamonds where a kind
-    was trained for one L0."""
+    """How each line is drawn: its colour shows the kind, its dashes the activation function, and
+    hollow diamonds that there is only one target L0."""
     colours = plots._colours(dict.fromkeys(name.split(",")[0] for name in lines))
     looks = {}
     for name, points in lines.items():

@@ -1,7 +1,7 @@
 """SAEs on the Hugging Face hub.
 
-A repository holds one SAE: sae.safetensors as this project has it, saelens/ as SAELens has it,
-README.md made of the run's results, these results, and the figures.
+A repository holds one SAE: sae.safetensors in this project's format, saelens/ in SAELens's, a
+README.md made from the run's results, those results, and the figures.
 """
 
 import re
@@ -28,9 +28,9 @@ Result = TypeVar("Result")
 def from_pretrained(repo: str, name: str = SAE_FILE, revision: str | None = None) -> SAE:
     """The SAE in a repository on the hub.
 
-    name: a file of this project, or a folder of SAELens, dictionary_learning or sparsify in it.
-    revision: a branch, a tag or a commit. Raises `UserError` where there is none, or the hub cannot
-    be reached. No code of the repository is run.
+    name: what to load from it: a file of this project, or a folder of SAELens, dictionary_learning
+    or sparsify. revision: a branch, a tag or a commit. No code of the repository is run. Raises
+    `UserError` if there is no such SAE, or the hub cannot be reached.
     """
     require_repo_name(repo)
     patterns = [name, f"{name}/*"]
@@ -50,11 +50,11 @@ def from_pretrained(repo: str, name: str = SAE_FILE, revision: str | None = None
 def write_folder(
     sae: SAE, source: Path, repo: str, licence: str, out: Path, x: Tensor
 ) -> dict[str, Any]:
-    """Writes what a repository will hold to the folder `out`, whole or not at all.
+    """Writes the content of a repository to the folder `out`, whole or not at all.
 
-    source: the SAE's file, or folder; results, evaluation and figures are those beside it. x:
-    [n, d_model], what its SAELens form is proven on. Returns what `convert.export` does. Raises
-    `UserError`.
+    source: the SAE's file or folder; the results, evaluation and figures beside it are copied. x:
+    [n, d_model], inputs on which SAELens's form is compared with the SAE. Returns what
+    `convert.export` returns. Raises `UserError`.
     """
     require_repo_name(repo)
 
@@ -70,8 +70,11 @@ def write_folder(
 
 
 def copy_results(source: Path, out: Path) -> dict[str, Any] | None:
-    """Copies the run's results, without this machine's paths, and its figures; returns the SAE's
-    line of evaluation.json, if it has one."""
+    """Copies the SAE's results, without this machine's paths, and the run's figures.
+
+    Returns the SAE's entry in evaluation.json, or None if it was not evaluated; then no figures are
+    copied.
+    """
     scores = None
     for name in (RESULTS, EVALUATION):
         if not (source.parent / name).exists():
@@ -80,7 +83,7 @@ def copy_results(source: Path, out: Path) -> dict[str, Any] | None:
         runs = results.get("runs", [])
         results["runs"] = [run for run in runs if run.get("sae") == source.stem]
         if not results["runs"]:
-            continue  # they are of other SAEs in that folder
+            continue  # the results are of other SAEs in that folder
         write_json(out / name, without_paths(results))
         scores = results["runs"][0] if name == EVALUATION else scores
     if scores is not None:
@@ -90,35 +93,37 @@ def copy_results(source: Path, out: Path) -> dict[str, Any] | None:
 
 
 def files_in(folder: Path) -> list[str]:
-    """What will be uploaded: names and sizes, a line each."""
+    """The names and sizes of the files in a folder, one line each."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return [f"{path.relative_to(folder)}  {path.stat().st_size:,} bytes" for path in paths]
 
 
 def push(folder: Path, repo: str, private: bool = True) -> str:
-    """Uploads a folder of `write_folder`; returns the repository's address.
+    """Uploads a folder that `write_folder` wrote; returns the repository's URL.
 
-    Raises `UserError` where no token is set, the hub cannot be reached, or the repository is public
-    although `private` was asked for.
+    Raises `UserError` if no token is set, the hub cannot be reached, or `private` is True and the
+    repository exists and is public.
     """
     require_repo_name(repo)
     require_token(repo)
     api = huggingface_hub.HfApi()
     url = reaching_hub(repo, lambda: api.create_repo(repo, private=private, exist_ok=True))
     if private and not reaching_hub(repo, lambda: api.repo_info(repo)).private:
-        raise UserError(f"{repo} is there already and is public: say --public, or name another")
+        raise UserError(
+            f"{repo} exists already and is public: give --public, or another repository"
+        )
     reaching_hub(repo, lambda: api.upload_folder(repo_id=repo, folder_path=folder))
     return str(url)
 
 
 def require_repo_name(repo: str) -> None:
-    """Raises `UserError` unless it reads OWNER/NAME."""
+    """Raises `UserError` unless `repo` has the form OWNER/NAME."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UserError(f"a repository on the hub is OWNER/NAME, got {repo}")
 
 
 def require_token(repo: str) -> None:
-    """Raises `UserError` where none is set."""
+    """Raises `UserError` if no token for the hub is set."""
     if huggingface_hub.get_token() is None:
         raise UserError(
             f"no token is set to push to {repo}: log in with `hf auth login`, or set HF_TOKEN"
@@ -126,8 +131,10 @@ def require_token(repo: str) -> None:
 
 
 def reaching_hub(repo: str, call: Callable[[], Result]) -> Result:
-    """What `call` returns. Raises `UserError` for whatever goes wrong on the way to the hub: which
-    exceptions these are depends on the version of huggingface_hub and of what it connects with."""
+    """Returns what `call` returns, and turns any exception that it raises into a `UserError`.
+
+    Which exceptions these are depends on the versions of huggingface_hub and its HTTP library.
+    """
     try:
         return call()
     except Exception as error:

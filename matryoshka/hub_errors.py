@@ -1,9 +1,9 @@
-"""Which errors of the Hugging Face hub pass if one waits, and which do not."""
+"""Which errors of the Hugging Face hub are temporary, so that a request may succeed later."""
 
 from collections.abc import Iterator
 
-PASSING_STATUS = {408, 425, 429}  # and 500 and above: the hub's own trouble
-# Classes of the half dozen HTTP libraries that the hub's clients use, and of Python's own.
+PASSING_STATUS = {408, 425, 429}  # and all from 500 on, which are errors of the hub itself
+# Exception classes of the HTTP libraries that the hub's clients use, and of Python itself.
 PASSING_CLASSES = {
     *("ConnectionError", "TimeoutError", "Timeout", "gaierror", "IncompleteRead"),
     *("TransportError", "NetworkError", "TimeoutException", "ClientConnectionError"),
@@ -11,9 +11,9 @@ PASSING_CLASSES = {
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether `error` comes of a request that may succeed later: no connection, 429, 503.
+    """Whether `error` comes from a request that may succeed later: no connection, 429, 503.
 
-    An HTTP status decides, where there is one among its causes; 404 does not pass.
+    If one of its causes has an HTTP status, that alone decides; 404 is not temporary.
     """
     causes = list(_causes(error))
     for cause in causes:
@@ -26,7 +26,7 @@ def is_passing(error: BaseException) -> bool:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """`error`, and what it was raised from, back to the first."""
+    """`error`, the exception that it was raised from, and so on back to the first one."""
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:

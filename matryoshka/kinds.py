@@ -1,4 +1,4 @@
-"""Kinds of SAE by name: the settings in which each differs from those that were asked for."""
+"""The kinds of SAE by name, each with the settings that it changes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ AnyConfig = TypeVar("AnyConfig", bound=TrainerConfig)
 
 
 def config_of(name: str, config: AnyConfig) -> AnyConfig:
-    """`config` for the kind `name`. Raises `UserError` where there is none of that name."""
+    """`config` with the settings of kind `name`. Raises `UserError` if there is no such kind."""
     if name not in KINDS:
-        raise UserError(f"{name} is no kind of SAE: there are {', '.join(KINDS)}")
+        raise UserError(f"{name} is not a kind of SAE: choose from {', '.join(KINDS)}")
     return dataclasses.replace(config, **KINDS[name])
 
 
 def check_names(names: Sequence[str], flag: str = "--saes") -> None:
-    """Raises `UserError` where a name is unknown, is there twice, or there is none at all."""
+    """Raises `UserError` if there are no names, or a name is unknown or occurs twice."""
     if not names:
         raise UserError(f"{flag} must name an SAE: {', '.join(KINDS)}")
     for i, name in enumerate(names):
         if name not in KINDS:
-            raise UserError(f"{flag} {name} is no kind of SAE: there are {', '.join(KINDS)}")
+            raise UserError(f"{flag} {name} is not a kind of SAE: choose from {', '.join(KINDS)}")
         if name in names[:i]:
-            raise UserError(f"{flag} names {name} twice: an SAE's file is called by its name")
+            raise UserError(f"{flag} names {name} twice: each SAE's file has the SAE's name")

@@ -33,8 +33,8 @@ def test_what_a_kind_overrides_are_settings_of_the_trainer(name: str) -> None:
     ("names", "said"),
     [
         ((), "--saes must name an SAE: matryoshka, vanilla"),
-        (("topk",), "--saes topk is no kind of SAE: there are matryoshka, vanilla"),
-        (("vanilla", "topk"), "--saes topk is no kind"),
+        (("topk",), "--saes topk is not a kind of SAE: choose from matryoshka, vanilla"),
+        (("vanilla", "topk"), "--saes topk is not a kind"),
         (("vanilla", "matryoshka", "vanilla"), "--saes names vanilla twice"),
     ],
 )
@@ -44,6 +44,6 @@ def test_names_that_are_no_kinds_are_refused(names: tuple[str, ...], said: str) 
 
 
 def test_an_unknown_kind_has_no_settings() -> None:
-    with pytest.raises(UserError, match="topk is no kind of SAE"):
+    with pytest.raises(UserError, match="topk is not a kind of SAE"):
         config_of("topk", CONFIG)
     check_names(tuple(KINDS))

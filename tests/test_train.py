@@ -357,7 +357,7 @@ LARGE = {"matmul_dtype": "bfloat16", "n_latents": 300}
         ({"n_steps": -5}, "--n-steps is -5"),
         ({"batch_size": 0}, "--batch-size is 0"),
         ({"batch_size": 1}, "--batch-size is 1"),
-        ({"recipe": "paper"}, "--recipe paper with"),
+        ({"recipe": "paper"}, "--recipe paper has only"),
         ({"batch_size": 60, **LARGE}, "--matmul-dtype bfloat16: --batch-size is 60"),
         ({"matmul_dtype": "bfloat16"}, "--n-latents 20: --matmul-dtype bfloat16"),
         (LARGE, f"the activations' number of dimensions is {D_MODEL}, not a multiple of 8"),
