@@ -1,4 +1,4 @@
-"""SAEs that are trained as a stack: which may be, and each as a row of one tensor and back."""
+"""SAEs as a stack: which can be trained together, and each as one row of a tensor and back."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,11 @@ from matryoshka.kernels import Params
 from matryoshka.trainer_config import TrainerConfig
 from sae import ACTIVATIONS, SAE, Gate
 
-MIN_THRESHOLD = 1e-6  # of jumprelu, for its logarithm is what is trained
+MIN_THRESHOLD = 1e-6  # for jumprelu, whose thresholds are trained as logarithms
 
 
 def flattened(sae: SAE) -> Tensor:
-    """An SAE's parameters in one row [n_params], as `Params.of` has them; half precisions become
+    """An SAE's parameters as one row [n_params], which `Params.of` reads. Half precision becomes
     float32."""
     parts: list[Tensor] = [sae.W_enc.T, sae.b_enc, sae.W_dec, sae.b_dec]
     if sae.activation == "jumprelu" and sae.threshold is not None:
@@ -24,7 +24,7 @@ def flattened(sae: SAE) -> Tensor:
 
 
 def in_order(params: Params, order: Tensor) -> dict[str, Tensor]:
-    """One SAE's parameters as `SAE.from_tensors` takes them, latents in `order` [n_latents]."""
+    """One SAE's parameters as `SAE.from_tensors` takes them. Latent `order[j]` comes in place j."""
     tensors = {
         "W_enc": params.W_enc[order].T,
         "b_enc": params.b_enc[0, order],
@@ -39,10 +39,11 @@ def in_order(params: Params, order: Tensor) -> dict[str, Tensor]:
 def check_stack(
     saes: Sequence[SAE], configs: Sequence[TrainerConfig], seeds: Sequence[int]
 ) -> None:
-    """Raises ValueError unless these can be stepped together."""
+    """Raises ValueError unless these SAEs can be stepped together."""
     if not len(saes) == len(configs) == len(seeds) > 0:
         raise ValueError(
-            f"{len(saes)} SAEs, {len(configs)} configs and {len(seeds)} seeds: must be as many"
+            f"{len(saes)} SAEs, {len(configs)} configs and {len(seeds)} seeds: the numbers must be "
+            "equal, and at least 1"
         )
     first = saes[0]
     for sae in saes:
@@ -65,8 +66,8 @@ def check_member(sae: SAE, config: TrainerConfig) -> None:
         )
     if sae.activation == "relu" and config.auxiliary != "none":
         raise UserError(
-            "--auxiliary does nothing for relu: a latent that is silent has no activation to "
-            "explain anything with; use --resample-every"
+            "--auxiliary does nothing for relu: the pre-activations of a silent latent are not "
+            "positive, so it has nothing to explain the error with; use --resample-every"
         )
     config.check(sae.n_latents)
     config.require_eights("d_model", sae.d_model)
@@ -74,10 +75,8 @@ def check_member(sae: SAE, config: TrainerConfig) -> None:
 
 @torch.inference_mode(False)
 def check_slopes(activation: str) -> None:
-    """Raises ValueError where the kernels' gradients would be wrong for an activation function.
-
-    They take its slope to be 1 where it is not 0, and 0 where it is.
-    """
+    """Raises ValueError where the kernels' gradients would be wrong for an activation function:
+    where its slope is not 1 for an activation that is not 0, and 0 for one that is."""
     preacts = torch.linspace(-4, 4, 257, dtype=torch.float64, requires_grad=True)
     gate = Gate(torch.ones(1), 100, 0.5 * torch.ones(1) if activation == "jumprelu" else None)
     with torch.enable_grad():

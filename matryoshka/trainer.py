@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from matryoshka.controls import InputScale, LatentOrder, Phase, SparsityController, StepNumbers
+from matryoshka.controls import InputScale, LatentOrder, Phase, Schedule, SparsityController
 from matryoshka.cuda_graph import CudaGraph
 from matryoshka.dead_latents import Auxiliary, add_auxiliary_gradient, resample
 from matryoshka.kernels import Objective, Params, Workspace, losses, write_gradient
@@ -19,19 +19,19 @@ from matryoshka.trainer_config import TrainerConfig, shared_settings
 from matryoshka.unhedged import tie
 from sae import SAE, WITH_K, seeded_generator
 
-THRESHOLD_RATE = 10  # learning rate of jumprelu's log thresholds, as a multiple of the others'
-STREAM_RESAMPLE = 20  # random numbers of a seed: which samples dead latents start from
+THRESHOLD_RATE = 10  # learning rate of jumprelu's log thresholds, as a multiple of --lr
+STREAM_RESAMPLE = 20  # a seed's random numbers that choose the samples dead latents start from
 
 
 class Trainer:
     """Trains independent SAEs of one shape, stepped together.
 
-    Each has its own seed, prefixes, sparsity weight, latent order and gradient clipping, and ends
-    where it would have ended alone, to float tolerance.
+    Each SAE has its own seed, prefixes, sparsity weight, latent order and gradient clipping. It
+    ends where it would have ended alone, to float tolerance.
 
-    Latents are never moved. Their order, by the running mean square of a_j ||d_j||, decides the
-    reach of each, and that is all it does; so Adam's moments and the running means stay with their
-    latents. `saes` hands out copies whose latents are in order.
+    Latents are never moved. They are ordered by the running mean square of a_j ||d_j||, and this
+    order only decides which prefixes contain a latent: its reach. So Adam's moments and the running
+    means stay with their latents. `saes` returns copies whose latents are in order.
     """
 
     def __init__(
@@ -40,11 +40,12 @@ class Trainer:
         configs: TrainerConfig | Sequence[TrainerConfig],
         seeds: Sequence[int],
     ):
-        """`configs`: one for all, or one an SAE, which may differ in n_prefixes, widths and
-        width_weights; `seeds`: one an SAE, of the prefixes that it draws.
+        """`configs`: one for all SAEs, or one for each; these may differ in n_prefixes, widths and
+        width_weights alone. `seeds`: one for each SAE, from which its prefixes are drawn.
 
-        Raises ValueError where their numbers, the SAEs' shapes, activations or devices, or the
-        configs' other settings differ, or where a setting is impossible for SAEs of that size.
+        Raises ValueError where there are not as many configs and seeds as SAEs, where the SAEs'
+        shapes, activations or devices or the configs' other settings differ, or where a setting is
+        impossible for SAEs of that size.
         """
         configs = [configs] * len(saes) if isinstance(configs, TrainerConfig) else list(configs)
         check_stack(saes, configs, seeds)
@@ -56,7 +57,7 @@ class Trainer:
         self._input_scale = InputScale(self.d_model, flat)
         self._controller = SparsityController(self.config, flat, self.activation not in WITH_K)
         self._latent_order = LatentOrder(configs, self.n_latents, flat)
-        self._state = {
+        self._state = {  # updated in place; what a checkpoint keeps
             "params": flat,
             "adam_mean": torch.zeros_like(flat),
             "adam_square": torch.zeros_like(flat),
@@ -65,18 +66,18 @@ class Trainer:
             **self._input_scale.state,
             **self._controller.state,
         }
-        if self.activation == "batchtopk":  # the running mean of the least a_j ||d_j|| let through
+        if self.activation == "batchtopk":  # running mean of the smallest a_j ||d_j|| it kept
             self._state["least"] = flat.new_zeros(len(saes))
-        if self.config.watches_silence:  # activations since each latent last fired
+        if self.config.watches_silence:  # activations seen since each latent last fired
             self._state["silent"] = flat.new_zeros(len(saes), self.n_latents)
         self._flat_grads = torch.zeros_like(flat)
-        # views of the two flat tensors: what is written into a view is written there
+        # W_enc, W_dec and so on as views: writing into a view writes into its flat tensor
         self._params = Params.of(flat, self.d_model, self.n_latents)
         self._grads = Params.of(self._flat_grads, self.d_model, self.n_latents)
         self._workspace = Workspace()
         self._graphs: dict[tuple[object, ...], CudaGraph] = {}
-        self._block_numbers: tuple[int, Tensor] | None = None
-        self.kernels: tuple[str, ...] = ()  # an SAE each: which computed the last gradient
+        self._block_schedule: tuple[int, Tensor] | None = None
+        self.kernels: tuple[str, ...] = ()  # for each SAE, which kernel wrote its last gradient
         self._prefixes = PrefixDraws(
             self.n_latents,
             [PrefixRule.of(*of_sae, self.n_latents) for of_sae in zip(configs, seeds, strict=True)],
@@ -88,28 +89,28 @@ class Trainer:
     def step(self, x: Tensor) -> dict[str, Tensor]:
         """One step of Adam on x, [batch, d_model] for all SAEs or [n_saes, batch, d_model].
 
-        Returns tensors on x's device, before the step: l0 [n_saes], sparsity_weight [n_saes],
-        grad_norm [n_saes] (before clipping), mean_square [n_saes, n_latents] of a_j ||d_j||.
-        Raises ValueError where x is of another shape, holds values that are not finite (on a CPU;
-        a GPU would have to be waited for), or where batch is not a multiple of 8 for products in
-        bfloat16.
+        Returns tensors on x's device that describe the SAEs before the step: l0 [n_saes],
+        sparsity_weight [n_saes], grad_norm [n_saes] (before clipping), and mean_square
+        [n_saes, n_latents] of a_j ||d_j||. Raises ValueError where x has another shape, where batch
+        is not a multiple of 8 for products in bfloat16, or where x holds values that are not finite
+        (checked on a CPU only, since reading them from a GPU would make it wait).
         """
-        x, step = self._checked(x), self.n_steps_done
+        x, step = self._checked(x), self.n_steps_done  # x [n_saes, batch, d_model]
         prefixes, phase = self._prefixes_of(step), Phase.of(self.config, step)
         if self._is_replayed:
             metrics = self._replay(x, prefixes, phase)
         else:
-            metrics = self._step(x, prefixes, self._numbers(step), phase)
+            metrics = self._step(x, prefixes, self._schedule(step), phase)
         self.n_steps_done += 1
         return metrics
 
     def _step(
-        self, x: Tensor, prefixes: StepPrefixes, numbers: StepNumbers, phase: Phase
+        self, x: Tensor, prefixes: StepPrefixes, schedule: Schedule, phase: Phase
     ) -> dict[str, Tensor]:
-        """One step, without counting it. Of what changes between two steps of a phase, all is in
-        the other arguments, so that a GPU can replay a step with other tensors there."""
+        """One step, which `step` counts. Whatever changes between two steps of the same phase is in
+        the other arguments, so that a GPU can replay a recorded step on other tensors."""
         config = self.config
-        mean_norm = self._input_scale.update(x, numbers.norm_share)
+        mean_norm = self._input_scale.update(x, schedule.batch_share)
         x = self._input_scale.scaled_by(mean_norm, x)  # [n_saes, batch, d_model]
         objective = self._objective(x, prefixes)
         stats = write_gradient(
@@ -121,18 +122,18 @@ class Trainer:
             self._workspace,
         )
         self.kernels = stats.kernels
-        self._track_threshold(stats, numbers.norm_share)
+        self._track_threshold(stats, schedule.batch_share)
         self._track_silence(stats, x.shape[1])
         self._add_auxiliary(objective, stats)
         grad_norm = self._clip()
-        self._adam(numbers.lr)
+        self._adam(schedule.lr)
         if phase.is_tied:
             tie(self._params)
 
         self._latent_order.update(stats.mean_square, config.order_decay)
         self._restart(objective, phase)
-        weight = self._controller.weight.clone()
-        self._controller.update(stats.l0, phase.next_is_in_warmup, numbers.next_warmup_weight)
+        weight = self._controller.weight.clone()  # this step's; `update` overwrites it
+        self._controller.update(stats.l0, phase.next_is_in_warmup, schedule.next_warmup_weight)
         return {
             "l0": stats.l0,
             "sparsity_weight": weight,
@@ -140,19 +141,20 @@ class Trainer:
             "mean_square": stats.mean_square,
         }
 
-    def _numbers(self, step: int) -> StepNumbers:
-        """The step's; a method, so that an ablation may have others."""
-        return StepNumbers.of(self.config, step)
+    def _schedule(self, step: int) -> Schedule:
+        """The scheduled values of step `step`; studies/ablate_toy.py overrides this."""
+        return Schedule.of(self.config, step)
 
     def _prefixes_of(self, step: int) -> StepPrefixes:
+        """The prefixes of step `step`; while the encoder is tied, the only one is all latents."""
         prefixes = self._prefixes
-        return prefixes.whole if self.config.is_tied_at(step) else prefixes.of(step)
+        return prefixes.all_latents if self.config.is_tied_at(step) else prefixes.of(step)
 
     def _objective(self, x: Tensor, prefixes: StepPrefixes) -> Objective:
-        """What the kernels are asked for on the scaled x [n_saes, batch, d_model]."""
-        # the reach of a place is that of the latent in it
+        """The loss of this step, on the scaled x [n_saes, batch, d_model]."""
+        # `prefixes` has the reach of each place: give it to the latent that is in that place
         reach = torch.empty_like(prefixes.reach).scatter_(1, self.order(), prefixes.reach)
-        price = self._controller.weight[:, None] * reach
+        price = self._controller.weight[:, None] * reach  # [n_saes, n_latents], as reach
         config, is_jumprelu = self.config, self.activation == "jumprelu"
         return Objective(
             x=x,
@@ -162,58 +164,62 @@ class Trainer:
             sparsity="l0" if is_jumprelu else config.sparsity,
             activation=self.activation,
             k=config.target_l0,
-            # --bandwidth is for inputs of a mean square norm of 1, and these have one of d_model
+            # --bandwidth is for inputs of mean square norm 1, and that of x is about d_model
             bandwidth=config.bandwidth * math.sqrt(self.d_model),
             unhedged=config.unhedged > 0,
         )
 
     def _track_threshold(self, stats: Stats, share: float | Tensor) -> None:
-        """The running mean of the least that batchtopk let through: its threshold, once trained."""
-        if stats.least is not None:
-            least = stats.least.nan_to_num(posinf=0.0)
-            self._state["least"].lerp_(least, share)
+        """Updates the running mean of the smallest a_j ||d_j|| that batchtopk kept. `saes` turns it
+        into the threshold of the trained SAE."""
+        if stats.least_kept is not None:
+            least_kept = stats.least_kept.nan_to_num(posinf=0.0)  # infinite where none was active
+            self._state["least"].lerp_(least_kept, share)
 
     def _track_silence(self, stats: Stats, batch: int) -> None:
-        """For how many activations each latent has been silent."""
+        """Counts for how many activations each latent has not fired."""
         if self.config.watches_silence:
             silent = self._state["silent"]
             silent.add_(batch).mul_(stats.mean_square == 0)
 
     def _add_auxiliary(self, objective: Objective, stats: Stats) -> None:
-        """Adds the gradient of the dead latents' loss to that of the loss."""
+        """Adds the gradient of the auxiliary loss, which dead latents learn from."""
         config = self.config
         if config.auxiliary != "none":
-            how = Auxiliary(config.auxiliary_weight, config.auxiliary == "level")
-            dead = self._state["silent"] >= config.dead_after
-            add_auxiliary_gradient(self._grads, self._params, objective, dead, how, stats.acts)
+            auxiliary = Auxiliary(config.auxiliary_weight, config.auxiliary == "level")
+            dead = self._state["silent"] >= config.dead_after  # [n_saes, n_latents]
+            add_auxiliary_gradient(
+                self._grads, self._params, objective, dead, auxiliary, stats.acts
+            )
 
     def _clip(self) -> Tensor:
-        """Shortens each SAE's gradient to at most max_grad_norm. -> how long it was: [n_saes]."""
+        """Clips each SAE's gradient to max_grad_norm. Returns the norms before that: [n_saes]."""
         norm: Tensor = torch.linalg.vector_norm(self._flat_grads, dim=1)
         factor = (self.config.max_grad_norm / (norm + 1e-6)).clamp_(max=1)
         self._flat_grads.mul_(factor[:, None])
         return norm
 
     def _restart(self, objective: Objective, phase: Phase) -> None:
-        """Gives the last latent, and dead ones, a new start where it is time for it."""
+        """Restarts the last latent and resamples dead ones, in the steps in which `phase` may."""
         state = self._state
         if phase.may_restart_last:
             restart_last(state, self._params, self.order()[:, -1:], objective)
         if phase.may_resample_dead:
             step = self.n_steps_done
             generators = [seeded_generator(seed, STREAM_RESAMPLE, step) for seed in self.seeds]
-            which = state["silent"] >= self.config.dead_after
-            resample(state, self._params, objective, which, generators)
+            dead = state["silent"] >= self.config.dead_after  # [n_saes, n_latents]
+            resample(state, self._params, objective, dead, generators)
 
     def _adam(self, lr: float | Tensor) -> None:
-        """Adam on all parameters of all SAEs: one tensor, of which self._params are views, W_dec
-        among them.
+        """Updates every parameter of every SAE, W_dec among them: self._params are views of the one
+        tensor that Adam steps.
 
-        Adam moves a number by about lr a step, however steep its slope is, and a threshold may have
-        to grow a thousandfold: at the others' rate L0 reaches its target too late.
+        The log thresholds of jumprelu take THRESHOLD_RATE times the others' step. Adam moves a
+        parameter by about lr a step, however large its gradient, and a threshold may have to grow a
+        thousandfold: at the others' rate L0 would reach its target too late.
         """
         state, (beta1, beta2) = self._state, self.config.betas
-        thresholds = self._params.log_threshold
+        thresholds = self._params.log_threshold  # empty unless the SAEs are jumprelu's
         before = thresholds.clone()
         adam(
             [state["params"]],
@@ -231,26 +237,26 @@ class Trainer:
             eps=1e-8,
             maximize=False,
         )
-        if thresholds.numel():
-            thresholds.lerp_(before, 1 - THRESHOLD_RATE)  # before + THRESHOLD_RATE (moved - before)
+        if thresholds.numel():  # extrapolates to before + THRESHOLD_RATE * (thresholds - before)
+            thresholds.lerp_(before, 1 - THRESHOLD_RATE)
 
     @torch.inference_mode()
     def loss(self, x: Tensor) -> Tensor:
-        """The loss that the next step would descend, on x as `step` takes it: [n_saes]."""
+        """The loss whose gradient the next step would take, on x as `step` takes it: [n_saes]."""
         x, step = self._checked(x), self.n_steps_done
-        mean_norm = self._input_scale.mean_with(x, self._numbers(step).norm_share)
+        mean_norm = self._input_scale.mean_with(x, self._schedule(step).batch_share)
         x = self._input_scale.scaled_by(mean_norm, x)
         return losses(self._params, self._objective(x, self._prefixes_of(step)))
 
     def order(self) -> Tensor:
-        """Which latent is in each place: [n_saes, n_latents]; see `LatentOrder`."""
+        """The index of the latent in each place: int64 [n_saes, n_latents]; see `LatentOrder`."""
         return self._latent_order.latents()
 
     @property
     def saes(self) -> list[SAE]:
-        """Copies of the SAEs as they stand, their latents in order; see `LatentOrder`."""
+        """Copies of the SAEs as they are now, with their latents in order; see `LatentOrder`."""
         mean_norm = self._state["mean_norm"]
-        mean_norm = torch.where(mean_norm > 0, mean_norm, 1.0)  # 0: of no inputs yet but zeros
+        mean_norm = torch.where(mean_norm > 0, mean_norm, 1.0)  # it is 0 until an input is not
         saes = []
         for i, order in enumerate(self.order()):
             tensors = {**in_order(self._params.one(i), order), "mean_norm": mean_norm[i]}
@@ -262,12 +268,13 @@ class Trainer:
         return saes
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that an exact resume needs, copied: tensors only, so it saves as safetensors."""
+        """A copy of all that an exact resume needs, in tensors, so that safetensors can hold it."""
         state = {name: tensor.clone() for name, tensor in self._state.items()}
         return state | {"n_steps_done": torch.tensor(self.n_steps_done)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raises ValueError, and changes nothing, where `state` is of another shape of trainer."""
+        """Continues from a `state_dict`. Raises ValueError, and changes nothing, where a tensor is
+        missing or has another shape."""
         wanted = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
         for name, shape in (wanted | {"n_steps_done": ()}).items():
             if name not in state or tuple(state[name].shape) != shape:
@@ -278,14 +285,15 @@ class Trainer:
         self.n_steps_done = int(state["n_steps_done"])
 
     def __reduce__(self) -> tuple[object, ...]:
-        """For pickle and copy: made anew from its state, for views would come back as copies."""
+        """How pickle and copy make this trainer again: from its state, since views of one tensor
+        would come back as separate copies."""
         return _remade, (type(self), self.saes, self.configs, self.seeds, self.state_dict())
 
     def _checked(self, x: Tensor) -> Tensor:
-        """x as [n_saes, batch, d_model] in the parameters' dtype; see `step`."""
+        """x as [n_saes, batch, d_model] in the parameters' dtype. Raises as `step` says."""
         n_saes, dtype = len(self.seeds), self._flat_grads.dtype
-        shapes = ([self.d_model], [n_saes, self.d_model])
-        if x.dim() not in (2, 3) or [*x.shape[:-2], x.shape[-1]] != shapes[x.dim() - 2]:
+        expected = [self.d_model] if x.dim() == 2 else [n_saes, self.d_model]  # around the batch
+        if x.dim() not in (2, 3) or [*x.shape[:-2], x.shape[-1]] != expected:
             raise ValueError(
                 f"x must be [batch, {self.d_model}] or [{n_saes}, batch, {self.d_model}], got "
                 f"{list(x.shape)}"
@@ -301,37 +309,38 @@ class Trainer:
             )
         return x.expand(n_saes, -1, -1)
 
-    def _numbers_on_device(self, step: int) -> Tensor:
-        """`_numbers` as a tensor [3]. They are copied there for a block of steps at once."""
+    def _schedule_on_device(self, step: int) -> Tensor:
+        """`_schedule` as a tensor [3] on the GPU, to which a block of steps is copied at once."""
         block, row = divmod(step, STEPS_A_BLOCK)
-        if self._block_numbers is None or self._block_numbers[0] != block:
+        if self._block_schedule is None or self._block_schedule[0] != block:
             steps = range(block * STEPS_A_BLOCK, (block + 1) * STEPS_A_BLOCK)
-            numbers = torch.tensor([self._numbers(t) for t in steps])
-            self._block_numbers = block, numbers.to(self._flat_grads.device)
-        return self._block_numbers[1][row]
+            schedules = torch.tensor([self._schedule(t) for t in steps])  # [STEPS_A_BLOCK, 3]
+            self._block_schedule = block, schedules.to(self._flat_grads.device)
+        return self._block_schedule[1][row]
 
     @property
     def _is_replayed(self) -> bool:
-        """Whether a step can be one CUDA graph: in bfloat16, on compute capability 9 or 10.
+        """Whether steps run as a CUDA graph: in bfloat16, on compute capability 9 or 10.
 
-        Those are H100, H200 and B200. Elsewhere PyTorch's grouped product reads where its blocks
-        end back to the host.
+        These are H100, H200 and B200. On other GPUs PyTorch's grouped product reads the ends of its
+        blocks back to the host, which a graph cannot do.
         """
-        of_bfloat16 = self.config.matmul_dtype == "bfloat16" and self.config.gradient != "autograd"
-        if not self._flat_grads.is_cuda or not of_bfloat16 or torch.version.hip:
+        config = self.config
+        is_grouped = config.matmul_dtype == "bfloat16" and config.gradient != "autograd"
+        if not self._flat_grads.is_cuda or not is_grouped or torch.version.hip:
             return False
-        if self.config.watches_silence:  # which latents are dead is read back to the host
+        if config.watches_silence:  # the host reads which latents are dead
             return False
         return torch.cuda.get_device_capability(self._flat_grads.device)[0] in (9, 10)
 
     def _replay(self, x: Tensor, prefixes: StepPrefixes, phase: Phase) -> dict[str, Tensor]:
-        """`_step`, of which there is one graph for each shape of x and each phase."""
+        """`_step` as a CUDA graph, of which each shape of x and each phase has its own."""
 
-        def step(x: Tensor, reach: Tensor, numbers: Tensor, *ends: Tensor) -> dict[str, Tensor]:
-            return self._step(x, StepPrefixes(reach, ends), StepNumbers(*numbers.unbind()), phase)
+        def step(x: Tensor, reach: Tensor, schedule: Tensor, *ends: Tensor) -> dict[str, Tensor]:
+            return self._step(x, StepPrefixes(reach, ends), Schedule(*schedule.unbind()), phase)
 
-        numbers = self._numbers_on_device(self.n_steps_done)
-        inputs = [x, prefixes.reach, numbers, *prefixes.ends]
+        schedule = self._schedule_on_device(self.n_steps_done)
+        inputs = [x, prefixes.reach, schedule, *prefixes.ends]
         key = (x.shape, phase)
         if key not in self._graphs:
             self._graphs[key] = CudaGraph(inputs)

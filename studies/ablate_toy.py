@@ -32,7 +32,7 @@ from matryoshka.command_line import (
     setting,
     table,
 )
-from matryoshka.controls import StepNumbers
+from matryoshka.controls import Schedule
 from matryoshka.environment import environment, fix_kernels
 from matryoshka.errors import UserError
 from matryoshka.files import make_folder, one_writer, write_json
@@ -97,8 +97,8 @@ class OrderStays(Trainer):
 class NormalizerFromZero(Trainer):
     """Defect 3: the running mean norm starts at 0, so the first inputs are scaled 100 times off."""
 
-    def _numbers(self, step: int) -> StepNumbers:
-        return super()._numbers(step)._replace(norm_share=1 - self.config.norm_decay)
+    def _schedule(self, step: int) -> Schedule:
+        return super()._schedule(step)._replace(batch_share=1 - self.config.norm_decay)
 
 
 class Original(MomentsStay, OrderStays, NormalizerFromZero):

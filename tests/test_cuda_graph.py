@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from matryoshka import prefix_draws
 from matryoshka import trainer as trainer_module
-from matryoshka.controls import Phase, StepNumbers
+from matryoshka.controls import Phase, Schedule
 from matryoshka.cuda_graph import CudaGraph, Function
 from matryoshka.prefix_draws import StepPrefixes
 from matryoshka.trainer import Trainer
@@ -204,7 +204,7 @@ def test_a_step_on_a_gpu_reads_nothing_back(
     trainer = Trainer(saes, configs_of(matmul_dtype=matmul_dtype, **control), [0, 1])
     with torch.device("meta"):
         x, reach = torch.empty(2, BATCH, D_MODEL), torch.empty(2, N_LATENTS)
-        numbers = StepNumbers(*torch.empty(3).unbind())
+        numbers = Schedule(*torch.empty(3).unbind())
     # where `PrefixDraws` puts them: on the device, or where `by_prefix` reads them
     ends_on = "meta" if matmul_dtype == "bfloat16" else "cpu"
     ends = [torch.arange(1, n + 1, device=ends_on) for n in n_reaches]

@@ -12,7 +12,7 @@ from test_kernels import float64_groups  # noqa: F401  (grouped products in floa
 from torch.testing import assert_close
 
 from matryoshka.kernels import Objective, Params, Workspace, write_gradient
-from matryoshka.kernels.encode import largest
+from matryoshka.kernels.encode import keep_largest
 from matryoshka.prefix_draws import expected_reach, reach, width_reach
 from matryoshka.trainer import Trainer
 from matryoshka.trainer_config import TrainerConfig
@@ -111,14 +111,14 @@ def test_the_largest_are_those_that_batchtopk_keeps(seed, batch, k, shift, sprea
     norms = rand(n_latents, seed=seed + 2).abs()
     expected = batchtopk(preacts.T.clone(), Gate(norms, k)).T
     n = max(1, round(k * batch))
-    found = largest(preacts, norms, n, Workspace())
+    found = keep_largest(preacts, norms, n, Workspace())
     latent, sample, a = found.sparse
     dense = torch.zeros_like(preacts)
     dense[latent, sample] = a
     assert torch.equal(dense, expected)
     assert latent.diff().ge(0).all()  # by latent
     if len(a):
-        assert found.least == (a * norms[latent]).min()
+        assert found.least_kept == (a * norms[latent]).min()
 
 
 # ------------------------------------------------------------------------------------- the gradient
@@ -166,7 +166,7 @@ def test_every_kernel_has_autograds_gradient(kernel, activation, kind):
         assert_close(stats.l0, of_autograd.l0)
         assert_close(stats.mean_square, of_autograd.mean_square)
         if activation == "batchtopk":
-            assert_close(stats.least, of_autograd.least)
+            assert_close(stats.least_kept, of_autograd.least_kept)
 
 
 @pytest.mark.parametrize("kind", REACHES)

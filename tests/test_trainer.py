@@ -13,7 +13,7 @@ from core_cases import BATCH, D_MODEL, N_LATENTS, batches, make_trainer, rand, s
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from matryoshka import trainer as trainer_module
-from matryoshka.controls import Phase, StepNumbers
+from matryoshka.controls import Phase, Schedule
 from matryoshka.errors import UserError
 from matryoshka.kernels import Params
 from matryoshka.kernels.autograd import loss_of
@@ -149,7 +149,7 @@ def test_a_step_reads_nothing_back_to_the_host():
     trainer.step(batches(1)[0])
     x = trainer._checked(batches(1)[0])
     with Recorder() as recorder, torch.inference_mode():
-        numbers, phase = StepNumbers.of(trainer.config, 1), Phase.of(trainer.config, 1)
+        numbers, phase = Schedule.of(trainer.config, 1), Phase.of(trainer.config, 1)
         trainer._step(x, trainer._prefixes.of(1), numbers, phase)
     assert any("bmm" in name for name in recorder.names)
     reads = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::equal"}
@@ -409,7 +409,7 @@ def test_more_prefixes_than_latents_are_refused(prefixes):
 
 def test_what_cannot_be_stepped_together_is_refused(monkeypatch):
     config = TrainerConfig(n_steps=1, target_l0=1.0, n_prefixes=1)
-    with pytest.raises(ValueError, match="must be as many"):
+    with pytest.raises(ValueError, match="numbers must be equal"):
         Trainer([SAE(2, 3)], config, [0, 1])
     monkeypatch.setitem(ACTIVATIONS, "other", ACTIVATIONS["relu"])
     with pytest.raises(ValueError, match="same activation"):

@@ -1,4 +1,4 @@
-"""Which kernel computes a gradient, and the call of it."""
+"""Chooses the kernel that computes a gradient, and calls it."""
 
 from typing import Literal
 
@@ -10,17 +10,17 @@ from matryoshka.kernels.encode import encode
 from matryoshka.kernels.layout import Acts, MatmulDtype, Objective, Params, Stats, Task, Workspace
 
 Kernel = Literal["autograd", "all_pairs", "by_prefix", "grouped", "sparse"]
-# "auto" takes the fastest; "dense" what a GPU takes, whatever is active, on a CPU, too.
+# "auto" is the fastest kernel for the device; "dense" is the one that a GPU takes, on any device.
 Gradient = Literal["auto", "dense", "autograd"]
 
-MAX_LATENTS_OF_ALL_PAIRS = 256
-# Reaches up to which `by_prefix` serves where activations are dense: a residual each. Then
-# `all_pairs` does.
+MAX_LATENTS_OF_ALL_PAIRS = 256  # SAEs up to this size always take `all_pairs`
+# `by_prefix` holds a residual for each reach. Beyond this many reaches (those of expected prefixes)
+# `all_pairs` replaces it.
 MAX_REACHES_OF_BY_PREFIX = 128
-# Shares of active latents up to which `sparse` is faster: with up to so many reaches, and with
-# more than that; the latter also where dense products are in bfloat16.
+# `sparse` is faster up to these shares of active latents: the first with at most FEW_REACHES
+# reaches, the other with more, or if dense products are in bfloat16.
 SPARSE_SHARE, FEW_REACHES, SPARSE_SHARE_OF_MANY = 0.1, 32, 0.04
-MAX_PAIRS_OF_RUNS = 2**26  # in a batch, up to which `sparse` serves: a GiB of indices
+MAX_PAIRS_OF_RUNS = 2**26  # in a batch, for `sparse`: their indices take a GiB
 
 
 def write_gradient(
@@ -31,12 +31,13 @@ def write_gradient(
     matmul_dtype: MatmulDtype = "float32",
     workspace: Workspace | None = None,
 ) -> Stats:
-    """Writes the gradient of the objective's loss, a mean over the batch, into `grads`.
+    """Writes the gradient of the objective's loss, averaged over the batch, into `grads`.
 
-    `gradient` may name a kernel, for tests; kernels differ in rounding alone. A workspace that is
-    passed again saves a CPU the pages of large intermediate tensors. In bfloat16 the operands and
-    results of dense products are rounded to it, in `sparse` the encoder's alone, in `all_pairs`
-    none; RuntimeError is raised where d_model or the batch is not a multiple of 8.
+    `gradient` may also name a kernel, for tests. Kernels differ only in rounding. Passing the same
+    workspace to each call saves a CPU from allocating large intermediate tensors anew. With
+    bfloat16, the operands and results of dense products are rounded to it: all of `by_prefix`, the
+    encoder's of `sparse`, none of `all_pairs`. RuntimeError is raised where d_model or the batch is
+    then not a multiple of 8.
     """
     if gradient == "autograd":
         return autograd.write(grads, params, objective)
@@ -44,7 +45,7 @@ def write_gradient(
     is_small = gradient in ("auto", "dense") and n_latents <= MAX_LATENTS_OF_ALL_PAIRS
     if gradient == "all_pairs" or is_small:
         return all_pairs.write(grads, params, objective)
-    l0s, mean_squares, least, kernels = [], [], [], list[str]()
+    l0s, mean_squares, least_kept, kernels = [], [], [], list[str]()
     for i in range(n_saes):
         task = task_of(i, grads, params, objective, matmul_dtype, workspace or Workspace())
         n_active = count_active(task.acts, task.workspace)
@@ -58,24 +59,24 @@ def write_gradient(
             mean_square = write_one(kernel, task, matmul_dtype)
         l0s.append(l0)
         mean_squares.append(mean_square)
-        if task.acts.least is not None:
-            least.append(task.acts.least)
+        if task.acts.least_kept is not None:
+            least_kept.append(task.acts.least_kept)
         kernels.append(kernel)
     return Stats(
         l0=torch.stack(l0s),
         mean_square=torch.stack(mean_squares),
         kernels=tuple(kernels),
-        least=torch.stack(least) if least else None,
+        least_kept=torch.stack(least_kept) if least_kept else None,
         acts=task.acts if n_saes == 1 else None,
     )
 
 
 def losses(params: Params, objective: Objective) -> Tensor:
-    """Each SAE's loss, a mean over the batch: [n_saes]. With few reaches it is
-    `sae.matryoshka_loss`; with many, its form by pairs of latents."""
+    """Each SAE's loss, averaged over the batch: [n_saes]. It is `sae.matryoshka_loss`, or with more
+    than MAX_REACHES_OF_BY_PREFIX reaches the equal sum over pairs of latents, which is faster."""
     found = []
     for i, x in enumerate(objective.x):
-        if len(objective.ends_of(i)) > MAX_REACHES_OF_BY_PREFIX:  # those of expected prefixes
+        if len(objective.ends_of(i)) > MAX_REACHES_OF_BY_PREFIX:
             found.append(all_pairs.loss_of(params.one(i), x, i, objective))
         else:
             found.append(autograd.loss_of(params.one(i), x, i, objective)[0])
@@ -86,9 +87,9 @@ def write_one(kernel: Kernel, task: Task, matmul_dtype: MatmulDtype) -> Tensor:
     """Writes one SAE's gradient. -> mean square of a_j ||d_j|| [n_latents]."""
     if kernel == "sparse":
         return sparse.write(task)
-    rounded = matmul_dtype == "bfloat16"
-    dtype = torch.bfloat16 if rounded else task.x.dtype
-    return by_prefix.write(task, dtype, grouped=rounded or kernel == "grouped")
+    is_bfloat16 = matmul_dtype == "bfloat16"
+    dtype = torch.bfloat16 if is_bfloat16 else task.x.dtype
+    return by_prefix.write(task, dtype, grouped=is_bfloat16 or kernel == "grouped")
 
 
 def task_of(
@@ -99,7 +100,7 @@ def task_of(
     matmul_dtype: MatmulDtype,
     workspace: Workspace,
 ) -> Task:
-    """SAE i's part of the objective, its activations computed."""
+    """SAE i's part of the objective. This computes its activations."""
     own_params, x = params.one(i), objective.x[i]
     return Task(
         grads=grads.one(i),
@@ -128,7 +129,8 @@ def count_active(acts: Acts, workspace: Workspace) -> Tensor:
 def choose(
     gradient: Gradient | Kernel, n_active: Tensor, task: Task, matmul_dtype: MatmulDtype
 ) -> Kernel:
-    """The kernel that was named, or the fastest for one SAE that is too large for `all_pairs`."""
+    """The kernel that `gradient` names, or else the fastest for an SAE with more latents than
+    MAX_LATENTS_OF_ALL_PAIRS. n_active []: how many activations of the batch are not 0."""
     if gradient != "auto" and gradient != "dense":
         return gradient
     n_reaches = len(task.ends)
@@ -140,15 +142,15 @@ def choose(
 
 
 def _is_sparse(n_active: Tensor, task: Task, n_reaches: int, matmul_dtype: MatmulDtype) -> bool:
-    """Whether few enough activations of the task are not 0 for `sparse`.
+    """Whether few enough activations are not 0 for `sparse` to be the fastest.
 
-    Never so on a GPU: reading that number would cost it more.
+    On a GPU it never is: reading n_active back would cost more than it saves.
     """
     if task.x.device.type != "cpu":
         return False
     n_latents, batch = task.acts.shape
-    active = float(n_active) / batch  # a sample
-    n_pairs = batch * min(active, n_reaches) ** 2
-    few = n_reaches <= FEW_REACHES and matmul_dtype == "float32"
-    share = SPARSE_SHARE if few else SPARSE_SHARE_OF_MANY
-    return active <= share * n_latents and n_pairs <= MAX_PAIRS_OF_RUNS
+    l0 = float(n_active) / batch
+    n_pairs = batch * min(l0, n_reaches) ** 2  # of runs, about; see sparse.py
+    has_few_reaches = n_reaches <= FEW_REACHES and matmul_dtype == "float32"
+    share = SPARSE_SHARE if has_few_reaches else SPARSE_SHARE_OF_MANY
+    return l0 <= share * n_latents and n_pairs <= MAX_PAIRS_OF_RUNS

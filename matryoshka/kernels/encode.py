@@ -1,6 +1,6 @@
 """The activations of one SAE that is too large for `all_pairs`, as [n_latents, batch].
 
-A latent's activations lie side by side, so that latents can be read in any order.
+A latent's activations are contiguous in memory, so that latents can be read in any order.
 """
 
 import numpy as np
@@ -18,33 +18,33 @@ from matryoshka.kernels.layout import (
     pick,
 )
 
-# `largest` guesses what it looks for from every 61st score, for 1.25 times as many as are wanted.
+# `guess_bound` looks at every 61st score, and aims at 1.25 times as many scores as are kept.
 SAMPLE_EVERY, MARGIN = 61, 1.25
 
 
 def encode(
     params: Params, x: Tensor, objective: Objective, matmul_dtype: MatmulDtype, workspace: Workspace
 ) -> Acts:
-    """Those of one SAE on x [batch, d_model], in x's dtype."""
-    preacts = pre_activations(params, x, matmul_dtype, workspace)
+    """The activations of one SAE on x [batch, d_model], in x's dtype."""
+    preacts = pre_activations(params, x, matmul_dtype, workspace)  # [n_latents, batch]
     is_batchtopk = objective.activation == "batchtopk"
     if is_batchtopk and preacts.device.type == "cpu":
-        # a sort of all n_latents x batch scores would take longer than the step
-        n = max(1, round(objective.k * len(x)))
-        return largest(preacts, params.W_dec.norm(dim=1), n, workspace)
+        # `sae.batchtopk` selects among n_latents x batch scores, which would outlast the step
+        n_kept = max(1, round(objective.k * len(x)))
+        return keep_largest(preacts, params.W_dec.norm(dim=1), n_kept, workspace)
     gate = objective.gate(params)
     near = jumprelu.near(preacts.T, gate.threshold, objective.bandwidth)
     acts = objective.acts(params, preacts.T, gate).T
     least = None
     if is_batchtopk and gate.norms is not None:
-        least = least_let_through(acts, gate.norms.T)
+        least = smallest_kept(acts, gate.norms.T)
     return Acts(acts.shape, acts, None, None if near is None else near.T, least)
 
 
 def pre_activations(
     params: Params, x: Tensor, matmul_dtype: MatmulDtype, workspace: Workspace
 ) -> Tensor:
-    """x W_enc + b_enc, transposed: [n_latents, batch]."""
+    """The transpose of x W_enc + b_enc: [n_latents, batch]."""
     W_enc, b_enc = params.W_enc, params.b_enc.T
     preacts = workspace.empty("acts", x, len(W_enc), len(x))
     if matmul_dtype == "float32":
@@ -56,16 +56,18 @@ def pre_activations(
     return preacts
 
 
-def largest(preacts: Tensor, norms: Tensor, n: int, workspace: Workspace) -> Acts:
-    """The activations that `sae.batchtopk` lets through, without a sort of all of them.
+def keep_largest(preacts: Tensor, norms: Tensor, n: int, workspace: Workspace) -> Acts:
+    """The activations that `sae.batchtopk` keeps: those of the n largest scores a_j ||d_j||.
 
-    A sample of the scores a_j ||d_j|| gives a bound that a few more than n exceed; among those the
-    n largest are found. preacts [n_latents, batch], norms [n_latents].
+    From a sample of the scores follows a bound that somewhat more than n of them exceed; the n
+    largest are among these. If fewer exceed it, all positive scores are taken instead.
+    preacts [n_latents, batch], norms [n_latents].
     """
-    bound = guess(preacts, norms, n)
-    latent, sample, a = over(preacts, bound * (1 - 1e-5) / norms, workspace)
+    bound = guess_bound(preacts, norms, n)
+    # slightly lower, so that rounding in the division loses none
+    latent, sample, a = above(preacts, bound * (1 - 1e-5) / norms, workspace)
     if len(a) < n and bound > 0:
-        latent, sample, a = over(preacts, torch.zeros_like(norms), workspace)
+        latent, sample, a = above(preacts, torch.zeros_like(norms), workspace)
     scores = a * pick(norms, latent)
     least = scores.topk(n, sorted=False).values.amin() if len(a) > n else scores.new_zeros(())
     kept = ((scores >= least) & (scores > 0)).nonzero()[:, 0]
@@ -74,26 +76,28 @@ def largest(preacts: Tensor, norms: Tensor, n: int, workspace: Workspace) -> Act
     return Acts(preacts.shape, None, SparseActs(latent, sample, a), None, least)
 
 
-def guess(preacts: Tensor, norms: Tensor, n: int) -> Tensor:
-    """A bound that about MARGIN * n of the scores exceed, from a sample of them; 0 at least."""
+def guess_bound(preacts: Tensor, norms: Tensor, n: int) -> Tensor:
+    """A bound [] >= 0 that about MARGIN * n of the scores exceed, estimated from a sample."""
     index = torch.arange(0, preacts.numel(), SAMPLE_EVERY)
     scores = pick(preacts.view(-1), index) * pick(norms, index // preacts.shape[1])
-    n_over = min(len(scores), int(MARGIN * n / SAMPLE_EVERY) + 8)
-    bound: Tensor = scores.topk(n_over, sorted=False).values.amin().clamp_min(0)
+    n_above = min(len(scores), int(MARGIN * n / SAMPLE_EVERY) + 8)
+    bound: Tensor = scores.topk(n_above, sorted=False).values.amin().clamp_min(0)
     return bound
 
 
-def over(preacts: Tensor, bounds: Tensor, workspace: Workspace) -> SparseActs:
-    """What exceeds its latent's bound [n_latents]."""
-    mask = workspace.empty("over", preacts.new_empty(0, dtype=torch.bool), *preacts.shape)
+def above(preacts: Tensor, bounds: Tensor, workspace: Workspace) -> SparseActs:
+    """The pre-activations above their latent's bound, [n_latents], as a list."""
+    mask = workspace.empty("above", preacts.new_empty(0, dtype=torch.bool), *preacts.shape)
     torch.gt(preacts, bounds[:, None], out=mask)
-    index = torch.from_numpy(np.flatnonzero(mask.numpy()))  # in half of nonzero's time
+    index = torch.from_numpy(np.flatnonzero(mask.numpy()))  # half the time of torch.nonzero
     latent = index // preacts.shape[1]
     return SparseActs(latent, index - latent * preacts.shape[1], pick(preacts.view(-1), index))
 
 
-def least_let_through(acts: Tensor, norms: Tensor) -> Tensor:
-    """The smallest a_j ||d_j|| that is not 0, of acts [..., n_latents, batch] or transposed, with
-    norms that broadcast to them: [...]."""
+def smallest_kept(acts: Tensor, norms: Tensor) -> Tensor:
+    """The smallest a_j ||d_j|| that is not 0, or infinity if all are: [...].
+
+    acts are [..., n_latents, batch] or the transpose; norms broadcast to them.
+    """
     scores = torch.where(acts > 0, acts * norms, torch.inf)
     return scores.amin(dim=(-2, -1))

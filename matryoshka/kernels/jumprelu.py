@@ -1,17 +1,18 @@
 """How the thresholds of JumpReLU learn.
 
-Neither a_j = z_j H(z_j - t_j) nor the number of active latents, sum_j H(z_j - t_j), has a useful
-slope in the threshold t_j. Rajamanoharan et al. 2024 (arXiv 2407.14435, eq. 11 and 12) put kernel
-estimates in their place: with K the rectangle of height 1 and width 1, and bandwidth b,
+With z the pre-activations, t_j the threshold of latent j and H the step function, neither
+a_j = z_j H(z_j - t_j) nor the number of active latents, sum_j H(z_j - t_j), has a useful slope in
+t_j. Rajamanoharan et al. 2024 (arXiv 2407.14435, eq. 11 and 12) replace the slopes by kernel
+estimates. With K the rectangle of height 1 and width 1, and bandwidth b, these are
 
     d a_j / d t_j = -(t_j / b) K((z_j - t_j) / b),    d H / d t_j = -(1 / b) K((z_j - t_j) / b)
 
-so with G_j = d loss / d a_j and p_j the price of an active latent, both as means over the batch,
+Let G_j = d loss / d a_j and p_j the price of an active latent, both divided by the batch size. Then
 
     d loss / d t_j = -(1 / b) sum over samples with |z_j - t_j| < b / 2 of (t_j G_j + p_j)
 
-log t_j is what is trained, so that t_j stays positive. `jump` and `count` are these functions with
-these slopes, for autograd.
+What is trained is log t_j, so that t_j stays positive. For autograd, `jump` and `count` are the two
+functions with these slopes.
 """
 
 from typing import Any
@@ -21,8 +22,8 @@ from torch import Tensor
 
 
 def near(preacts: Tensor, threshold: Tensor | None, bandwidth: float) -> Tensor | None:
-    """Whether K is 1: bool, of the shape of preacts; threshold broadcasts. None where there is
-    none."""
+    """Where K is 1, that is |z_j - t_j| < b / 2: bool, shaped as preacts, to which the threshold
+    broadcasts. None if the activation function has no threshold."""
     return None if threshold is None else _near(preacts, threshold, bandwidth)
 
 
@@ -31,7 +32,8 @@ def _near(preacts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
 
 
 def log_threshold_gradient(slopes: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """The gradient of log t_j, from the sum over near samples of t_j G_j + p_j: shapes equal."""
+    """d loss / d log t_j, from `slopes`, the sum over samples in the equation above. All tensors
+    have the same shape."""
     return slopes * threshold / -bandwidth
 
 

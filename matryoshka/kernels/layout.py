@@ -1,4 +1,4 @@
-"""What the kernels work on: parameters as views of one tensor, an objective, and memory."""
+"""What the kernels work on: parameters, activations, the objective of a step, and memory."""
 
 import math
 from collections.abc import Sequence
@@ -11,20 +11,19 @@ from torch import Tensor
 from sae import ACTIVATIONS, Gate, Sparsity
 
 MatmulDtype = Literal["float32", "bfloat16"]
-Cost = Sparsity | Literal["l0"]  # of an activation, times its latent's price; l0, of jumprelu: 1
+# What an active latent costs, to be multiplied by its price. "l0" is for jumprelu: a cost of 1.
+Cost = Sparsity | Literal["l0"]
 
-WITHOUT_NORMS = ("relu", "jumprelu")  # activation functions that do not look at ||d_j||
+WITHOUT_NORMS = ("relu", "jumprelu")  # activation functions that do not use ||d_j||
 
-# The least length that a decoder row is divided by. A row of zeros has no direction: its part of
-# the sparsity loss then has gradient 0, as autograd has it, and not NaN.
+# What the norm of a decoder row of zeros counts as where it divides. The row's part of the sparsity
+# loss then has gradient 0, as with autograd, and not NaN.
 MIN_NORM = 1e-12
 
 
 class Params(NamedTuple):
-    """What is learnt, or its gradient: views of one flat tensor [n_saes, n_params].
-
-    W_enc is the transpose of the SAE's.
-    """
+    """The parameters of a stack of SAEs, or their gradient: views of one flat tensor
+    [n_saes, n_params]. W_enc is the transpose of `SAE.W_enc`."""
 
     W_enc: Tensor  # [n_saes, n_latents, d_model]: a row a latent, as in W_dec
     b_enc: Tensor  # [n_saes, 1, n_latents]
@@ -34,7 +33,7 @@ class Params(NamedTuple):
 
     @classmethod
     def of(cls, flat: Tensor, d_model: int, n_latents: int) -> "Params":
-        """The views of `flat`; what is written into them is written into it."""
+        """Views of `flat`, so that writing into one of them writes into `flat`."""
         shapes = [(n_latents, d_model), (1, n_latents), (n_latents, d_model), (1, d_model)]
         shapes.append((1, flat.shape[1] - sum(map(math.prod, shapes))))
         parts = torch.split(flat, [math.prod(shape) for shape in shapes], dim=1)
@@ -42,58 +41,58 @@ class Params(NamedTuple):
         return cls(*(torch.unflatten(part, 1, shape) for part, shape in shaped))
 
     def slice(self, which: slice) -> "Params":
-        """Some of the SAEs, still as a stack."""
+        """The parameters of some of the SAEs, as a stack."""
         return Params(*(tensor[which] for tensor in self))
 
     def one(self, i: int) -> "Params":
-        """SAE i by itself: tensors without the leading dimension."""
+        """The parameters of SAE i, without the leading dimension."""
         return Params(*(tensor[i] for tensor in self))
 
 
 class SparseActs(NamedTuple):
-    """Activations as a list, sorted by latent: all that are not 0. For jumprelu also the zeros
-    just below their threshold, since these move it."""
+    """The activations that are not 0 as a list, sorted by latent. For jumprelu it also has the
+    zeros just below their threshold, since the threshold's gradient depends on them."""
 
-    latent: Tensor  # int64 [n]
-    sample: Tensor  # int64 [n]
-    a: Tensor  # [n]
+    latent: Tensor  # int64 [n_active]
+    sample: Tensor  # int64 [n_active]
+    a: Tensor  # [n_active]
 
 
 @dataclass(frozen=True)
 class Acts:
-    """The activations of one SAE on a batch, [n_latents, batch]: a row a latent."""
+    """The activations of one SAE on a batch, either as a matrix or as a list."""
 
-    shape: torch.Size
-    dense: Tensor | None  # None: they are in `sparse` alone
-    sparse: SparseActs | None  # None: they are in `dense` alone
-    near: Tensor | None = None  # bool: of jumprelu, less than half a bandwidth from the threshold
-    least: Tensor | None = None  # []: the smallest a_j ||d_j|| that batchtopk let through
+    shape: torch.Size  # [n_latents, batch]
+    dense: Tensor | None  # [n_latents, batch]
+    sparse: SparseActs | None
+    near: Tensor | None = None  # for jumprelu, bool: is within half a bandwidth of the threshold
+    least_kept: Tensor | None = None  # for batchtopk, []: the smallest a_j ||d_j|| that it kept
 
 
 class Stats(NamedTuple):
-    """What computing a gradient tells of the activations."""
+    """Statistics of the batch that computing the gradient gives as well."""
 
     l0: Tensor  # [n_saes], active latents a sample
     mean_square: Tensor  # [n_saes, n_latents], of a_j ||d_j||
-    kernels: tuple[str, ...] = ()  # an SAE each: how its gradient was computed
-    least: Tensor | None = None  # [n_saes], of the a_j ||d_j|| that batchtopk let through
-    # The activations of a stack of one SAE, where the kernel kept them; of several, each one's
-    # overwrite those of the one before. Valid until the next step.
+    kernels: tuple[str, ...] = ()  # for each SAE, the kernel that computed its gradient
+    least_kept: Tensor | None = None  # for batchtopk, [n_saes]: the smallest a_j ||d_j|| it kept
+    # The activations, if the stack is one SAE and they are at hand; valid until the next step. The
+    # SAEs of a larger stack overwrite each other's.
     acts: Acts | None = None
 
 
 class Workspace:
-    """Memory that is used again from call to call.
+    """Memory for large intermediate tensors, which calls use again.
 
-    On a CPU, the fresh pages of large tensors can cost more than the arithmetic on them. A GPU's
-    allocator keeps its pages, and a CUDA graph its own memory: there, every tensor is a fresh one.
+    On a CPU, the fresh pages of a large tensor can cost more than the arithmetic on it. On a GPU
+    each tensor is a new one, since PyTorch's allocator, or the CUDA graph, already reuses memory.
     """
 
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
 
     def empty(self, name: str, like: Tensor, *shape: int) -> Tensor:
-        """A tensor of that shape, uninitialised, valid until `name` is asked for again."""
+        """An uninitialised tensor of this shape, valid until `name` is next asked for."""
         if like.device.type != "cpu":
             return like.new_empty(shape)
         n, held = math.prod(shape), self._held.get(name, like[:0].flatten())
@@ -104,66 +103,68 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a stack of SAEs is asked for on one batch."""
+    """The loss of a stack of SAEs on one batch, as kernels/__init__.py writes it."""
 
     x: Tensor  # [n_saes, batch, d_model], scaled
-    # [n_saes, n_latents], of the latents as they are stored; at most 1, and what the largest lacks
-    # of 1 is the weight of the bias alone
+    # [n_saes, n_latents]: the total weight of the prefixes that contain latent j, in the order in
+    # which latents are stored. If the largest is below 1, the rest is the weight of b_dec alone.
     reach: Tensor
     price: Tensor  # [n_saes, n_latents]: sparsity_weight * reach
-    # For each SAE int64 [n_reaches]: how many latents have the highest reach, the highest two, and
-    # so on. None: they are counted, which waits for a GPU.
+    # For each SAE, int64 [n_reaches]: how many latents have the highest reach, one of the two
+    # highest, and so on. These are the prefix lengths. None: counted, which makes a GPU wait.
     ends: Sequence[Tensor] | None = None
     sparsity: Cost = "l1"
     activation: str = "relu"
-    k: float = 0.0  # active latents a sample, of topk and batchtopk
-    bandwidth: float = 0.0  # of jumprelu's kernel, in scaled activations
+    k: float = 0.0  # active latents a sample, for topk and batchtopk
+    bandwidth: float = 0.0  # for jumprelu, in scaled activations
     unhedged: bool = False  # the decoder learns from the full reconstruction; see unhedged.py
 
     @property
     def of_decoder(self) -> "Objective":
-        """What the decoder learns from: this, or where it is unhedged, the full reconstruction."""
+        """The loss that the decoder learns from: this one, or that of one prefix if unhedged."""
         if not self.unhedged:
             return self
-        weight = self.price / self.reach
-        return replace(self, reach=torch.ones_like(weight), price=weight, ends=None, unhedged=False)
+        sparsity_weight = self.price / self.reach  # [n_saes, n_latents]
+        reach = torch.ones_like(sparsity_weight)
+        return replace(self, reach=reach, price=sparsity_weight, ends=None, unhedged=False)
 
     def slice(self, i: int) -> "Objective":
-        """That of SAE i, still as a stack."""
+        """The objective of SAE i, as a stack of one."""
         one = slice(i, i + 1)
         ends = None if self.ends is None else self.ends[one]
         x, reach, price = self.x[one], self.reach[one], self.price[one]
         return replace(self, x=x, reach=reach, price=price, ends=ends)
 
     def copied(self) -> "Objective":
-        """The same, of copies of the tensors."""
+        """This objective with copies of its tensors."""
         ends = None if self.ends is None else [end.clone() for end in self.ends]
         x, reach, price = self.x.clone(), self.reach.clone(), self.price.clone()
         return replace(self, x=x, reach=reach, price=price, ends=ends)
 
     def gate(self, params: Params) -> Gate:
-        """What the activation function needs in training, of a stack, [n_saes, 1, n_latents] each,
-        or of one SAE, [1, n_latents] each."""
+        """What the activation function needs in training. Tensors are [n_saes, 1, n_latents] for
+        the parameters of a stack, [1, n_latents] for those of one SAE."""
         needs_norms = self.activation not in WITHOUT_NORMS
         norms = params.W_dec.norm(dim=-1)[..., None, :] if needs_norms else None
         threshold = params.log_threshold.exp() if self.activation == "jumprelu" else None
         return Gate(norms, self.k, threshold)
 
     def acts(self, params: Params, preacts: Tensor, gate: Gate | None = None) -> Tensor:
-        """Activations of pre-activations [..., batch, n_latents], which may be overwritten; gate:
-        that of `params`, where it is at hand."""
+        """Activations [..., batch, n_latents] of `preacts`, which may be overwritten. `gate` is
+        that of `params`, if the caller has it already."""
         return ACTIVATIONS[self.activation](preacts, gate or self.gate(params))
 
     def ends_of(self, i: int) -> Tensor:
-        """The ends of SAE i, counted where they are not given."""
+        """The ends of SAE i, int64 [n_reaches]; counted if they were not given."""
         return count_ends(self.reach[i]) if self.ends is None else self.ends[i]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One SAE's part of an objective, with its activations: tensors have no leading dimension."""
+    """The part of an objective that belongs to one SAE, with its activations. No tensor has the
+    leading dimension of a stack."""
 
-    grads: Params  # written
+    grads: Params  # what a kernel writes
     params: Params
     acts: Acts
     x: Tensor  # [batch, d_model]
@@ -177,7 +178,7 @@ class Task:
 
     @property
     def decoder_price(self) -> Tensor:
-        """The price as the decoder has it: [n_latents]."""
+        """The price in the decoder's gradient, [n_latents]: that of reach 1 if unhedged."""
         return self.price / self.reach if self.unhedged else self.price
 
     def dense_acts(self) -> Tensor:
@@ -190,7 +191,7 @@ class Task:
         return dense.view(-1).index_copy_(0, latent * dense.shape[1] + sample, a).view_as(dense)
 
     def sparse_acts(self) -> SparseActs:
-        """The activations as a list."""
+        """The activations as a list; see `SparseActs`."""
         if self.acts.sparse is not None:
             return self.acts.sparse
         acts = self.dense_acts()
@@ -200,22 +201,23 @@ class Task:
 
 
 def pick(values: Tensor, index: Tensor) -> Tensor:
-    """values[index], of a vector, in half of the time that a CPU takes for that."""
+    """values[index] of a vector, in half the time that indexing takes on a CPU."""
     return values.index_select(0, index)
 
 
 def count_ends(reach: Tensor) -> Tensor:
-    """How many latents have each reach or a higher one, from the highest down: [n_reaches]."""
-    ranked = reach.sort(descending=True).values
-    counts: Tensor = torch.unique_consecutive(ranked, return_counts=True)[1]
+    """For each distinct reach, from the highest down, how many latents have it or a higher one:
+    int64 [n_reaches]."""
+    sorted_reach = reach.sort(descending=True).values
+    counts: Tensor = torch.unique_consecutive(sorted_reach, return_counts=True)[1]
     return counts.cumsum(0)
 
 
 def sparsity_slopes(acts: Tensor, norms: Tensor, sparsity: Cost) -> tuple[Tensor, Tensor]:
-    """Of the cost f(c) of a contribution c = a ||d||: its slope f'(c), and its slope a f'(c) in the
-    row's length ||d||; shapes broadcast.
+    """The slopes of the cost f(c) of a contribution c = a ||d||: f'(c), and a f'(c), which is the
+    slope in the decoder row's norm ||d||. Shapes broadcast.
 
-    Both are 0 for "l0", which only the threshold's gradient has a part of.
+    Both are 0 for "l0", whose cost enters the gradient of the thresholds alone.
     """
     if sparsity == "l0":
         return torch.zeros_like(norms), norms.new_zeros(()).expand_as(acts)
@@ -226,5 +228,5 @@ def sparsity_slopes(acts: Tensor, norms: Tensor, sparsity: Cost) -> tuple[Tensor
 
 
 def zero_where_silent(g_acts: Tensor, acts: Tensor) -> None:
-    """Sets the gradient of activations to 0 where those are 0, in place."""
+    """Sets g_acts, the gradient of the activations, to 0 where an activation is 0, in place."""
     torch.ops.aten.threshold_backward.grad_input(g_acts, acts, 0, grad_input=g_acts)

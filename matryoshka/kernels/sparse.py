@@ -1,8 +1,8 @@
-"""The gradient from the active latents alone: everything but the encoder is a sparse product.
+"""The gradient from the active latents alone: every product but the encoder's is sparse. CPU only.
 
-A *run* is the active latents of one sample that have the same reach. All of them have the same
-residual, so there is one a run. The input enters it as one more run of its sample, which decodes to
--x and whose reach is at least every other's. For a CPU alone.
+A *run* is all active latents of one sample that have the same reach. They have the same residual,
+so one residual is computed for each run. In it, the input counts as one more run of its sample:
+that run decodes to -x, and its reach is at least that of any other.
 """
 
 import warnings
@@ -25,6 +25,7 @@ def write(task: Task) -> Tensor:
 
     residuals, by_run = active.residuals(task, x_centred)
     slope, length_slope = sparsity_slopes(a, pick(norms, latent), task.sparsity)
+    # <d_j, r> of each active latent, in the order of `active`: [n_active]
     g_a = torch.sparse.sampled_addmm(by_run, residuals, W_dec.T, beta=0).values()
     g_a = g_a.mul_(2).add_(pick(price * norms, latent) * slope).div_(batch)
 
@@ -36,7 +37,7 @@ def write(task: Task) -> Tensor:
         threshold, is_near = task.params.log_threshold[0].exp(), task.acts.near[latent, sample]
         slopes = threshold * total(g_a * is_near) + price * total(is_near.to(a.dtype)) / batch
         grads.log_threshold[0] = jumprelu.log_threshold_gradient(slopes, threshold, task.bandwidth)
-        g_a *= a != 0
+        g_a *= a != 0  # the list also has zeros near a threshold, which only move that
     shrink = total(length_slope) * task.decoder_price / norms.clamp_min(MIN_NORM) / batch
     torch.mul(W_dec, shrink[:, None], out=grads.W_dec)
     if task.unhedged:
@@ -56,33 +57,34 @@ def write(task: Task) -> Tensor:
 
 @dataclass(frozen=True)
 class Active:
-    """The active latents of a batch, by sample, and within each the furthest reach first.
+    """The active latents of a batch, sorted by sample, and within a sample by falling reach.
 
-    [n_active] each, but for what says otherwise.
+    Tensors are [n_active] unless a comment says otherwise.
     """
 
     latent: Tensor
     sample: Tensor
-    run: Tensor  # numbered over all samples
+    run: Tensor  # the index of its run, counted over all samples
     a: Tensor  # activations
     s: Tensor  # reaches
-    starts_run: Tensor  # bool: the first of its run
-    rank_by_latent: Tensor  # where each is, sorted by latent instead
-    latent_starts: Tensor  # [n_latents], where each latent begins in that order
+    starts_run: Tensor  # bool: whether it is the first of its run
+    rank_by_latent: Tensor  # entry k of the list sorted by latent is entry rank_by_latent[k] here
+    latent_starts: Tensor  # [n_latents]: where each latent begins in the list sorted by latent
     n_samples: int
 
     @classmethod
     def of(cls, task: Task) -> "Active":
-        """Those of the task."""
-        latent, sample, a = task.sparse_acts()  # by latent; from `by_rank` on by sample
+        """The active latents of a task."""
+        latent, sample, a = task.sparse_acts()  # sorted by latent
         reach, (n_latents, batch) = task.reach, task.acts.shape
-        rank = torch.empty_like(reach, dtype=torch.int64)
+        rank = torch.empty_like(reach, dtype=torch.int64)  # [n_latents]: place by falling reach
         rank[reach.argsort(descending=True, stable=True)] = torch.arange(n_latents)
         keys = sample * n_latents + pick(rank, latent)
-        by_rank = torch.from_numpy(np.argsort(keys.numpy()))  # in half of PyTorch's time
+        by_rank = torch.from_numpy(np.argsort(keys.numpy()))  # half the time of torch.argsort
         rank_by_latent = torch.empty_like(by_rank)
         rank_by_latent[by_rank] = torch.arange(len(by_rank))
         latent_starts = starts_of(latent, n_latents)
+        # from here on sorted by sample, and within it by reach
         latent, sample, a = (pick(part, by_rank) for part in (latent, sample, a))
         s = pick(reach, latent)
         first = torch.ones_like(sample, dtype=torch.bool)
@@ -100,20 +102,23 @@ class Active:
         return csr(starts, self.latent, self.a, self.n_latents)
 
     def by_latent(self, columns: Tensor, values: Tensor, n_columns: int) -> Tensor:
-        """A sparse matrix [n_latents, n_columns] of `values` [n_active] in those columns."""
-        at = self.rank_by_latent
-        return csr(self.latent_starts, pick(columns, at), pick(values, at), n_columns)
+        """A sparse matrix [n_latents, n_columns] with `values` in `columns`, [n_active] each."""
+        ranks = self.rank_by_latent
+        return csr(self.latent_starts, pick(columns, ranks), pick(values, ranks), n_columns)
 
     def residuals(self, task: Task, x_centred: Tensor) -> tuple[Tensor, Tensor]:
-        """sum_q min(s_r, s_q) (what run q decodes to) - s_r x, over the runs q of run r's sample.
+        """The residual of each run, [n_runs, d_model], and the activations of each run, a sparse
+        matrix [n_runs, n_latents].
 
-        -> [n_runs, d_model], and activations as a sparse matrix [n_runs, n_latents].
+        With D_q what run q decodes to, the residual of run r is sum_q min(s_r, s_q) D_q - s_r x,
+        over the runs q of the same sample.
         """
         first = self.starts_run.nonzero()[:, 0]
-        run_sample, run_reach = pick(self.sample, first), pick(self.s, first)
+        run_sample, run_reach = pick(self.sample, first), pick(self.s, first)  # [n_runs] each
         n_runs, (batch, d_model) = len(first), x_centred.shape
         starts = starts_of(self.run, n_runs)
         by_run = csr(starts, self.latent, self.a, self.n_latents)
+        # what the runs decode to, and then -x of each sample
         decoded = task.workspace.empty("decoded", task.x, n_runs + batch, d_model)
         torch.addmm(decoded[:n_runs], by_run, task.params.W_dec, beta=0, out=decoded[:n_runs])
         torch.neg(x_centred, out=decoded[n_runs:])
@@ -123,30 +128,37 @@ class Active:
 
 
 def shared_reaches(run_sample: Tensor, run_reach: Tensor, batch: int) -> Tensor:
-    """min(s_r, s_q) for each run r [n_runs], sorted by sample, and all runs q of its sample; and
-    s_r for the sample itself: sparse [n_runs, n_runs + batch]."""
+    """The weights with which `residuals` mixes what is decoded: sparse [n_runs, n_runs + batch].
+
+    Row r has min(s_r, s_q) for each run q of the same sample, and last s_r for that sample's -x.
+    run_sample, run_reach: [n_runs] each, sorted by sample.
+    """
     n_runs = len(run_sample)
-    n_runs_of = torch.bincount(run_sample, minlength=batch)  # each sample
+    n_runs_of = torch.bincount(run_sample, minlength=batch)  # [batch]
     n_in_row = pick(n_runs_of, run_sample) + 1
     row_starts = n_in_row.cumsum(0) - n_in_row
-    run = torch.repeat_interleave(n_in_row)  # [n_entries]
-    first = pick(pick(n_runs_of.cumsum(0) - n_runs_of, run_sample) - row_starts, run)
-    other = torch.arange(len(run)) + first
-    weights = torch.minimum(pick(run_reach, run), pick(run_reach, other.clamp_max(n_runs - 1)))
-    of_sample = row_starts + n_in_row - 1  # the last entry of each row
-    other[of_sample] = n_runs + run_sample
-    weights[of_sample] = run_reach
-    return csr(row_starts, other, weights, n_runs + batch)
+    row = torch.repeat_interleave(n_in_row)  # [n_entries], as `column` and `weights`
+    # from the index of an entry to its run: first run of the sample - first entry of the row
+    shift = pick(n_runs_of.cumsum(0) - n_runs_of, run_sample) - row_starts
+    column = torch.arange(len(row)) + pick(shift, row)
+    weights = torch.minimum(pick(run_reach, row), pick(run_reach, column.clamp_max(n_runs - 1)))
+    last = row_starts + n_in_row - 1  # each row's last entry is that of -x
+    column[last] = n_runs + run_sample
+    weights[last] = run_reach
+    return csr(row_starts, column, weights, n_runs + batch)
 
 
 def starts_of(index: Tensor, size: int) -> Tensor:
-    """Where each of 0 .. size - 1 begins in `index`, once that is sorted: [size]."""
+    """Where each of 0 .. size - 1 begins in `index` [n] when it is sorted: int64 [size]."""
     counts = torch.bincount(index, minlength=size)
     return counts.cumsum(0) - counts
 
 
 def csr(row_starts: Tensor, columns: Tensor, values: Tensor, n_columns: int) -> Tensor:
-    """A sparse matrix in CSR form, int32 indices: half the bytes, and what MKL wants."""
+    """A sparse matrix [len(row_starts), n_columns] in CSR form.
+
+    Its indices are int32, which is half the bytes, and what MKL needs.
+    """
     ends = torch.cat([row_starts, row_starts.new_tensor([len(columns)])])
     shape = (len(row_starts), n_columns)
     with warnings.catch_warnings():
