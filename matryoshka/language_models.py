@@ -1,8 +1,8 @@
-"""A language model as a handful of names, whoever made it; and how one is loaded.
+"""The interface that this project needs of a language model, and how to load one.
 
-`tiny_model.TinyModel` has these names, and so has `transformers_model.TransformersModel`, which
-wraps whatever the library `transformers` loads. Nothing else of a model is used anywhere: a cache,
-an evaluation and a page of latents work the same for all of them.
+`tiny_model.TinyModel` implements it, and `transformers_model.TransformersModel` implements it for
+any model that the library `transformers` loads. Caches, evaluations and pages of latents use only
+this interface, and so work the same for all of them.
 """
 
 import os
@@ -26,43 +26,45 @@ ModelDtype = Literal["float32", "bfloat16", "float16"]
 
 
 class LanguageModel(Protocol):
-    """What a language model is here. Blocks are counted from 0.
+    """The interface of a language model. Blocks are counted from 0.
 
     Activations have the dtype that the model runs in; log-probabilities are float32, in nats.
-    `is_real`: bool [batch, seq], False where a row is padded; None where it is nowhere. Positions
-    that are real have the values that their row has alone, wherever it is padded; those of padding
-    mean nothing. All of these raise `UserError` for a layer, a site or a length that the model has
-    not, and where it cannot be padded like that.
+    `is_real`: bool [batch, seq], False at padding; None if there is no padding. At real positions
+    the values are those of the row without padding, wherever the padding is; at padding, values
+    have no meaning. The methods raise `UserError` for a layer, site or length that the model does
+    not have, and for padding that it cannot handle.
     """
 
     @property
     def d_model(self) -> int:
-        """Width of the residual stream, and of attention's and the MLP's outputs."""
+        """The width of the residual stream, and of the outputs of attention and MLP."""
 
     @property
     def d_vocab(self) -> int:
-        """Token ids are 0 to d_vocab - 1."""
+        """The size of the vocabulary: token ids are 0 to d_vocab - 1."""
 
     @property
     def n_layers(self) -> int:
-        """Blocks."""
+        """The number of blocks."""
 
     @property
     def max_seq_len(self) -> int:
-        """The longest row that the model takes."""
+        """The number of tokens of the longest row that the model accepts."""
 
     @property
     def has_head(self) -> bool:
-        """Whether it predicts next tokens. `forward_from` and `log_probs_with` need it."""
+        """Whether it predicts next tokens, which `forward_from` and `log_probs_with` need."""
 
     @property
     def stream_is_all(self) -> bool:
-        """Whether later blocks see of the token ids only what is in the residual stream: else
-        `forward_from` raises `UserError`."""
+        """Whether each block's only input is the residual stream, and not also the token ids.
+
+        If it is not, `forward_from` raises `UserError`.
+        """
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer of `transformers`, None where there is none."""
+        """The tokenizer, an object of `transformers`; None if there is none."""
 
     @property
     def begin_id(self) -> int | None:
@@ -70,7 +72,7 @@ class LanguageModel(Protocol):
 
     @property
     def pad_id(self) -> int | None:
-        """The id that rows are filled up with, if the vocabulary has one."""
+        """The id of padding, if the vocabulary has one."""
 
     @property
     def special_ids(self) -> Set[int]:
@@ -78,17 +80,17 @@ class LanguageModel(Protocol):
 
     @property
     def weights_hash(self) -> str:
-        """SHA-256 of names, shapes and float32 values, sorted by name: 64 hex digits."""
+        """SHA-256 of the weights' names, shapes and float32 values, by name: 64 hex digits."""
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are, and where token ids and residuals are expected."""
+        """The device of the weights, on which token ids and activations must be, too."""
 
     def text_of(self, tok_id: int) -> str:
-        """The text of a token id, a leading space included; the id itself where none is known."""
+        """The text of a token id, with its leading space; the id as text if none is known."""
 
     def check_site(self, layer: int, site: str) -> None:
-        """Raises `UserError` unless the model has this site at this layer."""
+        """Raises `UserError` if the model does not have this site at this layer."""
 
     def residual(self, tok_ids: Tensor, layer: int, is_real: Tensor | None = None) -> Tensor:
         """The residual stream at `layer`, 0 to n_layers: [batch, seq, d_model] from [batch, seq].
@@ -104,7 +106,7 @@ class LanguageModel(Protocol):
     ) -> Tensor:
         """The activations at a site of `layer`, [batch, seq, d_model], from ids [batch, seq].
 
-        The forward pass ends where they are.
+        The forward pass stops there.
         """
 
     def log_probs_with(
@@ -115,11 +117,11 @@ class LanguageModel(Protocol):
         replace: Replace,
         is_real: Tensor | None = None,
     ) -> Tensor:
-        """Log-probabilities [batch, seq, d_vocab] with `replace(acts)` in the activations' place.
+        """Log-probabilities [batch, seq, d_vocab] if `replace(acts)` replaces the activations.
 
         `replace` gets what `activations` returns, and returns a tensor of the same shape. At
-        resid_pre, `forward_from(replace(residual(...)))` is the same, and runs fewer blocks where
-        several replacements of one residual are asked for.
+        resid_pre, `forward_from(replace(residual(...)))` is the same; for several replacements of
+        one residual it runs fewer blocks.
         """
 
 
@@ -131,14 +133,14 @@ def load_language_model(
     trust_remote_code: bool = False,
     tokenizer: str | None = None,
 ) -> LanguageModel:
-    """The language model of that name: a TinyModel, or one that `transformers` loads.
+    """Loads a language model: a TinyModel, or one that `transformers` loads.
 
-    `name_or_path`: a repo on the Hugging Face hub, a folder, or a TinyModel's `.pt` or
-    `.safetensors` file; `revision`: the hub repo's branch, tag or commit. `dtype`: what the model
-    runs in. `trust_remote_code`: whether Python code that comes with the model may run.
-    `tokenizer`: a hub name or a folder, where it is not the model's own; of TinyModel, the file
-    that `tiny_tokens.load_texts` reads. Raises `UserError` where there is no such model, or none
-    that can be used.
+    `name_or_path`: a repo on the Hugging Face hub, a folder, or the `.pt` or `.safetensors` file of
+    a TinyModel. `revision`: the hub repo's branch, tag or commit. `dtype`: the dtype in which the
+    model runs. `trust_remote_code`: whether Python code that comes with the model may be run.
+    `tokenizer`: a hub name or a folder, if it is not the model's own; for TinyModel, the file that
+    `tiny_tokens.load_texts` reads. Raises `UserError` if there is no such model, or it cannot be
+    used.
     """
     if is_tiny_model(name_or_path, revision):
         if dtype != "float32":
@@ -152,10 +154,10 @@ def load_language_model(
 
 
 def is_tiny_model(name_or_path: str | Path, revision: str | None) -> bool:
-    """Whether that is a TinyModel: a file of weights, or a folder or a hub repo that holds its.
+    """Whether this names a TinyModel: a file of weights, or a folder or hub repo that has one.
 
-    Raises `UserError` for a folder that holds no model, and where the hub does not answer and no
-    model of `transformers` of that name was downloaded before.
+    Raises `UserError` for a folder without a model, and if the hub cannot be reached and no model
+    of `transformers` with that name was downloaded before.
     """
     path, name = Path(name_or_path), str(name_or_path)
     if os.path.isdir(path):
@@ -169,7 +171,7 @@ def is_tiny_model(name_or_path: str | Path, revision: str | None) -> bool:
         return False
     try:
         huggingface_hub.hf_hub_download(name, WEIGHTS_FILE, revision=revision)
-    except Exception as error:  # no such file, no such repo: the other loader says which
+    except Exception as error:  # no such file or no such repo: the other loader says which
         here = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
         if is_passing(error) and not isinstance(here, str):
             raise UserError(

@@ -1,4 +1,4 @@
-"""What a page or another tool shows of each latent: pure functions of an SAE and its examples."""
+"""The data that a page or another tool shows about each latent, computed by pure functions."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,9 +16,9 @@ from matryoshka.prefix_draws import expected_reach, width_reach
 from matryoshka.top_examples import N_A_QUANTILE, N_QUANTILES, N_TOP, Examples, quantile_examples
 from sae import SAE
 
-N_RANDOM = 5  # firings at random
-LONG, SHORT = (12, 7), (6, 3)  # tokens before and after: of the strongest, and of the others
-N_TOKENS = 5  # most characteristic tokens
+N_RANDOM = 5  # random firings that are shown
+LONG, SHORT = (12, 7), (6, 3)  # tokens shown before and after: the strongest, and other examples
+N_TOKENS = 5  # most characteristic tokens that are shown
 N_SIMILAR = 10
 N_OUTPUTS, N_OUTPUT_BINS = 10, 40
 LATENTS_AT_ONCE = 64
@@ -27,7 +27,7 @@ Array = np.ndarray
 
 
 class OneSAE(NamedTuple):
-    """An SAE of a run, with what was collected of it."""
+    """An SAE of a run, with what was collected about its latents."""
 
     name: str
     sae: SAE
@@ -37,8 +37,10 @@ class OneSAE(NamedTuple):
 
 
 def reach_of(sae: SAE) -> Array:
-    """The share of the prefixes that contain each latent, as it was trained: float64 [n_latents];
-    1 where the SAE's file does not say."""
+    """The expected share of the training prefixes that contain each latent: float64 [n_latents].
+
+    1 for each if the SAE's file does not say what its prefixes were.
+    """
     widths, n_prefixes = sae.about.get("widths"), sae.about.get("n_prefixes", 1)
     if widths:
         return width_reach(sae.n_latents, widths, sae.about.get("width_weights") or ()).numpy()
@@ -51,9 +53,9 @@ def reach_of(sae: SAE) -> Array:
 
 
 def chosen_examples(examples: Examples) -> Iterator[tuple[int, str, int]]:
-    """(latent, kind, token) of every example that is shown, by latent.
+    """Yields (latent, kind, token) for every example that is shown, latent by latent.
 
-    Kinds: "top"; "q0" to "q9", the quantiles, lowest first; "random".
+    Kinds are "top"; "q0" to "q9", from the lowest quantile to the highest; and "random".
     """
     for latent in range(len(examples.fired)):
         tokens = examples.top_tokens[latent]
@@ -64,11 +66,11 @@ def chosen_examples(examples: Examples) -> Iterator[tuple[int, str, int]]:
         yield from ((latent, "random", int(token)) for token in tokens[tokens >= 0])
 
 
-MAX_EXAMPLES = N_TOP + N_QUANTILES * N_A_QUANTILE + N_RANDOM  # of a latent
+MAX_EXAMPLES = N_TOP + N_QUANTILES * N_A_QUANTILE + N_RANDOM  # examples of one latent
 
 
 class Shown(NamedTuple):
-    """The examples of all latents in context; those of latent j are first[j] to first[j + 1]."""
+    """The examples of all latents in context; latent j has first[j] to first[j + 1] - 1."""
 
     kinds: list[str]
     windows: Windows
@@ -78,7 +80,7 @@ class Shown(NamedTuple):
 def shown_examples(
     one: OneSAE, cache: ActivationCache, text: Text, device: torch.device | str
 ) -> Shown:
-    """Every example that is shown, with activations on its context: a pass over the cache."""
+    """All examples that are shown, with activations on their contexts; reads the whole cache."""
     chosen = list(chosen_examples(one.examples))
     latents = np.array([latent for latent, _, _ in chosen], dtype=np.int64)
     kinds = [kind for _, kind, _ in chosen]
@@ -93,13 +95,13 @@ def shown_examples(
 
 
 def characteristic_tokens(examples: Examples, text: Text, latent: int) -> list[int]:
-    """Up to N_TOKENS token ids that tell a latent from the text at large, the best first.
+    """Up to N_TOKENS token ids that distinguish a latent from the rest of the text, best first.
 
-    With s_t the share of token id t in the activation of the latent's sample, and q_t its share in
-    all of the text, they have the largest s_t log(s_t / q_t) above 0: these add up to the relative
-    entropy of the one to the other. A token that is n times in the sample counts 1 - 1 / sqrt(n)
-    of its share, a standard error less, so that what is there once names no latent; unless every
-    token is.
+    Let s_t be the share of token id t in the summed activation of the latent's sample, and q_t its
+    share in the whole text. The ids with the largest s_t log(s_t / q_t) > 0 are returned; summed
+    over t, this is the relative entropy of s to q. If t occurs n times in the sample, s_t is
+    multiplied by 1 - 1 / sqrt(n), which lowers it by about a standard error; so a token that occurs
+    once is not returned, unless every token of the sample occurs once.
     """
     tokens, values = examples.sample_tokens[latent], examples.sample_values[latent]
     ids = text.tok_ids[tokens[tokens >= 0]]
@@ -118,9 +120,10 @@ def characteristic_tokens(examples: Examples, text: Text, latent: int) -> list[i
 
 
 def similar_latents(W_dec: Tensor, others: Tensor, k: int, is_same: bool) -> tuple[Array, Array]:
-    """For each row of `W_dec` the k rows of `others` of the highest cosine, and the cosines.
+    """For each row of `W_dec`, the k rows of `others` with the highest cosine, and the cosines.
 
-    int64 and float32 [n_latents, at most k]; is_same: a row is not its own neighbour.
+    Returns int64 and float32 [n_latents, at most k]. is_same: `others` are the same rows, and a row
+    is not its own neighbour.
     """
     unit, of_others = F.normalize(W_dec.float(), dim=1), F.normalize(others.float(), dim=1)
     k = min(k, len(others) - is_same)
@@ -136,14 +139,14 @@ def similar_latents(W_dec: Tensor, others: Tensor, k: int, is_same: bool) -> tup
 
 
 class Outputs(NamedTuple):
-    """What latents do to the model's output tokens, an item a latent: [n_latents, ...]."""
+    """The effects of n latents on the model's output tokens."""
 
     promoted: Array  # int64 [n, N_OUTPUTS] token ids, the most promoted first
-    promoted_by: Array  # float32
-    suppressed: Array  # int64 [n, N_OUTPUTS], the most suppressed first
-    suppressed_by: Array  # float32
-    low: Array  # float32 [n]: where the histogram of all of them begins
-    width: Array  # float32 [n], of its bins
+    promoted_by: Array  # float32 [n, N_OUTPUTS]
+    suppressed: Array  # int64 [n, N_OUTPUTS] token ids, the most suppressed first
+    suppressed_by: Array  # float32 [n, N_OUTPUTS]
+    low: Array  # float32 [n]: where the histogram over the whole vocabulary begins
+    width: Array  # float32 [n]: the width of its bins
     counts: Array  # int64 [n, N_OUTPUT_BINS]
 
 
@@ -151,10 +154,11 @@ class Outputs(NamedTuple):
 def output_effects(sae: SAE, model: LanguageModel) -> Outputs:
     """What a decoder direction of length 1 adds to the logits, through the last norm and the head.
 
-    With f(x) the log-probabilities that the model makes of x as its last residual stream, this is
-    f(d_j / ||d_j||) - f(0), less its mean over the vocabulary. Without a last norm (TinyModel)
-    that is exactly d_j W_head / ||d_j||, centred, in nats an activation of 1; with one, it is the
-    logits of the norm's output, whose length the norm sets. The model must have a head.
+    Let f(x) be the log-probabilities of the model if its last residual stream is x. The effect is
+    f(d_j / ||d_j||) - f(0), minus its mean over the vocabulary. For a model without a last norm
+    (TinyModel) this is exactly d_j W_head / ||d_j||, centred, in nats for each unit of length. With
+    a last norm, it is the logits of the normed direction, whose length the norm sets. The model
+    must have a head.
     """
     directions = F.normalize(sae.W_dec.detach().float(), dim=1)
     parts = []
@@ -166,13 +170,13 @@ def output_effects(sae: SAE, model: LanguageModel) -> Outputs:
 
 
 def _log_probs(model: LanguageModel, x: Tensor) -> Tensor:
-    """x [n, d_model] as the last residual stream of rows of one token -> [n, d_vocab]."""
+    """Log-probabilities [n, d_vocab] if x [n, d_model] is the last residual stream of n rows."""
     stream = x[:, None].to(model.device)
     return model.forward_from(stream, model.n_layers)[:, 0].float()
 
 
 def _outputs(effect: Tensor) -> Outputs:
-    """effect: [n, d_vocab]."""
+    """The largest and smallest effects, and a histogram of all. effect: [n, d_vocab]."""
     k = min(N_OUTPUTS, effect.shape[1])
     most, least = effect.topk(k, dim=1), (-effect).topk(k, dim=1)
     low, high = effect.amin(1), effect.amax(1)

@@ -1,9 +1,10 @@
-"""One call works on a thing, and whoever comes later waits for that one.
+"""Leases: only one call works on a thing at a time, and a later one waits for it.
 
-A book says who works on what: a mapping that has `get`, and `put(key, value, skip_if_exists=True)`
-that is true for one caller alone, as a `modal.Dict` is. A thing's calls form a chain, "THING after
-CALL" -> the call that took over from it. Only the last of them can be at work; who takes over from
-a call that has ended writes itself behind it, and of two that try at once one succeeds.
+The book records which call works on which thing. It is a mapping with `get`, and with
+`put(key, value, skip_if_exists=True)`, which returns True to only one of several callers, as a
+`modal.Dict` has. The calls that worked on a thing form a chain: the key "THING after CALL" has the
+call that took over from CALL. Only the last one can be running. A call that takes over from one
+that has ended adds itself to the chain; if two try this at once, one succeeds.
 """
 
 import dataclasses
@@ -16,13 +17,13 @@ import modal
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """In place of a result: the call whose result it will be, since that works on the thing."""
+    """Returned instead of a result by a call that finds another call working on its thing."""
 
     call_id: str
 
 
 def last_call(book: Any, thing: str) -> str:
-    """The call that last worked on `thing`; "" where there was none."""
+    """The last call that took over `thing`; "" if there was none."""
     call_id = ""
     while after := book.get(f"{thing} after {call_id}"):
         call_id = after
@@ -30,9 +31,9 @@ def last_call(book: Any, thing: str) -> str:
 
 
 def holder(book: Any, thing: str, caller: str, is_running: Callable[[str], bool]) -> str:
-    """The one call that works on `thing` from now on: `caller`, unless another has begun.
+    """Leases `thing` to `caller` unless another call is working on it; returns the call that is.
 
-    A caller that comes again, since it was killed and retried, finds itself.
+    A caller that was killed and retried still has its lease.
     """
     while True:
         last = last_call(book, thing)
@@ -43,26 +44,27 @@ def holder(book: Any, thing: str, caller: str, is_running: Callable[[str], bool]
 
 
 def is_running(call_id: str) -> bool:
-    """Whether Modal's function call has not come to an end; one that will be retried has not.
+    """Whether a Modal function call has not ended; one that will be retried has not.
 
-    Raises what Modal raises where it cannot be asked.
+    Raises Modal's error if Modal cannot be reached.
     """
     unreachable = (modal.exception.ConnectionError, modal.exception.ServiceError)
     try:
         modal.FunctionCall.from_id(call_id).get(timeout=0)
-    except TimeoutError:  # Python's own: no result yet. A function's timeout is of another class
+    except TimeoutError:  # no result yet; a function that timed out raises another class
         return True
     except unreachable:
         raise
-    except Exception:  # it failed, was stopped, or is long forgotten
+    except Exception:  # it failed, was stopped, or Modal has deleted its result
         return False
     return False
 
 
 class Work:
-    """A call of a Modal function on a thing: begun at once, unless another call is at it already.
+    """A call of a Modal function on a thing; if another call is working on it, that one.
 
-    thing: None where it is not known here; then the function returns `Joined` where it has to.
+    The call is started when this is made. thing: None if it is not known yet; then the function
+    itself has to find out, and returns `Joined` if another call is working on it.
     """
 
     def __init__(self, book: Any, function: Any, thing: str | None, *args: Any) -> None:
@@ -72,10 +74,10 @@ class Work:
         self._call = self._spawn() if self._is_own else modal.FunctionCall.from_id(last)
 
     def result(self, is_it: Callable[[Any], bool] = lambda outcome: True) -> Any:
-        """What the function returns, called here or by whoever was first.
+        """Waits for the function's result, from this call or from the one that was first.
 
-        Where that other call fails, is stopped, or returns what is not `is_it`, this one's turn has
-        come. Raises what the call raises.
+        If that other call fails, is stopped, or returns something for which `is_it` is false, the
+        function is called again. Raises what a call of this `Work` raises.
         """
         while True:
             try:
@@ -88,10 +90,10 @@ class Work:
                     raise
                 ended = f" ({type(error).__name__})"
             if not ended and isinstance(outcome, Joined):
-                print(f"call {outcome.call_id} is at work on this: waiting for it", flush=True)
+                print(f"call {outcome.call_id} works on this already: waiting for it", flush=True)
                 self._call, self._is_own = modal.FunctionCall.from_id(outcome.call_id), False
             elif not ended and (self._is_own or is_it(outcome)):
                 return outcome
             else:
-                print(f"that call ended without what is wanted here{ended}: going on", flush=True)
+                print(f"that call ended without this result{ended}: calling again", flush=True)
                 self._call, self._is_own = self._spawn(), True

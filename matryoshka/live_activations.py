@@ -1,10 +1,10 @@
-"""Activations of a language model as it computes them: training without a disk.
+"""Activations that a language model computes during training, so that none are written to disk.
 
-`LiveActivations` has what training needs of an `ActivationCache`. Rows are taken in the order of
-the text, in buffers of about so many activations; each buffer is shuffled, and the next one is
-computed in a thread while training uses the present one. The text is tokenized once before
-training, without the model: so the buffer that a step is in is known, a run goes on at any step,
-and a text that has changed is noticed.
+`LiveActivations` has the methods of `ActivationCache` that training needs. Rows are read in the
+order of the text, in buffers of about the same size. Each buffer is shuffled; a thread computes the
+next one while training uses the current one. Before training, the text is tokenized once without
+the model. So it is known which buffer a step is in, a run can resume at any step, and a text that
+has changed is noticed.
 """
 
 import hashlib
@@ -27,26 +27,26 @@ from matryoshka.errors import UserError
 from matryoshka.sources import Block, Source
 
 BUFFER = 2**17  # activations: 200 MB at d_model 768 in float16, and two are held
-# Of a recipe: where things are, not what they are.
+# Entries of a recipe that say where something is, and not what it is.
 NAMES = ("model", "model_revision", "tokenizer", "dataset")
 
 
 class Unit(NamedTuple):
-    """What is known of the rows of one forward pass without the model."""
+    """What is known, without running the model, about the rows of one forward pass."""
 
     n_tokens: int  # activations
     sha256: bytes  # of their token ids, rows and positions
 
 
 class Stopped(Exception):
-    """Nobody wants the activations that are being computed."""
+    """Raised in the thread that computes activations when they are no longer needed."""
 
 
 class Joined(NamedTuple):
-    """Several blocks as one `Block`."""
+    """Several blocks joined to one `Block`."""
 
     blocks: list[Block]
-    stopped: Event  # ends `activations` between two blocks
+    stopped: Event  # if set, `activations` raises `Stopped` before the next block
 
     @property
     def n_rows(self) -> int:
@@ -57,7 +57,7 @@ class Joined(NamedTuple):
         return np.concatenate([block.tokens for block in self.blocks])
 
     def activations(self) -> Iterator[Tensor]:
-        """As `Block.activations`. Raises `Stopped`."""
+        """As `Block.activations`. Raises `Stopped` once `stopped` is set."""
         for block in self.blocks:
             if self.stopped.is_set():
                 raise Stopped
@@ -65,31 +65,31 @@ class Joined(NamedTuple):
 
 
 class LiveActivations:
-    """The first `config.tokens` activations of `source`, or all where it has fewer.
+    """The first `config.tokens` activations of `source`, or all if it has fewer.
 
-    `config.batch_size` rows go through the model at once; `config.rows_per_shard` means nothing
-    here. `buffer`: activations that are shuffled among each other, about; two buffers are held.
-    Raises `UserError` where the source holds nothing.
+    `config.batch_size` rows go through the model at once; `config.rows_per_shard` is not used.
+    `buffer`: about how many activations are shuffled together; two buffers are held in memory.
+    Raises `UserError` if the source has no activations.
     """
 
     shards: tuple[Shard, ...] = ()  # nothing is on disk
 
     def __init__(self, source: Source, config: CacheConfig, buffer: int = BUFFER) -> None:
         self._source, self._rows_at_once = source, config.batch_size
-        self.folder = source.name  # what messages call it
+        self.folder = source.name  # its name in messages
         self.d_model, self.dtype = source.d_model, DTYPES[config.dtype]
         self.recipe: Recipe = recipe_of(config, source)
         del self.recipe["rows_per_shard"]
         self._units = read_units(source, config.batch_size, config.tokens)
         counts = [unit.n_tokens for unit in self._units]
-        self._before = np.cumsum([0, *counts]).clip(max=config.tokens)  # activations before a unit
+        self._before = np.cumsum([0, *counts]).clip(max=config.tokens)  # activations before units
         self.n_tokens = int(self._before[-1])
         if self.n_tokens == 0:
             raise UserError(f"{source.name} holds nothing to train on")
         self._buffers = self._in_buffers(whole_number("buffer", buffer, 1))
 
     def _in_buffers(self, size: int) -> list[tuple[int, int]]:
-        """The units of each buffer, first and end: buffers of one size, give or take a unit."""
+        """The first unit and the end of each buffer; sizes differ by about one unit at most."""
         n_buffers = max(1, round(self.n_tokens / size))
         wanted = np.arange(1, n_buffers) * self.n_tokens / n_buffers  # activations before a cut
         cuts = np.searchsorted(self._before, wanted)
@@ -98,9 +98,9 @@ class LiveActivations:
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 over the recipe, but for names, and the token ids that are read: 64 hex digits.
+        """SHA-256 over the recipe without names, and over the token ids: 64 hex digits.
 
-        Wherever model and text lie, and whatever they are called, it is the same.
+        It does not depend on where the model and the text are, or on their names.
         """
         of_what = {key: value for key, value in self.recipe.items() if key not in NAMES}
         digest = hashlib.sha256(json.dumps(of_what).encode())
@@ -109,10 +109,10 @@ class LiveActivations:
         return digest.hexdigest()
 
     def verify(self, hold_on: torch.device | None = None) -> None:
-        """Nothing is on disk: rows are compared with those that were counted as they are read."""
+        """Does nothing: rows are compared with the counted ones whenever they are read."""
 
     def steps_per_pass(self, batch_size: int) -> int:
-        """Batches in one pass. Raises `ValueError` for a batch of less than one."""
+        """The number of batches in one pass. Raises `ValueError` if `batch_size` is below 1."""
         return steps_in(self.n_tokens, batch_size)
 
     # ------------------------------------------------------------------------------------ batches
@@ -124,12 +124,12 @@ class LiveActivations:
         start_step: int = 0,
         device: str | torch.device = "cpu",
     ) -> Batches:
-        """Training batches from step `start_step` on, without end: [batch_size, d_model], float32.
+        """Training batches float32 [batch_size, d_model] from step `start_step` on, without end.
 
-        A pass is `steps_per_pass` batches, and takes no activation twice; fewer than one batch of
-        its last buffer are left out. The order is a function of the seed alone, so that a run
-        which goes on computes no buffer before the one that it is in. Raises `UserError` where the
-        text is no longer the one that was counted, and as `compute_shard` does.
+        A pass has `steps_per_pass` batches and uses each activation at most once; the last ones,
+        fewer than a batch, are left out. The order depends on the seed alone, so a run that resumes
+        computes no buffer before the one it is in. Raises `UserError` if the text has changed since
+        it was counted, and where `compute_shard` does.
         """
         check_batches(self.folder, self.n_tokens, batch_size, seed, start_step)
         stopped = Event()
@@ -142,10 +142,10 @@ class LiveActivations:
     def _shuffled(
         self, seed: int, n_used: int, n_done: int, stopped: Event
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Buffers without end, without the first `n_done` activations that all passes take.
+        """Yields shuffled buffers without end, after the first `n_done` activations of all passes.
 
-        A pass takes `n_used`. Yields a buffer's activations [n, d_model], and which to take in
-        turn: [at most n].
+        A pass uses `n_used` activations. A buffer is its activations [n, d_model], and the indices
+        of those to use, in order: [at most n].
         """
         n_passes, skip = divmod(n_done, n_used)
         for n_pass in itertools.count(n_passes):
@@ -164,7 +164,7 @@ class LiveActivations:
     def sequential(self, batch_size: int, device: str | torch.device = "cpu") -> Iterator[Batch]:
         """Every activation once, in the order of the text; the last batch may be smaller.
 
-        Raises `ValueError` where `batch_size` is no whole number of 1 or more, and `UserError` as
+        Raises `ValueError` if `batch_size` is not a whole number of 1 or more, and `UserError` as
         `batches` does.
         """
         whole_number("batch_size", batch_size, 1)
@@ -185,7 +185,7 @@ class LiveActivations:
     # --------------------------------------------------------------------------------- the source
 
     def _blocks(self, first: int) -> Iterator[Block]:
-        """The source's rows from those of unit `first` on, a unit at a time."""
+        """The source's rows from unit `first` on; each block is a unit."""
         rows = self._rows_at_once
         return iter(self._source.blocks(first * rows, None, rows))
 
@@ -193,16 +193,16 @@ class LiveActivations:
     def _compute(
         self, blocks: Iterator[Block], first: int, end: int, stopped: Event
     ) -> tuple[Tensor, np.ndarray]:
-        """The activations of units `first` up to `end`, which `blocks` is to give next.
+        """Computes the activations of units `first` to `end` - 1, the next blocks of `blocks`.
 
-        [n, d_model] in the dtype of the recipe, and their token ids, rows and positions [n, 3].
-        Raises `UserError` where they are other rows than were counted.
+        Returns them, [n, d_model] in the dtype of the recipe, with their token ids, rows and
+        positions [n, 3]. Raises `UserError` if the rows are not those that were counted.
         """
         part = Joined(list(itertools.islice(blocks, end - first)), stopped)
-        if [of_block(block).sha256 for block in part.blocks] != [
+        if [unit_of(block).sha256 for block in part.blocks] != [
             unit.sha256 for unit in self._units[first:end]
         ]:
-            raise UserError(f"{self.folder} has changed since the run began: its rows are others")
+            raise UserError(f"{self.folder} has changed since the run began: its rows differ")
         first_row = first * self._rows_at_once
         where = f"rows {first_row} to {first_row + part.n_rows - 1} of {self.folder}"
         n_used = int(self._before[end] - self._before[first])  # the last rows may bring more
@@ -214,21 +214,21 @@ class LiveActivations:
         return acts[:n_used], part.tokens[:n_used]
 
 
-def of_block(block: Block) -> Unit:
-    """What is known of the block without the model."""
+def unit_of(block: Block) -> Unit:
+    """The number of activations of a block and its tokens' hash, without running the model."""
     return Unit(len(block.tokens), hashlib.sha256(block.tokens.data).digest())
 
 
 def read_units(source: Source, rows_at_once: int, n_tokens: int) -> list[Unit]:
     """The units that hold the first `n_tokens` activations of `source`, or all of them.
 
-    Only rows are read. Raises `UserError` where they cannot be.
+    It reads the rows but does not run the model. Raises `UserError` if they cannot be read.
     """
     units: list[Unit] = []
     n_left, blocks = n_tokens, iter(source.blocks(0, None, rows_at_once))
     with tqdm(total=n_tokens, unit=" tokens", desc="counting", mininterval=1, delay=1) as bar:
         while n_left > 0 and (block := next(blocks, None)) is not None:
-            units.append(of_block(block))
+            units.append(unit_of(block))
             n_left -= units[-1].n_tokens
             bar.update(units[-1].n_tokens)
     return units

@@ -1,4 +1,4 @@
-"""The settings of a training beside a language model, in place of a cache."""
+"""The settings of training from a language model that runs meanwhile, instead of from a cache."""
 
 import dataclasses
 from typing import Any
@@ -16,27 +16,27 @@ from matryoshka.training_config import TrainingConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LiveConfig(TrainingConfig):
-    """How SAEs are trained from a cache or, where `model` is given, without one."""
+    """How SAEs are trained from a cache, or from a language model if `model` is given."""
 
     cache: str = inherited(
         TrainingConfig,
         "cache",
         default="",
-        help="folder that cache_activations.py wrote (default: cache/train, if there is no "
-        "--model)",
+        help="folder that cache_activations.py wrote (default: cache/train, unless --model is "
+        "given)",
     )
     tokens: int = inherited(
         TrainingConfig,
         "tokens",
-        help="train on the first so many activations; 0: on all of the cache or, of --model, on "
-        "as many as the steps take, or the text has",
+        help="train on only this many activations, the first ones; 0: on the whole cache or, with "
+        "--model, on as many as the steps use and the text has",
     )
     model: str | None = inherited(
         CacheConfig,
         "model",
         default=None,
-        help="in place of --cache: a language model that is run while SAEs are trained; a hub "
-        "name, a folder, or a TinyModel's file",
+        help="instead of --cache: a language model that runs during training; a hub name, a "
+        "folder, or the file of a TinyModel",
     )
     model_revision: str | None = inherited(CacheConfig, "model_revision")
     model_dtype: ModelDtype = inherited(CacheConfig, "model_dtype")
@@ -53,43 +53,44 @@ class LiveConfig(TrainingConfig):
     layer: int = inherited(CacheConfig, "layer")
     site: Site = inherited(CacheConfig, "site")
     dtype: Dtype = inherited(
-        CacheConfig, "dtype", help="what activations of --model are rounded to and held in"
+        CacheConfig, "dtype", help="dtype to which activations of --model are rounded"
     )
     keep_begin: bool = inherited(
         CacheConfig,
         "keep_begin",
-        help="train on [BEGIN] positions, and those of other special ids, too",
+        help="train also on the positions of [BEGIN] and other special ids",
     )
     rows_at_once: int = inherited(CacheConfig, "batch_size")
-    buffer: int = setting(BUFFER, "activations of --model that are shuffled among each other")
+    buffer: int = setting(BUFFER, "how many activations of --model are shuffled together")
 
     def __post_init__(self) -> None:
+        """Sets the default of --cache if there is no --model."""
         if not self.cache and self.model is None:
             default = inherited(TrainingConfig, "cache").default
-            object.__setattr__(self, "cache", default)  # as if it had been given
+            object.__setattr__(self, "cache", default)
 
     def as_json(self) -> dict[str, Any]:
-        """As without a language model where there is none."""
+        """The settings for results.json; without those of a language model if there is none."""
         settings = super().as_json()
         if self.model is not None:
             return settings
         return {name: value for name, value in settings.items() if name not in OF_MODEL}
 
     def check_live(self) -> None:
-        """Raises `UserError` where what is said of a language model is impossible, or in vain."""
+        """Raises `UserError` if a setting of the language model is impossible or has no effect."""
         if self.model is None:
             for name in OF_MODEL:
                 if getattr(self, name) != inherited(LiveConfig, name).default:
                     flag = f"--{name.replace('_', '-')}"
                     raise UserError(
-                        f"{flag} is of a language model, and there is no --model: give one, or "
-                        "leave it out"
+                        f"{flag} is a setting of a language model, and there is no --model: give "
+                        "one, or leave it out"
                     )
             return
         if self.cache:
             raise UserError(
                 f"--model {self.model} is in place of a cache: leave out --cache {self.cache}, or "
-                "--model and what is said of it"
+                "leave out --model and its settings"
             )
         for name, most in (("rows_at_once", 10**6), ("buffer", 10**9)):
             try:
@@ -99,7 +100,7 @@ class LiveConfig(TrainingConfig):
 
     @property
     def as_cache(self) -> CacheConfig:
-        """The cache that is not written."""
+        """The settings of a cache of the same activations, which is not written."""
         shared = {field.name for field in dataclasses.fields(CacheConfig)} & set(OF_MODEL)
         settings = {name: getattr(self, name) for name in shared}
         n_tokens = self.tokens or min(self.n_steps * self.batch_size, 10**12)

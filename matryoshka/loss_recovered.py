@@ -1,4 +1,4 @@
-"""What a language model loses when an SAE's reconstructions take its activations' place."""
+"""How much a language model's loss rises if an SAE's reconstructions replace its activations."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -15,16 +15,16 @@ from matryoshka.sources import Rows, TokenBlock
 from matryoshka.tiny_model import PAD, TinyModel
 from sae import SAE
 
-ROWS_AT_ONCE = 16  # through the model, at most
-LOG_PROBS_AT_ONCE = 2**25  # 134 MB: 16 rows of 128 tokens, of a vocabulary of 10,000, are 82 MB
+ROWS_AT_ONCE = 16  # rows that go through the model at once, at most
+LOG_PROBS_AT_ONCE = 2**25  # log-probabilities at once, at most: 134 MB in float32
 
 
 def next_token_loss(log_probs: Tensor, tok_ids: Tensor, is_target: Tensor) -> tuple[Tensor, int]:
-    """The summed loss of predicting each next token, in nats, and how many were predicted.
+    """The summed loss of predicting each next token, in nats, and the number of predictions.
 
-    log_probs: [n, seq, d_vocab]; tok_ids: [n, seq]; is_target: bool [n, seq], which of them count,
-    [PAD] not. Position t predicts the token at t + 1. A row's first token, which [BEGIN] predicts,
-    counts, and so does the token that ends a story.
+    log_probs: [n, seq, d_vocab]; tok_ids: [n, seq]; is_target: bool [n, seq], False for tokens that
+    do not count, such as [PAD]. Position t predicts the token at t + 1. The first token after
+    [BEGIN] counts, and so does the token that ends a story.
     """
     targets, counted = tok_ids[:, 1:], is_target[:, 1:]
     losses = -log_probs[:, :-1].gather(2, targets[..., None])[..., 0]
@@ -40,19 +40,18 @@ def splice_losses(
     layer: int,
     site: Site = "resid_pre",
 ) -> dict[str, Any]:
-    """The model's loss as it is, with each SAE's reconstruction in place of the activations at a
-    site of `layer`, and with `mean`, [d_model], in their place.
+    """The model's loss without change, and if reconstructions or the mean replace activations.
 
-    Replaced are the positions that the cache holds: all but [PAD] and, by default, special ones
-    such as [BEGIN], where every row has the same activation. The loss is the mean over all targets
-    that are not [PAD]. Those predicted from positions that are not replaced are among them: these
-    cost the same in each case, and do not change the share recovered
+    The activations at a site of `layer` are replaced, by each SAE's reconstruction or by `mean`
+    [d_model], at the positions that the cache holds. These are all but padding and, by default,
+    special ids such as [BEGIN], where every row has the same activation. The loss is the mean over
+    all targets that are not padding. The share of the loss that an SAE recovers is
 
         (CE_mean - CE_sae) / (CE_mean - CE_clean)
 
-    which is 1 where nothing is lost, 0 where the SAE does no better than the mean. Returns "clean",
-    "mean" and "saes" in nats a token, "recovered" for each SAE (None where the mean costs nothing,
-    as in a model that was never trained), and two counts, "predictions" and "replaced".
+    which is 1 if nothing is lost, and 0 if the SAE is no better than the mean. Returns "clean",
+    "mean" and "saes" in nats a token, "recovered" for each SAE (None if the mean does not raise the
+    loss, as in an untrained model), and the counts "predictions" and "replaced".
     """
     mean = mean.to(model.device, torch.float32)
     sums = torch.zeros(2 + len(saes), dtype=torch.float64, device=model.device)
@@ -86,8 +85,11 @@ def splice_losses(
 def read_site(
     model: LanguageModel, tok_ids: Tensor, layer: int, site: Site, is_real: Tensor | None
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The activations at a site of `layer`, [n, seq, d_model], and what makes of others in their
-    place the log-probabilities [n, seq, d_vocab]."""
+    """The activations at a site of `layer`, [n, seq, d_model], and a function.
+
+    The function takes activations to replace them with, and returns the model's log-probabilities
+    [n, seq, d_vocab].
+    """
     acts = model.activations(tok_ids, layer, site, is_real)
     if site == "resid_pre" and model.stream_is_all:
         return acts, lambda spliced: model.forward_from(spliced, layer, is_real)
@@ -97,34 +99,33 @@ def read_site(
 
 
 def real_in(block: TokenBlock, device: torch.device) -> Tensor | None:
-    """`is_real` of the block's rows, as a `LanguageModel` takes it."""
+    """The block's `is_real` for a `LanguageModel`: bool [n, seq], or None without padding."""
     return None if block.is_real is None else torch.from_numpy(block.is_real).to(device)
 
 
 def targets_in(block: TokenBlock, model: LanguageModel) -> Any:
-    """Which of the block's tokens are no padding: bool [n, seq]."""
-    if isinstance(model, TinyModel):  # its rows come padded, with an id of their own for it
+    """Which of the block's tokens are not padding: bool [n, seq]."""
+    if isinstance(model, TinyModel):  # its dataset has rows with padding, of the id PAD
         return block.tok_ids != PAD
     return np.ones_like(block.is_kept) if block.is_real is None else block.is_real
 
 
 def rows_at_once(seq: int, d_vocab: int) -> int:
-    """How many rows of `seq` tokens go through the model at once."""
+    """How many rows of `seq` tokens may go through the model at once."""
     return max(1, min(ROWS_AT_ONCE, LOG_PROBS_AT_ONCE // (seq * d_vocab)))
 
 
 def cached_rows(
     cache: ActivationCache, rows: Rows, n_tokens: int, at_once: int = ROWS_AT_ONCE
 ) -> Iterator[TokenBlock]:
-    """The first of the rows that the cache was made of, up to `n_tokens` activations.
+    """Yields the first rows that the cache was made from, until they have `n_tokens` activations.
 
-    Yields them `at_once`, in whole batches. Raises `UserError` where a row is not what the cache
-    was made of.
+    A block has `at_once` rows. Raises `UserError` if a row differs from what the cache holds.
     """
     n_done = 0
     for block in rows.blocks(0, cache.manifest.n_rows, at_once):
         kept = torch.from_numpy(block.tokens).long()  # [n, 3]
-        cached = torch.stack(cache.tokens(n_done, n_done + len(kept)), dim=1)  # the last may be few
+        cached = torch.stack(cache.tokens(n_done, n_done + len(kept)), dim=1)  # fewer at the end
         if not torch.equal(cached, kept[: len(cached)]):
             raise UserError(
                 f"{rows.name} is not what {cache.folder} was made of: tokens differ after the "

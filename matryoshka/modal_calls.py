@@ -1,4 +1,4 @@
-"""Calls of Modal's functions: what they hand back, and how many are begun and waited for."""
+"""Calls of Modal functions: how they return errors, and how several are started and waited for."""
 
 import dataclasses
 import functools
@@ -15,15 +15,15 @@ from matryoshka.leases import Work
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """A `UserError` as a value: handed back, since the same input would be refused again."""
+    """A `UserError` that a function returns. Raised, Modal would retry the same wrong input."""
 
     message: str
 
 
 def hands_back_refusals(body: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a function that returns `Refused` where `body` raises `UserError`: nothing retries.
+    """Makes a function that returns `Refused` where `body` raises `UserError`.
 
-    An error of the hub that may pass is raised, so that the function's retries wait for it.
+    An error of the hub that may be temporary is raised instead, so that Modal retries the call.
     """
 
     @functools.wraps(body)
@@ -39,13 +39,13 @@ def hands_back_refusals(body: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def commit(volume: Any) -> None:
-    """Makes what was written to a Modal Volume visible to other containers, and safe."""
+    """Saves what was written to a Modal Volume, and makes it visible to other containers."""
     if not modal.is_local():
         volume.commit()
 
 
 def reload(volume: Any) -> None:
-    """Shows what other containers wrote to a Modal Volume. No file on it may be open."""
+    """Makes visible here what other containers committed. No file of the Volume may be open."""
     if not modal.is_local():
         volume.reload()
 
@@ -53,11 +53,12 @@ def reload(volume: Any) -> None:
 def each(
     function: Any, jobs: Sequence[Any], book: Callable[[], Any], volume_name: str
 ) -> list[Any]:
-    """`function` of each job: in containers side by side, or here without Modal, in turn.
+    """Calls `function` on each job and returns the results.
 
-    All of them come to an end; what is at work on a job already, by the `book` of leases, is waited
-    for. A job has a `thing`: what no two may work on at once. Raises `UserError` naming those that
-    failed, each with its reason.
+    On Modal, the calls run in containers at the same time; without it, here, one after another. A
+    job has a `thing` that only one call may work on at a time; if the book of leases has another
+    call for it, that one is waited for. When all have ended, raises a `UserError` that names the
+    jobs that failed, each with its reason.
     """
     calls = [(job, f"{volume_name}:{job.thing}") for job in jobs]
     outcomes: list[Any]
@@ -74,13 +75,13 @@ def each(
     if failures:
         raise UserError(
             f"{len(failures)} of {len(jobs)} failed: {'; '.join(failures)}. What is finished is "
-            "kept on the Volume, and the same command goes on from there"
+            "kept on the Volume, and the same command continues from there"
         )
     return outcomes
 
 
 def here(function: Any, *args: Any) -> Any:
-    """What a function's body returns, here; an exception is its outcome."""
+    """Runs a function's body in this process; returns its result, or the exception it raised."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* is executing locally")
         try:
@@ -90,7 +91,7 @@ def here(function: Any, *args: Any) -> Any:
 
 
 def _outcome(work: Work) -> Any:
-    """What a call returns or raises; where Modal cannot be reached, this raises that."""
+    """Returns a call's result, or the exception it raised. Raises if Modal cannot be reached."""
     try:
         return work.result()
     except modal.exception.ConnectionError:
@@ -100,7 +101,7 @@ def _outcome(work: Work) -> Any:
 
 
 def reason_of(outcome: Any) -> str | None:
-    """Why a function failed, by what it returned; None where it did not."""
+    """Why a call failed; None if it did not. outcome: its result, or the exception it raised."""
     if isinstance(outcome, Refused):
         return outcome.message
     if isinstance(outcome, BaseException):

@@ -1,4 +1,4 @@
-"""The command line of `modal run modal_tinystories.py`, on a machine that has no torch."""
+"""The command line of `modal run modal_tinystories.py`; works on a machine without torch."""
 
 import argparse
 import contextlib
@@ -17,7 +17,7 @@ from matryoshka.modal_plan import GPUS
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """What is Modal's: the flags that are read here, and the words of all others."""
+    """The flags about Modal, which are read here, and the words of all other flags."""
 
     gpu: str = "H100"
     cache_workers: int = 3
@@ -28,16 +28,19 @@ class Launch:
     words: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raises `UserError` where one is impossible."""
+        """Raises `UserError` if a flag has an impossible value."""
         if self.gpu not in GPUS:
             raise UserError(f"--gpu {self.gpu} is none of {', '.join(GPUS)}")
         if self.cache_workers < 1:
             raise UserError(f"--cache-workers is {self.cache_workers}: it must be positive")
 
     def check_for_modal(self) -> None:
-        """Raises `UserError` where one is well here, and would be refused there."""
+        """Raises `UserError` for paths of this machine and names that Modal does not allow."""
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", self.volume, re.ASCII):
-            raise UserError(f"--volume {self.volume} is no name of a Modal Volume")
+            raise UserError(
+                f"--volume {self.volume} cannot be the name of a Modal Volume: it may have up to "
+                "64 letters, digits, dots, dashes and underscores"
+            )
         parts = [part for word in self.words for part in word.split("=", 1)]
         for flag, value in itertools.pairwise(parts):
             is_path = value.startswith((".", "~", "/")) and not value.startswith("/volume/")
@@ -46,18 +49,18 @@ class Launch:
                 name = Path(value).name
                 raise UserError(
                     f"{flag} {value}: a container has none of this machine's files; put them on "
-                    f"the Volume, modal volume put {self.volume} {value} {name}, and give {flag} "
+                    f"the Volume (modal volume put {self.volume} {value} {name}), and give {flag} "
                     f"/volume/{name}"
                 )
 
 
 HELP = {
-    "gpu": "GPU of a caching or training container: " + ", ".join(GPUS),
-    "cache_workers": "containers that cache side by side, a GPU each",
-    "volume": "Modal Volume, made where missing; without Modal a folder, and runs/volume",
-    "secret": "Modal Secret with HF_TOKEN, for what is private or gated on the hub",
-    "out": "folder here; the comparison goes to NAME/ in it",
-    "plan": "print what it would take, and start nothing",
+    "gpu": "GPU of each container that caches or trains: " + ", ".join(GPUS),
+    "cache_workers": "how many containers cache at once, with a GPU each",
+    "volume": "Modal Volume, made if missing; without Modal a folder, by default runs/volume",
+    "secret": "Modal Secret with HF_TOKEN, for private or gated models and datasets",
+    "out": "folder on this machine; the comparison goes to NAME/ in it",
+    "plan": "print the time and storage it would take, and start nothing",
 }
 
 
@@ -79,7 +82,10 @@ def launch_parser() -> argparse.ArgumentParser:
 
 
 def launch_of(words: Sequence[str], **defaults: Any) -> Launch:
-    """A command line as a checked `Launch`, with other defaults. Raises `UserError`."""
+    """Reads a command line into a checked `Launch`. Raises `UserError`.
+
+    defaults: those that differ from `Launch`'s.
+    """
     parser = launch_parser()
     parser.set_defaults(**defaults)
     try:
@@ -92,7 +98,10 @@ def launch_of(words: Sequence[str], **defaults: Any) -> Launch:
 
 
 def words_after(module: str) -> list[str] | None:
-    """What follows the file of `module` on the command line of `modal run`; None for any other."""
+    """The words after the file of `module` on the command line of `modal run`.
+
+    None if this is another command, or a run of another file.
+    """
     if "run" not in sys.argv:
         return None
     after = sys.argv[sys.argv.index("run") + 1 :]
@@ -102,7 +111,10 @@ def words_after(module: str) -> list[str] | None:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """`UserError` as one line and exit code 2. Ctrl-C is left to Modal, which ends the App."""
+    """A context in which a `UserError` prints one line and exits with 2.
+
+    Ctrl-C is left to Modal, which stops the App.
+    """
     try:
         yield
     except UserError as error:
@@ -111,10 +123,10 @@ def one_line_errors() -> Iterator[None]:
 
 
 def download(source: Any, folder: PurePosixPath, out: Path) -> None:
-    """Copies the files below `folder` of the Volume `source` to `out`; each whole or not at all.
+    """Copies the files below `folder` of the Volume `source` to `out`, each whole or not at all.
 
-    Hidden ones are locks, and what killed containers have left half written. Raises `UserError`
-    where one cannot be written.
+    Hidden files are not copied: they are locks, and files that killed containers left half written.
+    Raises `UserError` if one cannot be written.
     """
     for entry in source.listdir(str(folder), recursive=True):
         name = PurePosixPath(entry.path.lstrip("/")).relative_to(folder)
@@ -126,6 +138,7 @@ def download(source: Any, folder: PurePosixPath, out: Path) -> None:
 
 
 def _download_file(source: Any, name: str, path: Path) -> None:
+    """Copies one file. It does without matryoshka/files.py, which needs torch."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     with part.open("wb") as file:

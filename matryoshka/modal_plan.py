@@ -1,11 +1,12 @@
-"""What a comparison on Modal is expected to take, before it is started; docs/modal.md has the table
-of what is assumed. For TinyModel and its token data. Only numbers: nothing here needs torch.
+"""Estimates the time and storage of a comparison on Modal, for TinyModel and its token data.
+
+docs/modal.md has a table of the assumptions. Nothing here needs torch.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-# By the names that Modal gives them: memory in GB, and peak float32 TFLOP/s, of the data sheets.
+# By Modal's name of a GPU: its memory in GB and its peak float32 TFLOP/s, from the data sheets.
 GPUS = {
     "T4": (16, 8.1),
     "L4": (24, 30.3),
@@ -23,23 +24,23 @@ GPUS = {
 }
 D_MODEL, D_MLP, SEQ = 768, 3072, 128
 TOKENS_A_ROW = 93.8
-READ_ROWS = 6_000  # rows/s read and checked
+READ_ROWS = 6_000  # rows/s that are read and checked
 HASH = 4 * 1.2e9  # bytes/s of SHA-256 on four cores
-VOLUME_READ, VOLUME_WRITE = 1.0e9, 0.5e9  # bytes/s a container
-COMMIT = 2.0  # seconds, besides the writing
-GPU_SHARE = 0.4  # of the GPU's peak in float32
-# Seconds that a step is taken to need at least, in float32, where the host is what takes long; and
-# FLOPs, over those of five dense products.
+VOLUME_READ, VOLUME_WRITE = 1.0e9, 0.5e9  # bytes/s for each container
+COMMIT = 2.0  # seconds for a commit, without the writing
+GPU_SHARE = 0.4  # the share of the GPU's float32 peak that is reached
+# A step of one SAE takes at least so many seconds, because of the host's work; and so many times
+# the FLOPs of five dense products.
 STEP_FLOOR, STEP_FACTOR = 5e-3, 2.0
-EVALUATE, START = 60.0, 60.0  # seconds
+EVALUATE, START = 60.0, 60.0  # seconds to evaluate, and until a container has started
 
 
 def estimate(
     comparison: Any, gpu: str, workers: int, is_cached: Sequence[bool] = (False, False)
 ) -> dict[str, float]:
-    """{"minutes", "gpu_minutes", "gb"}: how long, what is billed of GPUs, new bytes on the Volume.
+    """Returns "minutes" until the end, billed "gpu_minutes", and "gb", new on the Volume.
 
-    is_cached: whether the caches of the train and of the validation split are there.
+    is_cached: whether the train and the validation cache are finished already.
     """
     training, cache = comparison.training, comparison.cache
     sizes = (cache.tokens, comparison.own.validation_tokens)
@@ -57,7 +58,7 @@ def estimate(
     ]
 
     step = STEP_FACTOR * 5 * 2 * training.batch_size * D_MODEL * training.n_latents / flops
-    n_together = len(training.targets)  # SAEs of a container, one after another in a step
+    n_together = len(training.targets)  # SAEs in a container; a step trains one after another
     steps = n_together * training.n_steps * max(step, STEP_FLOOR)
     saes = n_together * 8 * D_MODEL * training.n_latents  # bytes
     commits = steps / 60 * (COMMIT + 3 * saes / VOLUME_WRITE)
@@ -74,7 +75,7 @@ def estimate(
 
 
 def caching_containers(workers: int, is_cached: Sequence[bool]) -> tuple[int, int]:
-    """How many containers cache the train and the validation split, all of them at once."""
+    """How many containers cache the train split, and how many the validation split, at once."""
     train, validation = is_cached
     return (0 if train else workers, 0 if validation else 1)
 

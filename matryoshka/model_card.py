@@ -1,4 +1,4 @@
-"""The page of an SAE on the Hugging Face hub, made of what its file and its run know."""
+"""Makes the model card of an SAE on the Hugging Face hub, from its file and its run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ CITATION = """@inproceedings{bussmann2025matryoshka,
   eprint = {2503.17547},
   archivePrefix = {arXiv},
 }"""
-TOLD = {  # of `about`, in this order
+TOLD = {  # the entries of `about` that are shown, in this order, with their labels
     "model": "language model",
     "layer": "layer",
     "site": "site",
@@ -23,11 +23,11 @@ TOLD = {  # of `about`, in this order
     "split": "split",
     "n_tokens": "activations trained on",
     "n_prefixes": "prefixes a step",
-    "prefixes": "their lengths",
+    "prefixes": "lengths of prefixes",
     "widths": "widths",
     "target_l0": "L0 asked for",
     "l0": "L0 at the end of training",
-    "dead_share": "share of latents that were dead then",
+    "dead_share": "share of dead latents at the end of training",
     "sparsity": "sparsity penalty",
     "lr": "learning rate",
     "n_steps": "steps",
@@ -46,7 +46,7 @@ SCORES = {
 
 
 def model_card(sae: SAE, repo: str, licence: str, scores: Mapping[str, Any] | None) -> str:
-    """README.md of a repository. scores: the SAE's line of evaluation.json, where there is one."""
+    """The text of a repository's README.md. scores: the SAE's line of evaluation.json, if any."""
     return "\n\n".join(
         [
             header(licence),
@@ -66,13 +66,13 @@ def model_card(sae: SAE, repo: str, licence: str, scores: Mapping[str, Any] | No
 
 
 def header(licence: str) -> str:
-    """What the hub reads: SAELens lists repositories by their library_name."""
+    """The header that the hub reads; SAELens finds repositories by their library_name."""
     tags = "\n".join(f"- {tag}" for tag in ("sparse-autoencoder", "interpretability"))
     return f"---\nlibrary_name: saelens\nlicense: {licence}\ntags:\n{tags}\n---"
 
 
 def title(sae: SAE) -> str:
-    """Of what model and layer, where that is known."""
+    """The SAE's name, with its layer and language model if they are known."""
     about = sae.about
     kind = str(about.get("name") or "sparse autoencoder")
     if about.get("model") is None:
@@ -81,7 +81,7 @@ def title(sae: SAE) -> str:
 
 
 def what_it_is(sae: SAE) -> str:
-    """The activation function, and what the order of latents means."""
+    """Sentences about the activation function and the order of latents."""
     k = "" if sae.k is None else f" with k = {sae.k:g}"
     text = f"Its activation function is {sae.activation}{k}."
     if not has_prefixes(sae):
@@ -93,21 +93,21 @@ def what_it_is(sae: SAE) -> str:
 
 
 def settings_table(sae: SAE) -> str:
-    """What the SAE's file says of its training."""
+    """A table of what the SAE's file says about its training."""
     told = {label: sae.about.get(name) for name, label in TOLD.items()}
     rows = [(label, text_of(value)) for label, value in told.items() if value not in (None, [], ())]
     return table(["", "value"], rows) if rows else "Its file does not say."
 
 
 def text_of(value: Any) -> str:
-    """A setting as a reader wants it."""
+    """Formats a setting for readers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def scores_table(scores: Mapping[str, Any] | None) -> str:
-    """Its line of evaluation.json."""
+    """A table of the SAE's line of evaluation.json."""
     if scores is None:
         return "Not evaluated."
     rows = [
@@ -119,15 +119,15 @@ def scores_table(scores: Mapping[str, Any] | None) -> str:
 
 
 def loading(repo: str, n_latents: int) -> str:
-    """How it is loaded, here and in SAELens."""
-    return f"""With the project that trained it, whose latents keep their prefixes:
+    """Code that loads the SAE with this project and with SAELens."""
+    return f"""With the project that trained it, which can decode prefixes:
 
 ```python
 from sae import SAE
 
 sae = SAE.from_pretrained("{repo}")
 x_hat = sae(x)  # x: [..., d_model], in the units of the data
-x_hat = sae.decode(sae.encode(x), prefix={n_latents // 4})  # of the first latents alone
+x_hat = sae.decode(sae.encode(x), prefix={n_latents // 4})  # from the first latents only
 ```
 
 With SAELens, which has no prefixes:

@@ -1,10 +1,11 @@
-"""Where a model's blocks are, and in a block its attention and its MLP: found by running it.
+"""Finds a model's blocks, and the attention and MLP of a block, by running the model.
 
-No name of a module is looked at. The blocks are the members of a list that each read what the one
-before left, [batch, seq, d_model]. A block's attention and MLP are the two modules whose outputs
-add up to what the block adds to the stream: for a block that reads x and leaves y,
+It does not rely on names of modules. The blocks are the members of a list of modules each of which
+reads the output of the one before, [batch, seq, d_model]. A block's attention and MLP are the two
+modules whose outputs add up to what the block adds to the stream. For a block with input x and
+output y, either of these holds:
 
-    y = x + attn_out + mlp_out                      norms before them, in turn or side by side
+    y = x + attn_out + mlp_out                      norms before them, in sequence or parallel
     h = norm(x + attn_out), y = norm(h + mlp_out)   norms after them, as in BERT
 """
 
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 
 from matryoshka.errors import UserError
 
-TOLERANCE = 1e-9  # of sums in float64, relative to the largest of the stream
+TOLERANCE = 1e-9  # of equal sums in float64, relative to the stream's largest element
 
 
 class Call(NamedTuple):
-    """One call of a module: what it got, and what it returned."""
+    """One call of a module: its arguments, and what it returned."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -37,7 +38,7 @@ def record_calls(modules: Iterator[nn.Module], run: Callable[[], object]) -> lis
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         stream = stream_of(output)
         if isinstance(stream, Tensor):
-            stream = stream.clone()  # it may be added to in place afterwards
+            stream = stream.clone()  # the model may add to it in place afterwards
         calls.append(Call(module, args, kwargs, with_stream(output, stream)))
 
     hooks = [module.register_forward_hook(note, with_kwargs=True) for module in modules]
@@ -50,12 +51,12 @@ def record_calls(modules: Iterator[nn.Module], run: Callable[[], object]) -> lis
 
 
 def stream_of(output: Any) -> Any:
-    """The stream in what a module returned: it, or the first of a tuple."""
+    """The stream in a module's output: the output itself, or the first item if it is a tuple."""
     return output[0] if isinstance(output, tuple) and output else output
 
 
 def with_stream(output: Any, stream: Any) -> Any:
-    """What a module returned, with another stream in it."""
+    """A module's output with its stream replaced."""
     return (stream, *output[1:]) if isinstance(output, tuple) and output else stream
 
 
@@ -67,7 +68,7 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def with_input(
     args: tuple[Any, ...], kwargs: dict[str, Any], stream: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call, with another stream in them."""
+    """The arguments of a call with the stream replaced."""
     if args:
         return (stream, *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": stream}
@@ -77,10 +78,10 @@ def with_input(
 
 
 def find_blocks(model: nn.Module, n_layers: int | None, run: Callable[[], object]) -> list[Call]:
-    """The calls of the model's blocks in one forward pass, `run`, in order.
+    """The calls of the model's blocks, in order, in one forward pass that `run` makes.
 
-    `n_layers`: how many the model says it has, if it does. Raises `UserError` that lists what was
-    found where that is not a list of so many blocks.
+    `n_layers`: the number of blocks, if the model's config has it. Raises a `UserError`, which
+    names the model's lists of modules, if none of them is a list of so many blocks.
     """
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     members = {id(member): member for modules in lists.values() for member in modules}
@@ -102,7 +103,7 @@ def find_blocks(model: nn.Module, n_layers: int | None, run: Callable[[], object
 
 
 def _is_chain(calls: list[Call]) -> bool:
-    """Whether each call reads [batch, seq, d_model], and leaves what the next one reads."""
+    """Whether each call reads [batch, seq, d_model], and returns what the next call reads."""
     streams = [(input_of(call.args, call.kwargs), stream_of(call.output)) for call in calls]
     if not all(isinstance(t, Tensor) and t.ndim == 3 for pair in streams for t in pair):
         return False
@@ -114,18 +115,18 @@ def _is_chain(calls: list[Call]) -> bool:
 
 
 class Parts(NamedTuple):
-    """The names in a block of the modules that return attn_out and mlp_out."""
+    """The names, within a block, of the modules that return attn_out and mlp_out."""
 
     attn_out: str
     mlp_out: str
 
 
 def find_parts(call: Call) -> Parts:
-    """The attention and the MLP of the block that was called so.
+    """Finds the attention and the MLP of a block. `call`: a call of this block.
 
-    Raises `UserError` where no two modules' outputs add up as they should.
+    Raises `UserError` if no two modules' outputs add up as above.
     """
-    block = copy.deepcopy(call.module).double()  # in float64, sums are told apart
+    block = copy.deepcopy(call.module).double()  # float64 tells equal sums from nearly equal ones
     names = {id(module): name for name, module in block.named_modules() if name}
     read = input_of(call.args, call.kwargs)
     generator = torch.Generator().manual_seed(0)
@@ -135,11 +136,12 @@ def find_parts(call: Call) -> Parts:
     if pair is None:
         raise UserError(
             f"no attn_out and mlp_out were found: in {type(block).__name__} no two modules' "
-            "outputs add up to what the block adds to the stream; --site resid_pre and resid_post "
-            "are there"
+            "outputs add up to what the block adds to the stream; use --site resid_pre or "
+            "resid_post"
         )
     first, second = pair
-    # Attention is the one that reads other positions: where both do, one reads the other's output.
+    # Attention is the one that depends on other positions. If both do, the MLP reads attention's
+    # output, and attention is the first.
     elsewhere, _ = _record_block(block, call, torch.cat([x[:, :1] + 1, x[:, 1:]], dim=1))
     if torch.equal(
         stream_of(elsewhere[first].output)[:, -1], stream_of(calls[first].output)[:, -1]
@@ -149,8 +151,10 @@ def find_parts(call: Call) -> Parts:
 
 
 def _record_block(block: nn.Module, call: Call, x: Tensor) -> tuple[list[Call], Tensor]:
-    """The calls of modules in `block` that return a stream, where it reads `x`; and what it
-    leaves. Its other arguments are those of `call`. A stream may be flat, [batch * seq, d_model].
+    """Runs `block` on `x`; returns the calls of its modules that return a stream, and its output.
+
+    The block's other arguments are those of `call`. A module may return a stream that is flat,
+    [batch * seq, d_model]; it is reshaped.
     """
     args, kwargs = with_input(_double(call.args), _double(call.kwargs), x)
     output: list[Any] = []
@@ -172,7 +176,7 @@ def is_flat_or_whole(value: Any, x: Tensor) -> bool:
 
 
 def _double(value: Any) -> Any:
-    """`value` with its float tensors as float64."""
+    """`value` with its float tensors converted to float64."""
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, dict):
@@ -181,7 +185,7 @@ def _double(value: Any) -> Any:
 
 
 def _pre_norm_pair(calls: list[Call], x: Tensor, y: Tensor) -> tuple[int, int] | None:
-    """Which two calls' outputs add up to y - x; the first such two."""
+    """The first two calls whose outputs add up to y - x; None if there are none."""
     outputs = [call.output for call in calls]
     for i, j in itertools.combinations(range(len(calls)), 2):
         if _same(x + outputs[i] + outputs[j], y):
@@ -190,8 +194,10 @@ def _pre_norm_pair(calls: list[Call], x: Tensor, y: Tensor) -> tuple[int, int] |
 
 
 def _post_norm_pair(calls: list[Call], x: Tensor, y: Tensor) -> tuple[int, int] | None:
-    """Which call's output added to x is what a norm reads, and which one's added to what that norm
-    leaves is what the norm reads that leaves y."""
+    """The calls of attention and MLP if norms come after them: h and y are outputs of two norms.
+
+    The first norm reads x + attn_out and returns h; the last reads h + mlp_out and returns y.
+    """
     for norm, last in itertools.combinations(range(len(calls)), 2):
         if not _same(calls[last].output, y):
             continue
@@ -203,7 +209,7 @@ def _post_norm_pair(calls: list[Call], x: Tensor, y: Tensor) -> tuple[int, int] 
 
 
 def _addend(calls: list[Call], norm: Call, x: Tensor) -> int | None:
-    """Which call's output and x add up to what `norm` reads."""
+    """The first call whose output, added to x, is what `norm` reads; None if there is none."""
     read = input_of(norm.args, norm.kwargs)
     if not is_flat_or_whole(read, x):
         return None
@@ -212,4 +218,5 @@ def _addend(calls: list[Call], norm: Call, x: Tensor) -> int | None:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal up to TOLERANCE."""
     return bool((a - b).abs().max() <= TOLERANCE * b.abs().max())

@@ -1,4 +1,4 @@
-"""Latents as Neuronpedia's JSON: a file a latent, with the names of its features' properties."""
+"""Writes latents in Neuronpedia's JSON: a file for each latent, with Neuronpedia's names."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from matryoshka.page_data import Source, Vocabulary, number, numbers
 
 
 def write_sae(folder: Path, source: Source, k: int, shown: Shown, outputs: Outputs | None) -> None:
-    """Writes NAME/INDEX.json for every latent of SAE number k, NAME, to `folder`."""
+    """Writes NAME/INDEX.json to `folder` for every latent of the SAE number k, called NAME."""
     below = folder / source.saes[k].name
     below.mkdir(parents=True)
     for latent in range(source.saes[k].sae.n_latents):
@@ -21,8 +21,11 @@ def write_sae(folder: Path, source: Source, k: int, shown: Shown, outputs: Outpu
 def feature_of(
     source: Source, k: int, shown: Shown, outputs: Outputs | None, latent: int
 ) -> dict[str, Any]:
-    """One latent: "modelId", "layer", "index" tell it; activations are lists of tokens and values,
-    the strongest examples first, then those of quantiles and at random."""
+    """The object of one latent, which "modelId", "layer" and "index" identify.
+
+    "activations" are examples, each with lists of tokens and values: the strongest ones, then those
+    of quantiles, then random ones.
+    """
     one, vocabulary = source.saes[k], source.vocabulary
     about, examples = one.sae.about, one.examples
     filled = np.flatnonzero(examples.histogram[latent])
@@ -60,7 +63,7 @@ def _outputs(outputs: Outputs | None, vocabulary: Vocabulary, latent: int) -> di
 
 
 def _activation(source: Source, shown: Shown, i: int) -> dict[str, Any]:
-    """Example i: a window of tokens and what the latent does on each."""
+    """Example i: a window of tokens, and the latent's activation on each."""
     windows, text = shown.windows, source.text
     start, stop = int(windows.starts[i]), int(windows.stops[i])
     values = windows.values[windows.places[i] : windows.places[i + 1]]

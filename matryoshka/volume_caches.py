@@ -1,6 +1,6 @@
-"""Caches in a folder that comparisons share, such as a Modal Volume: each is made once.
+"""Caches in a folder that several comparisons share, such as a Modal Volume: each is made once.
 
-A cache's folder is named by what it is made of, so that the next comparison finds it.
+The name of a cache's folder contains its settings, so the next comparison finds it.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ from matryoshka.files import make_folder, write_atomically
 from matryoshka.sources import IdRows
 from matryoshka.token_rows import TokenRows, count_rows
 
-# Settings that every folder's name stands for. Of others that shape activations it stands for those
-# that are not at their default: so a folder keeps its name when there are more settings.
+# Settings that are always a part of a folder's hash. Other settings that change activations are a
+# part of it if they differ from their defaults. So a new setting does not change existing names.
 ALWAYS_NAMED = (
     *("model", "model_revision", "dataset", "dataset_revision", "split"),
     *("layer", "dtype", "keep_begin", "rows_per_shard"),
@@ -43,12 +43,12 @@ NOT_NAMED = ("tokens", "batch_size")  # they do not change the activations
 
 
 def short_hash(value: Any) -> str:
-    """Eight hexadecimal digits of a value that JSON has."""
+    """The first eight hexadecimal digits of the SHA-256 of a value that JSON can represent."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def folder_of(config: CacheConfig, root: Path) -> Path:
-    """Where the cache of `config` goes: root/caches/MODEL.DATASET.SPLIT.layerN.DTYPE.HASH.TOKENS"""
+    """The cache's folder: root/caches/MODEL.DATASET.SPLIT.layerN.DTYPE.HASH.TOKENS"""
     shaping = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(CacheConfig)
@@ -63,8 +63,10 @@ def folder_of(config: CacheConfig, root: Path) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class CacheJob:
-    """The source's rows `start` up to `end`, for the cache in `folder`; all of it where `end` is
-    None."""
+    """A part of making the cache in `folder`: the source's rows `start` to `end` - 1.
+
+    If `end` is None, it is the whole cache.
+    """
 
     config: CacheConfig
     folder: Path
@@ -73,7 +75,7 @@ class CacheJob:
 
     @property
     def thing(self) -> str:
-        """What no two may work on at once."""
+        """What only one call may work on at a time; see matryoshka/leases.py."""
         return f"{self.folder} {self}"
 
     def __str__(self) -> str:
@@ -83,7 +85,7 @@ class CacheJob:
     def do(self, device: torch.device) -> int:
         """Makes the shards that are missing; returns how many. Raises `UserError`."""
         source = load_source(self.config, device)
-        make_folder(self.folder, "--volume")  # a Volume may not have kept an empty one
+        make_folder(self.folder, "--volume")  # a Volume may not have kept an empty folder
         if self.end is None:
             return cache_all(self.folder, self.config, source)
         return cache_rows(self.folder, self.config, source, self.start, self.end)
@@ -94,7 +96,7 @@ class CacheJob:
 
 @dataclasses.dataclass(frozen=True)
 class FetchedRows(TokenRows):
-    """A hub dataset's rows, read from a copy of the first of them in the folder `copy`."""
+    """The first rows of a hub dataset, read from a copy of them in the folder `copy`."""
 
     copy: str = ""
 
@@ -107,7 +109,7 @@ class FetchedRows(TokenRows):
 
 @dataclasses.dataclass(frozen=True)
 class FetchedConfig(CacheConfig):
-    """A `CacheConfig` whose rows are `FetchedRows`, where `copy` says where they are."""
+    """A `CacheConfig` whose rows are read from the folder `copy`, if that is not empty."""
 
     copy: str = setting("", is_flag=False)
 
@@ -121,7 +123,7 @@ class FetchedConfig(CacheConfig):
 
 @dataclasses.dataclass(frozen=True)
 class _Copying(TokenRows):
-    """Rows that are written to a file as JSON lines as they are read."""
+    """Rows that are written to the file `to`, as JSON lines, while they are read."""
 
     to: Path = Path()
 
@@ -135,16 +137,16 @@ class _Copying(TokenRows):
 
 
 def copy_of(config: CacheConfig, root: Path) -> Path:
-    """The folder of the copy of a hub dataset's rows: as many as `config.tokens` need."""
+    """The folder for a copy of as many of a hub dataset's rows as `config.tokens` need."""
     of = [config.dataset, config.dataset_revision, config.tokens, config.keep_begin]
     return root / "rows" / f"{Path(config.dataset).name}.{short_hash(of)}"
 
 
 def fetched(config: CacheConfig, root: Path, d_vocab: int) -> tuple[FetchedConfig, int, int]:
-    """`config` with its rows on the Volume, and what `count_rows` says of them.
+    """Returns `config` with its rows on the Volume, the number of rows, and of activations.
 
-    A dataset on the hub is read once, counted meanwhile, and copied. Raises `UserError` where the
-    rows are not right; then nothing is left behind.
+    A dataset of the hub is downloaded once; its rows are counted and copied as they are read.
+    Raises `UserError` if rows are malformed; then no copy is left behind.
     """
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(CacheConfig)}
     copy, counts = copy_of(config, root), []
@@ -156,7 +158,7 @@ def fetched(config: CacheConfig, root: Path, d_vocab: int) -> tuple[FetchedConfi
     made = FetchedConfig(**values, copy="" if os.path.isdir(config.dataset) else str(copy))
     if made.copy and not file.exists():
         print(f"fetching the {config.split} rows of {config.dataset}", flush=True)
-        next(rows.read(0, 1, d_vocab))  # there is such a dataset: only now a folder is made
+        next(rows.read(0, 1, d_vocab))  # raises before a folder is made if there is no such dataset
         copy.mkdir(parents=True, exist_ok=True)
         values_of = (rows.dataset, rows.split, rows.revision)
         write_atomically(file, lambda part: count(_Copying(*values_of, to=part)))
@@ -170,9 +172,9 @@ def fetched(config: CacheConfig, root: Path, d_vocab: int) -> tuple[FetchedConfi
 
 
 def located(config: CacheConfig, root: Path) -> tuple[Path, bool]:
-    """The folder of the cache of `config`, or of one that holds it; and whether it is finished.
+    """The folder of the cache of `config`, or of a larger one to use; and whether it is finished.
 
-    Raises `UserError` where there is no such model, or a cache of that name is of another recipe.
+    Raises `UserError` if there is no such model, or the folder has a cache of another recipe.
     """
     folder = folder_of(config, root)
     source = load_source(config, torch.device("cpu"))
@@ -181,10 +183,11 @@ def located(config: CacheConfig, root: Path) -> tuple[Path, bool]:
 
 
 def make_cache_jobs(config: CacheConfig, root: Path, n_parts: int) -> list[CacheJob]:
-    """The jobs that make the cache of `config`: of token ids in at most `n_parts` parts, from
-    fetched rows; of text in one, since where a part begins only tokenizing shows.
+    """The jobs that make the cache of `config`.
 
-    Raises `UserError` where the rows are not right; then nothing is left behind.
+    For token ids, these are at most `n_parts` ranges of rows, which are fetched here. For text it
+    is one job, because only tokenizing shows where a later part would begin. Raises `UserError` if
+    rows are malformed; then no copy is left behind.
     """
     source = load_source(config, torch.device("cpu"))
     if not isinstance(source.rows, IdRows):
@@ -198,7 +201,7 @@ def make_cache_jobs(config: CacheConfig, root: Path, n_parts: int) -> list[Cache
 
 
 def finish_caches(jobs: Sequence[CacheJob]) -> None:
-    """Finishes the caches whose jobs, all of them, are done."""
+    """Writes the manifests of caches, all of whose jobs are done."""
     n_rows = {job.folder: job.end for job in jobs}  # a cache's last job has its last row
     for folder, n in n_rows.items():
         if n is not None:
@@ -206,16 +209,17 @@ def finish_caches(jobs: Sequence[CacheJob]) -> None:
 
 
 def finished_cache(config: CacheConfig, folder: Path, recipe: Recipe) -> Path | None:
-    """The cache in `folder`, or for training the smallest finished one that holds it.
+    """The folder of a finished cache to use for `config`; None if there is none.
 
-    Raises `UserError` where one of that name is of another recipe: other weights, say.
+    It is `folder`, or, for the train split, the smallest larger cache. Raises `UserError` if one of
+    these names has another recipe, such as other weights.
     """
     if is_complete(folder, recipe):
         return folder
-    if config.split != "train":  # figures on the validation split are of exactly what was asked
+    if config.split != "train":  # an evaluation is on exactly the tokens that were asked for
         return None
     for larger in larger_caches(folder):
-        # One may hold no more than the dataset had.
+        # It may hold fewer tokens than its name says, if the dataset has no more.
         holds_it = read_record(larger / MANIFEST).n_tokens >= config.tokens
         if holds_it and is_complete(larger, recipe):
             return larger
@@ -223,7 +227,7 @@ def finished_cache(config: CacheConfig, folder: Path, recipe: Recipe) -> Path | 
 
 
 def larger_caches(folder: Path) -> list[Path]:
-    """Finished caches beside `folder` that differ from it in having more tokens, by how many."""
+    """Finished caches beside `folder` that differ from it only in more tokens, smallest first."""
     if not folder.parent.is_dir():
         return []
     sizes = {}
@@ -236,10 +240,10 @@ def larger_caches(folder: Path) -> list[Path]:
 
 
 def copied_near(cache: Path) -> Path:
-    """The cache's folder, or a copy on this machine's disk where it does not fit on the GPU.
+    """The cache's folder if it fits on the GPU; otherwise a copy of it on this machine's disk.
 
-    One that fits is read once, in order. One that does not would be streamed in small pieces, which
-    a Volume is slow at; so it is copied, file by file, and streamed from there.
+    A cache that fits is read once, in order. One that does not fit is read in small pieces during
+    training, which is slow from a Volume, so it is copied first.
     """
     if fits_on_gpu(cache):
         return cache
@@ -249,7 +253,7 @@ def copied_near(cache: Path) -> Path:
 
 
 def fits_on_gpu(cache: Path) -> bool:
-    """Whether training will hold the cache on the GPU; without one there is nothing to decide."""
+    """Whether training will hold the cache on the GPU; True if there is no GPU."""
     if not torch.cuda.is_available():
         return True
     n_bytes = sum(path.stat().st_size for path in cache.glob("*.acts"))

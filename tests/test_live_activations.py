@@ -323,7 +323,7 @@ def test_settings_of_a_model_that_is_not_there_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
 ) -> None:
     said = refused(["--cache", str(tmp_path), flag, "5"], capsys)
-    assert f"{flag} is of a language model, and there is no --model" in said
+    assert f"{flag} is a setting of a language model, and there is no --model" in said
 
 
 def test_a_checkpoint_of_another_model_or_text_is_refused(

@@ -82,7 +82,7 @@ def test_without_a_token_there_is_one_line(tmp_path: Path) -> None:
         ("--cache-workers 0", "--cache-workers is 0"),
         ("--cache-workers many", "argument --cache-workers: invalid int value: 'many'"),
         ("--secret", "argument --secret: expected one argument"),
-        ("--volume a/b", "--volume a/b is no name"),
+        ("--volume a/b", "--volume a/b cannot be the name of a Modal Volume"),
         ("--model ./here", "--model ./here: a container has none of this machine's files"),
         ("--dataset=/x/y", "--dataset /x/y: a container has none"),
         ("--members saes.toml", "--members saes.toml: a container has none"),
