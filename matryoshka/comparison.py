@@ -1,9 +1,9 @@
-"""A comparison of SAEs: its settings, its parts, its results; and not where its parts run.
+"""A comparison of SAEs: its settings, its training runs and its results, wherever they run.
 
-ROOT/caches/NAME.TOKENS/          a cache of activations; comparisons share it
-ROOT/rows/, ROOT/hub/             what was fetched from the hub, once
+ROOT/caches/NAME.TOKENS/          a cache of activations, which comparisons share
+ROOT/rows/, ROOT/hub/             downloads from the hub
 ROOT/runs/NAME/                   a comparison: config.json, results.json, figures, and
-ROOT/runs/NAME/SAE_seedN/         a training run with its evaluation
+ROOT/runs/NAME/KIND_seedN/        a training run with its evaluation
 """
 
 import contextlib
@@ -37,27 +37,27 @@ NAME = r"[A-Za-z0-9][\w.-]{0,63}"
 
 @dataclasses.dataclass(frozen=True)
 class OwnConfig:
-    """The settings that are only a comparison's."""
+    """The settings of a comparison that are neither a cache's nor a training's."""
 
     validation_tokens: int = setting(500_000, "activations of the validation split to evaluate on")
-    cache_batch_size: int = setting(64, "rows a forward pass of the language model")
+    cache_batch_size: int = setting(64, "rows in a forward pass of the language model")
     seeds: int = setting(1, "how many seeds, from --seed on; each trains every SAE of --saes")
-    name: str | None = setting(None, "the comparison's name; default: made of its settings")
+    name: str | None = setting(None, "the comparison's name; default: made from its settings")
 
 
 # A checkpoint is written to a Volume and committed, which takes longer than a thousand steps.
 CHECKPOINT_SECONDS = 60.0
-# Flags that the comparison decides itself: a cache's `tokens` is its --tokens, `batch_size` is
-# training's, and where things are and go is not for the command line.
+# Settings without a flag of their own, because the comparison sets them: --tokens is the cache's,
+# --batch-size the training's, and the paths follow from the comparison's name.
 NOT_OF_CACHE = ("split", "batch_size")
 NOT_OF_TRAINING = ("tokens", "cache", "validation_cache", "out", "resume", "device")
-# Settings that do not change what an SAE becomes: they may differ between a run and its going on.
+# Settings that do not change the resulting SAE, and may differ when a run is resumed.
 NOT_SHAPING = ("seed", "checkpoint_every", "checkpoint_seconds", *NOT_OF_TRAINING)
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What is compared: each SAE of `training.saes` with each seed, on one cache."""
+    """The SAEs that are compared: each of `training.saes` with each seed, on one cache."""
 
     training: TrainingConfig
     cache: CacheConfig  # of the train split
@@ -65,13 +65,13 @@ class Comparison:
 
     @property
     def validation(self) -> CacheConfig:
-        """How the cache is made that SAEs are evaluated on."""
+        """The settings of the cache that SAEs are evaluated on."""
         own = self.own.validation_tokens
         return dataclasses.replace(self.cache, split="validation", tokens=own)
 
     @functools.cached_property
     def shape(self) -> dict[str, Any]:
-        """The settings that shape an SAE, as JSON gives them back."""
+        """The settings that change the resulting SAE, with values as JSON returns them."""
         of_cache = json.loads(json.dumps(dataclasses.asdict(self.cache)))
         training = {k: v for k, v in self.training.as_json().items() if k not in NOT_SHAPING}
         cache = {k: v for k, v in of_cache.items() if k not in NOT_OF_CACHE}
@@ -79,7 +79,7 @@ class Comparison:
 
     @property
     def name(self) -> str:
-        """The folder in runs/: --name, or a readable one of all that shapes an SAE."""
+        """The folder in runs/: --name, or a readable name made from the settings in `shape`."""
         t = self.training
         l0 = "_".join(f"{target:g}" for target in t.targets)
         return self.own.name or (
@@ -89,8 +89,8 @@ class Comparison:
 
     @property
     def kinds(self) -> list[tuple[str, tuple[str, ...]]]:
-        """What trains side by side: a name, and --saes. A container trains all target L0s of a
-        kind in one pass, or all that a file of --members has."""
+        """The jobs that run in parallel: each a name and its --saes. A container trains all target
+        L0s of one kind in one pass, or all SAEs of a --members file."""
         if self.training.members is not None:
             return [("members", self.training.saes)]
         return [(sae, (sae,)) for sae in self.training.saes]
@@ -100,7 +100,7 @@ class Comparison:
         return range(self.training.seed, self.training.seed + self.own.seeds)
 
     def check(self) -> None:
-        """Raises `UserError` where a setting is impossible, before anything has started."""
+        """Raises `UserError` if a setting is impossible, before anything is started."""
         require_positive(self.own, "validation_tokens", "seeds", "cache_batch_size")
         self.cache.check()
         check_training(self.training)
@@ -111,15 +111,17 @@ class Comparison:
         if self.cache.layer < 0:
             raise UserError(f"--layer is {self.cache.layer}: it must not be negative")
         if not re.fullmatch(NAME, self.name, re.ASCII):
-            raise UserError(f"--name {self.name}: letters, digits, '.', '-' and '_', 64 at most")
+            raise UserError(
+                f"--name must be at most 64 letters, digits, '.', '-' and '_', got {self.name}"
+            )
 
 
 # ------------------------------------------------------------------------------ the command line
 
 
 def flags_of(training: type[TrainingConfig]) -> type:
-    """One dataclass with every setting that a command line may give: whatever a training and a
-    cache can be told, and the comparison's own. Nothing is listed here twice."""
+    """One dataclass with every setting that has a flag: the training's, the cache's, and the
+    comparison's own. They are collected from those classes, not listed again."""
     fields: dict[str, Any] = {}
     classes = ((OwnConfig, ()), (CacheConfig, NOT_OF_CACHE), (training, NOT_OF_TRAINING))
     for cls, left_out in classes:
@@ -140,9 +142,10 @@ C = TypeVar("C")
 def parse(
     words: Sequence[str], training: type[TrainingConfig], prog: str | None = None
 ) -> Comparison:
-    """A command line as a checked comparison. `training` has the defaults of how SAEs are trained.
+    """The comparison that a command line describes, after `check`.
 
-    Raises `UserError` where a flag is unknown or a setting impossible.
+    training: the class whose fields are the training's settings and defaults. Raises `UserError` if
+    a flag is unknown or a setting is impossible.
     """
     parser = parser_for(flags_of(training), "Flags of the comparison:")
     parser.prog = prog or parser.prog
@@ -172,14 +175,14 @@ def parse(
 
 @dataclasses.dataclass(frozen=True)
 class TrainJob:
-    """One training run: how its SAEs are trained, and what `evaluate.py` is told."""
+    """One training run: how its SAEs are trained, and the settings of `evaluate.py`."""
 
     config: TrainingConfig
     evaluation: dict[str, Any]
 
     @property
     def thing(self) -> str:
-        """What no two may work on at once."""
+        """What only one job may work on at a time: its folder."""
         return self.config.out
 
     def __str__(self) -> str:
@@ -189,9 +192,10 @@ class TrainJob:
 def how_to_evaluate(comparison: Comparison, validation: Path, root: Path) -> dict[str, Any]:
     """The settings of `evaluate.py` for SAEs of this comparison.
 
-    Raises `UserError` where the model would be refused then, after all training: other weights.
+    Loads the language model and raises `UserError` if it is not the cache's, because otherwise the
+    evaluation would find that only after all training.
     """
-    of_model = ("tokenizer", "trust_remote_code")  # the cache knows the model and its revision
+    of_model = ("tokenizer", "trust_remote_code")  # the cache records the model and its revision
     asked = {name: getattr(comparison.cache, name) for name in of_model}
     load_model_of(ActivationCache(validation), Asked(**asked), torch.device("cpu"))
     rows = copy_of(comparison.validation, root)
@@ -201,7 +205,7 @@ def how_to_evaluate(comparison: Comparison, validation: Path, root: Path) -> dic
 def train_jobs(
     comparison: Comparison, run: Path, cache: Path, evaluation: dict[str, Any]
 ) -> list[TrainJob]:
-    """A job for each of the comparison's kinds and each seed; its folder is `run`/KIND_seedN."""
+    """A job for each kind and seed of the comparison, in the folder `run`/KIND_seedN."""
     tokens = comparison.cache.tokens
     is_larger = tokens < read_record(cache / MANIFEST).n_tokens
     return [
@@ -222,7 +226,7 @@ def train_jobs(
 
 
 def require_same_shape(run: Path, shape: Mapping[str, Any]) -> None:
-    """Raises `UserError` if the folder `run` is for another comparison than one of `shape`."""
+    """Raises `UserError` if the folder `run` is of a comparison with another `shape`."""
     file = run / "config.json"
     if not file.exists():
         return
@@ -240,7 +244,7 @@ def require_same_shape(run: Path, shape: Mapping[str, Any]) -> None:
 
 
 def claim(run: Path, shape: Mapping[str, Any]) -> None:
-    """Writes down what the folder `run` is for. Raises `UserError` if it is for something else."""
+    """Writes `shape` to the folder `run`. Raises `UserError` if it is of another comparison."""
     require_same_shape(run, shape)
     make_folder(run, "--volume")
     write_json(run / "config.json", shape)
@@ -250,7 +254,7 @@ def claim(run: Path, shape: Mapping[str, Any]) -> None:
 
 
 def by_sae(done: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """What evaluations say of each SAE, one a seed; done: what the training jobs returned."""
+    """Each SAE's scores, one entry for each seed. done: what the training jobs returned."""
     found: dict[str, list[dict[str, Any]]] = {}
     for result in done:
         for scores in result["evaluation"]["runs"]:
@@ -259,7 +263,8 @@ def by_sae(done: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]
 
 
 def draw(run: Path, comparison: Comparison, done: Sequence[Mapping[str, Any]]) -> None:
-    """Every SAE, all seeds: training curves; of the first seed: FVU by prefix, and densities."""
+    """Draws the training curves of all seeds; FVU by prefix and densities of the first seed; and
+    the frontier of all seeds, if there are several target L0s."""
     from matryoshka import frontier_plot, plots  # only here: matplotlib takes a second
 
     curves: dict[str, dict[str, list[list[float]]]] = {}  # a metric's curve for each seed
@@ -283,7 +288,7 @@ def draw(run: Path, comparison: Comparison, done: Sequence[Mapping[str, Any]]) -
 
 
 def report(comparison: Comparison, results: Mapping[str, Any]) -> str:
-    """The write-up's table: an SAE a row, the mean over seeds."""
+    """The write-up's table: a row for each SAE, with means over seeds."""
     rows = []
     for sae, of_seeds in by_sae(results["runs"]).items():
         fvu, l0, dead = (np.mean([e[k] for e in of_seeds]) for k in ("fvu", "l0", "dead_share"))

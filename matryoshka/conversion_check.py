@@ -1,7 +1,7 @@
-"""Proof that a converted SAE is the same SAE: both encode and decode the same inputs, in float64.
+"""Checks that a converted SAE is the same SAE: both encode and decode the same inputs, in float64.
 
-Differences that remain are of float32's rounding of the weights. A latent may fire differently
-only where its pre-activation is so near to what decides that rounding can.
+Only differences that float32's rounding of the weights can make are allowed. A latent may fire in
+one SAE alone only if its pre-activation is so near to the threshold that rounding can decide.
 """
 
 import dataclasses
@@ -15,28 +15,30 @@ from matryoshka.errors import UserError
 from matryoshka.metrics import squared_norms
 from sae import SAE
 
-TOLERANCE = 1e-5  # of a reconstruction's norm: rounding makes 1e-7, of odd weights 1e-6
-NEAR = 1e-6  # of the largest pre-activation: how near to what decides rounding can matter
-AT_ONCE = 256  # inputs: of 65,536 latents, that is 134 MB a tensor
+TOLERANCE = 1e-5  # relative error of a reconstruction; rounding makes 1e-7, with odd weights 1e-6
+NEAR = 1e-6  # distance to the threshold at which rounding may decide, / largest pre-activation
+AT_ONCE = 256  # inputs at a time: with 65,536 latents, a tensor of 134 MB
 Codec = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # encode and decode
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What two SAEs do on n inputs."""
+    """How two SAEs differ on n inputs.
+
+    largest_error: the largest ||x_hat - x_hat'|| / ||x_hat|| of inputs on which the same latents
+    fire in both. The other counts are of latents, summed over all inputs.
+    """
 
     n: int
-    largest_error: (
-        float  # max ||x_hat - x_hat'|| / ||x_hat||, of inputs where the same latents fire
-    )
-    n_fired: int  # latents that fire, over all inputs
-    n_near: int  # those that fire in one alone, so near to what decides that rounding can
-    n_different: int  # those that fire in one alone, without that excuse
+    largest_error: float
+    n_fired: int  # latents that fire in the first SAE
+    n_near: int  # latents that fire in one SAE alone, which rounding explains
+    n_different: int  # latents that fire in one SAE alone, which rounding does not explain
     fvu: tuple[float, float]
 
     @property
     def is_same(self) -> bool:
-        """Whether no difference is left but rounding's."""
+        """Whether rounding explains all differences."""
         return self.n_different == 0 and self.largest_error <= TOLERANCE
 
     def as_json(self) -> dict[str, Any]:
@@ -58,13 +60,13 @@ def codec(sae: SAE) -> Codec:
 
 
 class Sums(NamedTuple):
-    """Of each of n inputs: squared norms, whether the same latents fire, and how many; all [n]."""
+    """Squared norms and counts of latents for each of n inputs; all [n]."""
 
     x_hat: Tensor  # ||x_hat||^2
     difference: Tensor  # ||x_hat - x_hat'||^2
-    left: Tensor  # ||x - x_hat||^2
-    left_by_other: Tensor  # ||x - x_hat'||^2
-    is_same: Tensor
+    error: Tensor  # ||x - x_hat||^2
+    error_of_other: Tensor  # ||x - x_hat'||^2
+    is_same: Tensor  # bool: whether the same latents fire in both
     n_fired: Tensor
     n_near: Tensor
     n_different: Tensor
@@ -72,10 +74,10 @@ class Sums(NamedTuple):
 
 @torch.inference_mode()
 def compare(sae: SAE, other: Codec, x: Tensor) -> Comparison:
-    """Compares an SAE with another's float64 `encode` and `decode`.
+    """Compares an SAE with the float64 `encode` and `decode` of another.
 
-    x: [n, d_model], in the units of the data. Latents whose decoder row is zero say nothing, and
-    may fire or not.
+    x: [n, d_model], in the units of the data. Latents whose decoder row is zero are ignored,
+    because they do not change the reconstruction.
     """
     double = sae.with_tensors().double()
     parts = [_sums(double, other, part.double()) for part in torch.split(x, AT_ONCE)]
@@ -88,23 +90,23 @@ def compare(sae: SAE, other: Codec, x: Tensor) -> Comparison:
         n_fired=int(sums.n_fired.sum()),
         n_near=int(sums.n_near.sum()),
         n_different=int(sums.n_different.sum()),
-        fvu=(float(sums.left.sum() / variance), float(sums.left_by_other.sum() / variance)),
+        fvu=(float(sums.error.sum() / variance), float(sums.error_of_other.sum() / variance)),
     )
 
 
 def _sums(sae: SAE, other: Codec, x: Tensor) -> Sums:
-    """Of inputs x [n, d_model], with a float64 SAE."""
-    says_something = sae.W_dec.norm(dim=1) > 0  # [n_latents]
+    """The sums for inputs x [n, d_model]; `sae` is in float64."""
+    has_direction = sae.W_dec.norm(dim=1) > 0  # [n_latents]
     acts, theirs = sae.encode(x), other[0](x)  # [n, n_latents]
-    fired = (acts > 0) & says_something
-    differs = (fired != (theirs > 0)) & says_something
+    fired = (acts > 0) & has_direction
+    differs = (fired != (theirs > 0)) & has_direction
     near = differs & (decision_margin(sae, x) <= NEAR) if differs.any() else differs
     x_hat, their_x_hat = sae.decode(acts), other[1](theirs)
     return Sums(
         x_hat=squared_norms(x_hat),
         difference=squared_norms(x_hat - their_x_hat),
-        left=squared_norms(x - x_hat),
-        left_by_other=squared_norms(x - their_x_hat),
+        error=squared_norms(x - x_hat),
+        error_of_other=squared_norms(x - their_x_hat),
         is_same=~differs.any(1),
         n_fired=fired.sum(1),
         n_near=near.sum(1),
@@ -113,16 +115,22 @@ def _sums(sae: SAE, other: Codec, x: Tensor) -> Sums:
 
 
 def relative_errors(squares: Tensor, differences: Tensor) -> Tensor:
-    """Roots of differences ||x_hat_i - x_hat_i'||^2 as a share of ||x_hat_i||^2 or, where that is
-    larger, of its mean: [n]. Where a latent hardly fires, its activation is a small difference."""
+    """sqrt(differences_i / max(squares_i, mean of squares)): [n].
+
+    squares: ||x_hat_i||^2; differences: ||x_hat_i - x_hat_i'||^2; both [n]. The mean is there for
+    inputs on which latents hardly fire: their activations are small differences of large numbers.
+    """
     at_least = max(float(squares.mean()), torch.finfo(squares.dtype).tiny)
     errors: Tensor = (differences / squares.clamp(min=at_least)).sqrt()
     return errors
 
 
 def decision_margin(sae: SAE, x: Tensor) -> Tensor:
-    """How far each latent is from firing or not, [n, n_latents], as a share of the largest
-    pre-activation of its input. x: [n, d_model], float64 as the SAE."""
+    """How far each pre-activation is from the value at which the latent begins to fire.
+
+    It is [n, n_latents], relative to the input's largest pre-activation. x: [n, d_model]; x and the
+    SAE are in float64.
+    """
     preacts = x * sae.scale @ sae.W_enc + sae.b_enc
     decided_at = torch.zeros_like(preacts)
     if sae.activation == "topk":
@@ -134,6 +142,6 @@ def decision_margin(sae: SAE, x: Tensor) -> Tensor:
 
 
 def require_same(comparison: Comparison, what: str) -> None:
-    """Raises `UserError` where two SAEs differ by more than rounding."""
+    """Raises `UserError` if two SAEs differ by more than rounding."""
     if not comparison.is_same:
         raise UserError(f"{what} is not the same SAE: {comparison}")

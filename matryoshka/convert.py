@@ -1,9 +1,9 @@
-"""SAEs to other tools' folders and back, each proven by reading it back; nothing is half written.
+"""Converts SAEs to other tools' folders and back, and checks them by reading them back.
 
 from matryoshka import convert
 
-sae = convert.load("folder")                            # any of the formats, or a file of ours
-report = convert.export(sae, "saelens", "folder", x)    # x: activations to prove it on
+sae = convert.load("folder")                            # of any format, or this project's file
+report = convert.export(sae, "saelens", "folder", x)    # x: activations to compare the SAEs on
 """
 
 import shutil
@@ -26,19 +26,19 @@ FORMATS: dict[str, Any] = {
     "sparsify": sparsify_format,
 }
 TARGETS = ("saelens", "dictionary-learning")
-N_NOISE = 1024  # inputs that a conversion is proven on where there are no activations
+N_NOISE = 1024  # inputs to compare SAEs on if no activations are given
 
 
 def formats_of(path: Path) -> list[str]:
-    """Which of FORMATS a folder is in; none of a file, or of a folder without an SAE."""
+    """Which of FORMATS a folder is in; [] for a file, or a folder without an SAE."""
     return [name for name, module in FORMATS.items() if path.is_dir() and module.is_one(path)]
 
 
 def load(path: str | Path, expected: str | None = None) -> SAE:
     """The SAE in a file of this project, or in a folder of another tool.
 
-    expected: which of FORMATS the folder must be in. Raises `UserError` where it is in another, or
-    there is no SAE that can be read.
+    expected: which of FORMATS the folder must be in; None: any. Raises `UserError` if it is in
+    another format, or the SAE cannot be read.
     """
     path = Path(path)
     if path.is_dir() or expected is not None:
@@ -51,26 +51,26 @@ def load(path: str | Path, expected: str | None = None) -> SAE:
 
 
 def the_format_of(path: Path, expected: str | None = None) -> str:
-    """The one of FORMATS that a folder is in. Raises `UserError` unless it is `expected`, or there
-    is exactly one."""
+    """The format that a folder is in. Raises `UserError` if it is not in the `expected` format or,
+    without one, not in exactly one of FORMATS."""
     found = formats_of(path)
     if expected in found:
         return str(expected)
     if expected is not None:
-        instead = f", but one of {' and '.join(found)}" if found else ""
-        raise UserError(f"{path} is no folder of {expected}{instead}")
+        instead = f", but of {' and '.join(found)}" if found else ""
+        raise UserError(f"{path} is not a folder of {expected}{instead}")
     if not found:
         raise UserError(
-            f"{path} holds no SAE of a tool that is known here: {saelens_format.WEIGHTS}, "
-            f"{dictionary_learning_format.WEIGHTS} or {sparsify_format.WEIGHTS}"
+            f"{path} holds no SAE: expected {saelens_format.WEIGHTS}, "
+            f"{dictionary_learning_format.WEIGHTS} or {sparsify_format.WEIGHTS} in it"
         )
     if len(found) > 1:
-        raise UserError(f"{path} holds SAEs of {' and '.join(found)}: say which by --from")
+        raise UserError(f"{path} holds SAEs of {' and '.join(found)}: choose one with --from")
     return found[0]
 
 
 def noise(sae: SAE, n: int = N_NOISE) -> Tensor:
-    """Gaussian inputs [n, d_model] of the mean norm that the SAE was trained on."""
+    """Gaussian inputs, float64 [n, d_model], whose mean norm is about that of the training data."""
     x = torch.randn(n, sae.d_model, generator=seeded_generator(0), dtype=torch.float64)
     return x * float(sae.mean_norm / sae.d_model**0.5)
 
@@ -78,12 +78,12 @@ def noise(sae: SAE, n: int = N_NOISE) -> Tensor:
 def export(
     sae: SAE, target: str, folder: str | Path, x: Tensor, widths: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """Writes the SAE as a folder of `target`, one of TARGETS, once it is proven equal.
+    """Writes the SAE as a folder of `target`, one of TARGETS, if it reads back as the same SAE.
 
-    x: [n, d_model], what it is proven on. widths: see `dictionary_learning_format.write`. Returns
-    "notes", what the target cannot express, "read_by", who read it back, and "comparison". Raises
-    `UserError` where the folder is not empty, the SAE has no form there, or is another once read
-    back; then nothing is written.
+    x: [n, d_model], inputs to compare the SAEs on. widths: see `dictionary_learning_format.write`.
+    Returns "notes" (what the target cannot express), "read_by" (which reader read it back) and
+    "comparison". Raises `UserError`, and then writes nothing, if the folder is not empty, the
+    target cannot express the SAE, or a reader reads back another SAE.
     """
     if widths and target != "dictionary-learning":
         raise UserError(f"widths are for dictionary-learning: {target} has no prefixes")
@@ -100,7 +100,10 @@ def export(
 
 
 def prove(sae: SAE, target: str, folder: Path, x: Tensor) -> tuple[str, Comparison]:
-    """Who read the folder back, and how it compares with the SAE. Raises `UserError`."""
+    """Reads the folder back with every reader, and compares what they read with the SAE.
+
+    Returns the last reader's name and comparison. Raises `UserError` if any SAE differs.
+    """
     readers = [("this project's reader", codec(load(folder)))]
     if target == "saelens" and has_saelens():
         readers.append(("SAELens", saelens_codec(folder)))
@@ -120,7 +123,7 @@ def has_saelens() -> bool:
 
 
 def saelens_codec(folder: Path) -> Codec:
-    """What SAELens makes of a folder, in float64."""
+    """`encode` and `decode` of the SAE that SAELens loads from a folder, in float64."""
     import sae_lens
 
     theirs = sae_lens.SAE.load_from_disk(folder, dtype="float64")
@@ -128,8 +131,11 @@ def saelens_codec(folder: Path) -> Codec:
 
 
 def into_folder(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Calls `write` on a new folder beside `folder`, which then takes its place: whole or not at
-    all. Raises `UserError` where `folder` holds anything, or cannot be written."""
+    """Calls `write` on a new folder beside `folder`, then renames that folder to `folder`.
+
+    `folder` is so written whole or not at all. Returns what `write` returns. Raises `UserError` if
+    `folder` is not empty, or cannot be written.
+    """
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"--out {folder} is not empty: choose another folder")

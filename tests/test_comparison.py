@@ -60,7 +60,7 @@ def test_every_flag_reaches_its_script_and_no_two_are_one() -> None:
         ({"n_prefixes": 4000}, "--n-prefixes 4000 is more than there are latents"),
         ({"tokens": 1000}, "--batch-size 1024 is more than --tokens 1000"),
         ({"layer": -1}, "--layer is -1"),
-        ({"name": "../else"}, "--name ../else"),
+        ({"name": "../else"}, "--name must be at most 64 letters.*got ../else"),
         ({"checkpoint_seconds": -1}, "--checkpoint-seconds is -1"),
         ({"dtype": "int8"}, "--dtype"),
         ({"step": 3}, "--step"),
