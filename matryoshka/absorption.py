@@ -1,8 +1,8 @@
 """Absorption without ground truth: latents that fire in place of a concept's own latent.
 
-A concept is a set of token ids. On one half of the rows a latent is chosen for each concept, its
-detector, and the latents that are more specific than it; on the other half it is counted how often
-the detector is silent on a token of the concept while one of these fires.
+A concept is a set of token ids. One half of the rows is used to choose a latent for each concept,
+its detector, and to find the latents that are more specific than the detector. On the other half we
+count how often the detector is silent on a token of the concept while a more specific latent fires.
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from torch import Tensor
 from matryoshka.cache_reader import ActivationCache, Batch
 from sae import SAE, seeded_generator
 
-STREAM_HALVES = 30  # of random numbers: which rows choose the detectors
-MIN_FIRES = 5  # on so many tokens a latent must have fired for its precision to be believed
+STREAM_HALVES = 30  # the stream of random numbers that splits the rows into halves
+MIN_FIRES = 5  # tokens that a latent must fire on for its precision to be trusted
 
 
 class Detectors(NamedTuple):
-    """What is chosen on the first half of the rows, for each concept."""
+    """For each concept, the latents that are chosen on the first half of the rows."""
 
     latent: Tensor  # int64 [n_concepts]: the detector
-    precision: Tensor  # float64 [n_concepts], of the detector, nan if it never fired
-    recall: Tensor  # float64 [n_concepts], of the detector, nan if there were no tokens
-    specific: Tensor  # bool [n_concepts, n_latents]: latents that may fire in its place
+    precision: Tensor  # float64 [n_concepts], of the detector; nan if it never fired
+    recall: Tensor  # float64 [n_concepts], of the detector; nan if no token is in the concept
+    specific: Tensor  # bool [n_concepts, n_latents]: latents more specific than the detector
 
 
 def choose_detectors(
@@ -35,16 +35,16 @@ def choose_detectors(
     min_precision: float,
     min_fires: int = MIN_FIRES,
 ) -> Detectors:
-    """A detector for each concept, and the latents more specific than it, from counts on tokens.
+    """Chooses a detector for each concept, and the latents that are more specific than it.
 
-    With n_C the tokens in concept C, n_j the tokens on which latent j fires and h_Cj those of
-    them in C, j as a classifier "fires iff the token is in C" has
+    Let n_C be the number of tokens in concept C, n_j the number on which latent j fires, and h_Cj
+    the number for which both is true. As a classifier of "the token is in C", latent j has
 
         precision_Cj = h_Cj / n_j,   recall_Cj = h_Cj / n_C,   F1_Cj = 2 h_Cj / (n_j + n_C)
 
-    The detector D(C) is the latent of the highest F1, the first of them on a tie. Latent j is
-    *more specific* where precision_Cj >= min_precision, n_j >= min_fires, and
-    recall_Cj < recall_CD: when it fires the token is in the concept, but it covers less of it.
+    The detector D(C) is the latent with the highest F1, the first of them on a tie. Latent j is
+    *more specific* if precision_Cj >= min_precision, n_j >= min_fires, and recall_Cj < recall_CD:
+    the tokens that it fires on are in the concept, but they are fewer of the concept's tokens.
 
     fired: [n_latents], n_j; hits: [n_concepts, n_latents], h_Cj; n_members: [n_concepts], n_C.
     """
@@ -66,19 +66,19 @@ def count_absorbed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How many of a concept's tokens its detector misses, and how many of those are absorbed.
 
-    Token i of concept C is *missed* where the detector is silent, and *absorbed* where besides a
+    Token i of concept C is *missed* if the detector is silent. It is *absorbed* if, in addition, a
     more specific latent fires:
 
         miss_C       = #{i in C : a_iD = 0} / n_C
         absorption_C = #{i in C : a_iD = 0 and a_ij > 0 for some j specific to C} / n_C
 
-    A high rate says that the concept is scattered over latents for its parts. Whether a general
-    latent has holes, or there is none and the "detector" is only the largest part, shows in the
-    detector's recall and in the miss rate. A latent that fires on everything is not counted: its
-    precision is low.
+    A high absorption means that the concept is spread over latents for its parts. There may be a
+    general latent with holes; or there is none, and the "detector" is only the largest part. The
+    detector's recall and the miss rate tell these apart. A latent that fires on everything is not a
+    more specific one, because its precision is low.
 
-    fires: bool [n, n_latents]; is_member: bool [n_concepts, n].
-    Returns int64 [n_concepts] each: tokens, missed, absorbed. They add up over batches.
+    fires: bool [n, n_latents]; is_member: bool [n_concepts, n]. Returns the numbers of tokens, of
+    missed and of absorbed ones, int64 [n_concepts] each, which can be summed over batches.
     """
     silent = ~fires[:, detectors.latent].T  # [n_concepts, n]
     missed = is_member & silent
@@ -87,7 +87,7 @@ def count_absorbed(
 
 
 def halves(n_rows: int, seed: int) -> Tensor:
-    """Which rows are the first half: bool [n_rows], drawn by `seed`, n_rows // 2 of them."""
+    """Which rows are in the first half: bool [n_rows]; n_rows // 2 of them, drawn by `seed`."""
     order = torch.randperm(n_rows, generator=seeded_generator(seed, STREAM_HALVES))
     first = torch.zeros(n_rows, dtype=torch.bool)
     first[order[: n_rows // 2]] = True
@@ -95,21 +95,22 @@ def halves(n_rows: int, seed: int) -> Tensor:
 
 
 class ConceptCounts:
-    """How often each latent of one SAE fires on the first half of the rows, and on which concepts.
+    """How often each latent of an SAE fires on the first half of the rows: overall, and on tokens
+    of each concept.
 
     members: bool [n_concepts, d_vocab], the token ids that belong to each concept; first_half:
     bool [n_rows].
     """
 
     def __init__(self, n_latents: int, members: Tensor, first_half: Tensor):
-        """All three counts are on the device of `members`, where `first_half` must be as well."""
+        """The counts are on the device of `members`, and `first_half` must be there, too."""
         self.members, self.first_half = members, first_half
         self.hits = members.new_zeros(len(members), n_latents, dtype=torch.float64)  # on members
         self.fired = members.new_zeros(n_latents, dtype=torch.int64)
         self.n_members = members.new_zeros(len(members), dtype=torch.int64)
 
     def add(self, fires: Tensor, batch: Batch) -> None:
-        """fires: bool [n, n_latents], on the activations of `batch`."""
+        """Counts where latents fire. fires: bool [n, n_latents], on the activations of `batch`."""
         chosen = self.first_half[batch.rows]  # [n]
         fires, is_member = fires[chosen], self.members[:, batch.tok_ids[chosen]]
         self.fired += fires.sum(0)
@@ -125,11 +126,11 @@ def absorption(
     min_precision: float,
     batch_size: int,
 ) -> list[list[dict[str, Any]]]:
-    """For each SAE, what `count_absorbed` finds on the second half of the rows, by concept.
+    """For each SAE and each concept, the absorption on the second half of the rows.
 
-    `counted`: the SAEs, and their counts on the first half, which choose the detectors; `concepts`:
-    names. `batch_size` must be that of the first half, so that activations are the same bit for
-    bit. A concept that has no tokens in one of the halves has None for what cannot be said.
+    counted: the SAEs with their counts on the first half, which choose the detectors; concepts:
+    their names; batch_size: must be the one that the counts were made with, so that activations are
+    the same bit for bit. Scores are None for a concept without tokens in one of the halves.
     """
     if not concepts:
         return [[] for _ in counted]
@@ -153,7 +154,7 @@ def absorption(
 def concept_result(
     name: str, i: int, detectors: Detectors, n_chosen_on: int, counts: Sequence[int]
 ) -> dict[str, Any]:
-    """Concept i as evaluation.json has it: `counts` are those of `count_absorbed`."""
+    """The entry of concept i in evaluation.json. counts: what `count_absorbed` returns for it."""
     n, missed, absorbed = counts
     has_detector = bool(detectors.precision[i] > 0)
     is_known = n > 0 and has_detector
@@ -171,6 +172,6 @@ def concept_result(
 
 
 def mean_absorption(concepts: Sequence[dict[str, Any]]) -> float | None:
-    """The plain mean over the concepts that have a rate, None where none has."""
+    """The unweighted mean over the concepts that have an absorption; None if none has."""
     rates = [concept["absorption"] for concept in concepts if concept["absorption"] is not None]
     return float(np.mean(rates)) if rates else None

@@ -1,4 +1,4 @@
-"""Tokens in their context: windows of a cache's rows, and what a latent does in them."""
+"""Tokens in their context: windows of a cache's rows, and the activations of a latent in them."""
 
 from typing import NamedTuple
 
@@ -13,16 +13,16 @@ Array = np.ndarray
 
 
 class Text(NamedTuple):
-    """Every token of a cache, and where its rows begin."""
+    """All tokens of a cache, and where its rows begin."""
 
-    tok_ids: Array  # int32 [n_tokens], -1 where there is none
+    tok_ids: Array  # int32 [n_tokens], -1 if the cache has no token ids
     rows: Array  # int32 [n_tokens], in the dataset
     positions: Array  # int32 [n_tokens], in the row
-    begins: Array  # int64 [n_rows + 1]: tokens begins[i] up to begins[i + 1] are of one row
+    begins: Array  # int64 [n_rows + 1]: tokens begins[i] up to begins[i + 1] are one row
 
     @staticmethod
     def of(cache: ActivationCache) -> "Text":
-        """That of a cache; its activations are not read."""
+        """The text of a cache. Its activations are not read."""
         columns = (column.int().numpy() for column in cache.tokens(0, cache.n_tokens))
         tok_ids, rows, positions = columns
         changes = np.flatnonzero(np.diff(rows)) + 1
@@ -30,10 +30,10 @@ class Text(NamedTuple):
         return Text(tok_ids, rows, positions, begins)
 
     def windows(self, tokens: Array, lengths: Array) -> tuple[Array, Array]:
-        """From where up to where the context of each of `tokens` [n] goes: int64 [n] each.
+        """The start and the stop of the context of each of `tokens` [n]: int64 [n] each.
 
-        That is lengths[i, 0] tokens, the token and lengths[i, 1] tokens, as far as they are of its
-        row.
+        The context of token i has lengths[i, 0] tokens before it and lengths[i, 1] after it, or
+        fewer where its row begins or ends.
         """
         row = np.searchsorted(self.begins, tokens, side="right") - 1
         start = np.maximum(tokens - lengths[:, 0], self.begins[row])
@@ -41,7 +41,7 @@ class Text(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Examples to be put in context."""
+    """Latents and tokens whose contexts are wanted."""
 
     latents: Array  # int64 [n]
     tokens: Array  # int64 [n]
@@ -49,14 +49,14 @@ class Wanted(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """Contexts of examples, an example an item; `values` one after another."""
+    """Contexts of n examples, with the latents' activations in them one after another."""
 
     latents: Array  # int64 [n]
-    tokens: Array  # int64 [n]: the token that the context is of
-    starts: Array  # int64 [n]
-    stops: Array  # int64 [n]
-    places: Array  # int64 [n + 1]: the values of item i are places[i] up to places[i + 1]
-    values: Array  # float32 [places[-1]]: what the latent does on each token of the context
+    tokens: Array  # int64 [n]: the token in whose context we are
+    starts: Array  # int64 [n]: the first token of the context
+    stops: Array  # int64 [n]: one past its last token
+    places: Array  # int64 [n + 1]: the values of example i are places[i] up to places[i + 1]
+    values: Array  # float32 [places[-1]]: the latent's activation on each token of the context
 
 
 @torch.inference_mode()
@@ -67,7 +67,7 @@ def contexts(
     wanted: Wanted,
     device: torch.device | str = "cpu",
 ) -> Windows:
-    """The contexts of tokens, with the activations of a latent in each: a pass over the cache."""
+    """The wanted contexts, with the activations of the latent in each. Reads the cache once."""
     latents, tokens, lengths = wanted
     starts, stops = text.windows(tokens, lengths)
     places = np.concatenate([[0], np.cumsum(stops - starts)])

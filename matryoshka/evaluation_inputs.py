@@ -1,7 +1,7 @@
-"""What an evaluation reads besides SAEs and activations: the language model, its rows, concepts.
+"""What an evaluation reads besides SAEs and activations: the language model and concepts.
 
-A cache of arrays has no language model, and an encoder predicts no next token: then what needs one
-is left out, and the reason is told.
+A cache of arrays has no language model, for example. The results that need one are then left out,
+and the reason is reported.
 """
 
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ from matryoshka.errors import UserError
 from matryoshka.language_models import LanguageModel, load_language_model
 from matryoshka.tiny_model import TinyModel
 
-NO_MODEL = "none"  # in place of a model's name
-TOKENS_AT_ONCE = 2**20  # read
+NO_MODEL = "none"  # --model none: use no language model
+TOKENS_AT_ONCE = 2**20  # token ids that are read at a time
 NO_CONCEPTS = Resolved({}, 0, [])
 
 
 class Asked(NamedTuple):
-    """What the command line says of the language model and its text; None: as the cache has it."""
+    """What the command line says about the language model and its text; None: use the cache's."""
 
     model: str | None = None
     model_revision: str | None = None
@@ -40,17 +40,17 @@ def is_of_model(cache: ActivationCache) -> bool:
 def load_model_of(
     cache: ActivationCache, asked: Asked, device: torch.device
 ) -> tuple[LanguageModel | None, str]:
-    """The language model that the cache was made of, or None and why there is none.
+    """The language model that the cache was made with and "", or None and the reason.
 
-    Raises `UserError` where it is not there, or its weights are others.
+    Raises `UserError` if the model cannot be loaded, or its weights are not the cache's.
     """
     if not is_of_model(cache):
         if asked.model not in (None, NO_MODEL):
             raise UserError(
-                f"--model {asked.model}: {cache.folder} was not made of a language model, and says "
-                "of no layer where its activations would be: leave it out"
+                f"--model {asked.model}: {cache.folder} was not made with a language model, and "
+                "does not say of which layer its activations are: leave --model out"
             )
-        return None, "the cache was not made of a language model"
+        return None, "the cache was not made with a language model"
     if asked.model == NO_MODEL:
         return None, f"--model {NO_MODEL} was asked for"
     recipe = cache.recipe
@@ -72,9 +72,9 @@ def load_model_of(
     if model.weights_hash != recipe["weights_hash"]:
         at = f" at revision {revision}" if revision else ""
         raise UserError(
-            f"{cache.folder} was made with other weights than those of {name}{at}: its "
-            f"weights_hash is {recipe['weights_hash']}, theirs {model.weights_hash}; give the "
-            "--model or --model-revision that it was made with"
+            f"{cache.folder} was made with other weights than those of {name}{at}: the "
+            f"weights_hash is {recipe['weights_hash']} in the cache and {model.weights_hash} in "
+            "the model; give the --model or --model-revision that the cache was made with"
         )
     return model, ""
 
@@ -83,7 +83,7 @@ def load_model_of(
 
 
 def vocabulary_of(cache: ActivationCache, concepts: Resolved) -> int:
-    """A number of token ids that has room for those of the cache and of the concepts."""
+    """1 + the largest token id of the cache and of the concepts."""
     largest = max((max(ids) for ids in concepts.ids.values()), default=0)
     for start in range(0, cache.n_tokens, TOKENS_AT_ONCE):
         tok_ids, _, _ = cache.tokens(start, start + TOKENS_AT_ONCE)
@@ -97,21 +97,21 @@ def concepts_of(
     model: LanguageModel | None,
     asked: Asked,
 ) -> tuple[Resolved, str]:
-    """The concepts' token ids in the vocabulary that the cache is of; or none, and why.
+    """The concepts' token ids in the cache's vocabulary and "", or no concepts and the reason.
 
-    Raises `UserError` where they have words and no ids, and no tokenizer is there.
+    Raises `UserError` if a concept has words and no ids, and there is no tokenizer.
     """
     tokenize = tokenizer_of(model, asked)
     has_tokens = is_of_model(cache) or cache.recipe.get("token_ids", False)
     if not has_tokens:
         return NO_CONCEPTS, "the cache has no token ids"
     if tokenize is None and asked.concepts is None and not is_tiny(cache, model):
-        return NO_CONCEPTS, "no tokenizer is known, which --tokenizer would name"
+        return NO_CONCEPTS, "no tokenizer is known (--tokenizer names one)"
     return resolve(concepts, tokenize), ""
 
 
 def is_tiny(cache: ActivationCache, model: LanguageModel | None) -> bool:
-    """Whether token ids are TinyModel's, as far as is known."""
+    """Whether the cache's token ids are taken to be TinyModel's."""
     recipe: Recipe = cache.recipe
     return isinstance(model, TinyModel) or (
         model is None and is_of_model(cache) and "tokenizer" not in recipe
@@ -119,7 +119,7 @@ def is_tiny(cache: ActivationCache, model: LanguageModel | None) -> bool:
 
 
 def tokenizer_of(model: LanguageModel | None, asked: Asked) -> Tokenize | None:
-    """The tokenizer of the model, or the one that was asked for; None where there is none."""
+    """The model's tokenizer, or without a model the one that was asked for, or None."""
     tokenizer: Any = model.tokenizer if model else None
     if model is None and asked.tokenizer is not None:
         from matryoshka.transformers_loading import load_tokenizer

@@ -1,4 +1,4 @@
-"""What evaluate.py prints of its results: an SAE a row, a concept and SAE a row."""
+"""The tables that evaluate.py prints."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,19 +7,21 @@ from matryoshka.command_line import table
 from matryoshka.frontier import frontier_table, is_frontier, lines_of
 from matryoshka.reconstruction import OUTLIER
 
-NOTABLE_CHANGE = 0.1  # of FVU without outliers, as a share of FVU, above which it is printed
+NOTABLE_CHANGE = 0.1  # relative change of FVU without outliers from which on it is printed
 HELD_OUT = {True: "not trained on", False: "TRAINED ON", None: "whether trained on is not known"}
 
 
 def report(results: Mapping[str, Any]) -> str:
-    """All that evaluate.py prints: the concepts, where there are any, and the summary."""
+    """All that evaluate.py prints: the tables of concepts and of the frontier, if there are any,
+    and the summary."""
     concepts = concept_table(results)
     if "absorption" in results["left_out"]:
         concepts = f"No absorption: {results['left_out']['absorption']}."
     elif n_left_out := results["concepts"]["words_left_out"]:
         n_words = results["concepts"]["words"]
         concepts += (
-            f"\n\nWords that are no single token, and left out: {n_left_out:,} of {n_words:,}."
+            f"\n\nLeft out, because they are not a single token: {n_left_out:,} of {n_words:,} "
+            "words."
         )
     runs = results["runs"]
     frontier = f"\n\n{frontier_table(lines_of(runs))}" if is_frontier(runs) else ""
@@ -27,7 +29,7 @@ def report(results: Mapping[str, Any]) -> str:
 
 
 def summary(results: Mapping[str, Any]) -> str:
-    """The write-up's table, an SAE a row, and what it was measured on."""
+    """The write-up's table, with a row for each SAE, and what it was measured on."""
     cache = results["cache"]
     rows = [
         [
@@ -51,7 +53,7 @@ def summary(results: Mapping[str, Any]) -> str:
 
 
 def threshold_line(results: Mapping[str, Any]) -> str:
-    """What k was asked of the SAEs whose L0 is that of a threshold; "" where there are none."""
+    """The k of the BatchTopK SAEs, whose L0 follows from their threshold; "" if there are none."""
     asked = [
         f"{run.get('target_l0', 0):g} {run['sae']}"
         for run in results["runs"]
@@ -59,7 +61,7 @@ def threshold_line(results: Mapping[str, Any]) -> str:
     ]
     if not asked:
         return ""
-    return f"\nBatchTopK's L0 is that at its saved threshold; k was {', '.join(asked)}."
+    return f"\nBatchTopK's L0 is measured at its saved threshold; k was {', '.join(asked)}."
 
 
 def loss_line(results: Mapping[str, Any]) -> str:
@@ -74,11 +76,11 @@ def loss_line(results: Mapping[str, Any]) -> str:
     )
     if losses["mean"] > losses["clean"]:
         return line
-    return f"{line} The mean costs the model nothing, so that there is no loss to recover."
+    return f"{line} The mean does not raise the loss, so that there is none to recover."
 
 
 def norm_line(results: Mapping[str, Any]) -> str:
-    """How the activations' norms spread and, where outliers decide FVU, FVU without them."""
+    """How widely the activations' norms spread and, if outliers decide FVU, FVU without them."""
     norms = results["norms"]
     if norms["p99_9_over_median"] is None:
         return "The median of the activations' norms is 0."
@@ -93,18 +95,18 @@ def norm_line(results: Mapping[str, Any]) -> str:
     )
     return (
         f"{line}\nFVU IS DECIDED BY {norms['outliers']:,} OF {results['cache']['n_tokens']:,} "
-        f"TOKENS, of over {OUTLIER:g} times the median norm. Without them: {without}."
+        f"TOKENS, whose norm is over {OUTLIER:g} times the median. Without them: {without}."
     )
 
 
 def _outliers_matter(run: Mapping[str, Any]) -> bool:
-    """Whether an SAE's FVU without outliers is another."""
+    """Whether an SAE's FVU without outliers is notably different, or not defined."""
     without = run["fvu_without_outliers"]
     return without is None or abs(without - run["fvu"]) > NOTABLE_CHANGE * run["fvu"]
 
 
 def concept_table(results: Mapping[str, Any]) -> str:
-    """A concept and SAE a row: how good its detector is, what it misses, what is absorbed."""
+    """For each concept and SAE: how good the detector is, what it misses, what is absorbed."""
     rows = [
         [
             of["concept"],

@@ -1,7 +1,7 @@
-"""The file of what latents fire on, and of how they go together: examples/NAME.safetensors.
+"""The file examples/NAME.safetensors: what latents fire on, and which latents fire together.
 
-Its format is in docs/files.md. It says of which SAE and which cache it is, so that it is used
-again where both are the same.
+docs/files.md describes its format. The file records which SAE and which cache it was made from, and
+is used again only for the same ones.
 """
 
 import json
@@ -39,12 +39,12 @@ Array = np.ndarray
 
 
 class Relations(NamedTuple):
-    """How each latent goes together with others; lists end with latents of -1.
+    """Which latents each latent fires together with. Lists that are not full end with -1.
 
-    Empty, of 0 columns, where there are more latents than pairs are counted of.
+    The arrays have 0 columns if there were too many latents to count pairs of them.
     """
 
-    coactive: Array  # int64 [n_latents, N_COACTIVE]: of the highest overlap
+    coactive: Array  # int64 [n_latents, N_COACTIVE]: the latents with the highest overlap
     coactive_overlap: Array  # float32 [n_latents, N_COACTIVE]
     parents: Array  # int64 [n_latents, N_PARENTS]: the first is the parent in the forest
     parent_measures: Array  # float32 [n_latents, N_PARENTS, 4]: see MEASURES
@@ -56,7 +56,8 @@ MEASURES = ("p_parent_given_child", "p_child_given_parent", "excess", "directed"
 def relations_of(
     pairs: Pairs | None, sae: SAE, threshold: float = THRESHOLD, n_latents: int = 0
 ) -> Relations:
-    """The most co-active latents of each, and its parents over the threshold, best first."""
+    """For each latent, the most co-active latents and the parents whose excess is at least
+    `threshold`, best first. n_latents: used only if `pairs` is None."""
     if pairs is None:
         none, floats = np.zeros((n_latents, 0), np.int64), np.zeros((n_latents, 0), np.float32)
         return Relations(none, floats, none, np.zeros((n_latents, 0, 4), np.float32))
@@ -79,7 +80,10 @@ def relations_of(
 
 
 def _highest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows of the k highest scores above 0 in each column, [n, k] each; -1 and 0 for none."""
+    """The rows of the k highest scores above 0 in each of n columns, and these scores: [n, k] each.
+
+    Where a column has fewer, -1 and 0 follow.
+    """
     best = scores.topk(min(k, len(scores)), dim=0)
     rows = torch.where(best.values > 0, best.indices, -1)
     return rows.T, best.values.T
@@ -89,7 +93,7 @@ def _highest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def about_of(sae_sha256: str, cache: ActivationCache, seed: int) -> dict[str, Any]:
-    """What tells one such file from another: the SAE's file, the cache's content, the seed."""
+    """What identifies such a file: hashes of the SAE's file and the cache, and the seed."""
     return {
         "format": FORMAT,
         "sae_sha256": sae_sha256,
@@ -110,13 +114,13 @@ def write(path: Path, examples: Examples, relations: Relations, about: dict[str,
 
 
 def read(path: Path) -> tuple[Examples, Relations, dict[str, Any]]:
-    """What `write` wrote, and what it is of. Raises `UserError` where the file is another's."""
+    """The examples, relations and `about` in a file. Raises `UserError` if it holds none."""
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             about = json.loads((file.metadata() or {})["examples"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if about["format"] != FORMAT:
-            raise ValueError(f"it is of format {about['format']!r}, and this version reads 1")
+            raise ValueError(f"its format is {about['format']!r}, and this version reads {FORMAT}")
         relations = Relations(*(tensors.pop(name) for name in Relations._fields))
         examples = Examples(**{**tensors, "n_tokens": int(tensors["n_tokens"][0])})
     except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
@@ -135,16 +139,16 @@ def examples_of(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[Examples, Relations]:
-    """Those of an SAE, from the file `path` if that is of the same SAE, cache and seed; else they
-    are collected and written there, with the forest as JSON beside it.
+    """The examples and relations of an SAE.
 
-    Raises `UserError` where the cache is not one of the SAE's model, or the folder cannot be
-    written to.
+    They are read from the file `path` if it is of the same SAE, cache and seed. Otherwise they are
+    collected and written there, and the forest as JSON beside it. Raises `UserError` if the file is
+    damaged or the folder cannot be written to, and what `top_examples.collect` raises.
     """
     about = about_of(sae_sha256, cache, seed)
     if path.exists():
-        examples, relations, of = read(path)
-        if of == about:
+        examples, relations, about_file = read(path)
+        if about_file == about:
             return examples, relations
     make_folder(path.parent, "--run")
     examples, pairs = collect(sae, cache, seed, device)

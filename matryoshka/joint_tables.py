@@ -1,7 +1,7 @@
-"""Samples of several dependent yes-or-no draws: their joint law as a table, drawn from at once.
+"""Samples several dependent yes-or-no draws at once, from a table of their joint distribution.
 
-The draws are `Choice`s, each of which may hang on the outcome of another. A table lists every state
-that can occur, with its probability, so that a sample costs one uniform and one look-up.
+The draws are `Choice`s, each of which may depend on the outcome of another. A table lists every
+state that can occur, with its probability. A sample then costs one random number and one look-up.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A joint table of at most this many states stays in the cache of a CPU core or two.
+# A joint table of at most this many states fits in a CPU's cache.
 MAX_STATES = 2**16
 # A joint table has at most this many nodes. A chain of n nodes has n + 1 states, so one table of it
 # would take n^2 memory, and n^3 time to build.
@@ -20,12 +20,12 @@ MAX_NODES = 256
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One independent draw: at most one of `nodes`, made where the node `gate` (-1: always) is."""
+    """A draw of at most one of `nodes`, made if the node `gate` is active (-1: always)."""
 
     gate: int
     nodes: tuple[int, ...]
     probs: tuple[float, ...]
-    rest: float  # the probability of none of them
+    rest: float  # the probability that none of them is drawn
 
     @property
     def n_outcomes(self) -> int:
@@ -33,9 +33,9 @@ class Choice:
 
 
 class JointTable:
-    """The joint law of some choices, listed: every state that can occur, with its probability.
+    """The joint distribution of some choices: every state that can occur, with its probability.
 
-    A choice whose gate is in no table, or in another, is drawn as if the gate were active.
+    A choice whose gate is not in the same table is drawn as if the gate were active.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class JointTable:
         self.probs = np.ones(1)  # [n_states]
 
     def _gated(self, choice: Choice) -> np.ndarray:
-        """Which states let the choice be made. [n_states]"""
+        """In which states the choice is made: bool [n_states]."""
         if choice.gate in self.nodes:
             return self.states[:, self.nodes.index(choice.gate)]
         return np.ones(len(self.states), dtype=bool)
@@ -55,7 +55,7 @@ class JointTable:
         return len(self.states) - n_open + n_open * choice.n_outcomes
 
     def add(self, choice: Choice) -> None:
-        """Multiplies the law by that of `choice`. Outcomes of probability 0 make no states."""
+        """Adds a choice to the distribution. Outcomes of probability 0 add no states."""
         is_open = self._gated(choice)
         states = np.pad(self.states, ((0, 0), (0, len(choice.nodes))))
         parts = [(states[~is_open], self.probs[~is_open])]
@@ -73,16 +73,16 @@ class JointTable:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """What draws from one table, on one device: Walker's alias method, then a gather of rows."""
+    """Draws from one table on one device, by Walker's alias method."""
 
-    columns: Tensor  # [k], where the rows go
-    rows: Tensor  # float32 [n_states, k]
-    cut: Tensor  # float64 [n_states]: i + the share of bin i that is state i
-    alias: Tensor  # int64 [n_states]: whose the rest of bin i is
+    columns: Tensor  # int64 [k]: the columns of the result that a state's row fills
+    rows: Tensor  # float32 [n_states, k]: which of these nodes are active in each state
+    cut: Tensor  # float64 [n_states]: i + the probability that bin i gives state i
+    alias: Tensor  # int64 [n_states]: the state that bin i gives otherwise
 
     @classmethod
     def of(cls, table: JointTable, column_of: Mapping[int, int], device: torch.device) -> "Sampler":
-        """column_of: where a node's draws go; those of the other nodes are dropped."""
+        """column_of: the column of the result for each node that is wanted; others are dropped."""
         order = sorted((column_of[n], i) for i, n in enumerate(table.nodes) if n in column_of)
         share, alias = alias_table(table.probs)
         rows = np.ascontiguousarray(table.states[:, [i for _, i in order]], dtype=np.float32)
@@ -94,11 +94,11 @@ class Sampler:
         )
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """The states of `n` samples, int64 [n], from one uniform a sample."""
+        """The numbers of the states of `n` samples: int64 [n]. Uses one random number for each."""
         u = torch.rand(n, dtype=torch.float64, device=generator.device, generator=generator)
-        u *= len(self.cut)  # its integer part is a uniform bin, its fraction a uniform within
+        u *= len(self.cut)  # its integer part is the bin, its fraction is uniform within the bin
         bins = u.long()
-        # index_select: several times as fast on the CPU as indexing with brackets.
+        # index_select is several times as fast on the CPU as indexing with brackets.
         return torch.where(
             u < self.cut.index_select(0, bins), bins, self.alias.index_select(0, bins)
         )
@@ -107,7 +107,7 @@ class Sampler:
 def alias_table(probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Walker's alias table of the distribution `probs` [n] (normalised here), by Vose's method.
 
-    Returns share, float64 [n], and alias, int64 [n]: of n equally likely bins, bin i is state i
+    Returns share, float64 [n], and alias, int64 [n]. Of n equally likely bins, bin i gives state i
     with probability share_i and state alias_i otherwise, so that
     P(i) = (share_i + sum_{j: alias_j = i} (1 - share_j)) / n.
     """
@@ -122,11 +122,11 @@ def alias_table(probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         scaled[j] -= 1 - scaled[i]
         if scaled[j] < 1:
             small.append(large.pop())
-    return np.array(share), np.array(alias)  # the left over are 1, but for rounding
+    return np.array(share), np.array(alias)  # the shares that are left are 1, up to rounding
 
 
 def pack(choices: Sequence[Choice]) -> list[JointTable]:
-    """Puts the choices in turn into tables, a new one where the last would become too large.
+    """Puts the choices into tables, in order, and begins a new table when one would be too large.
 
     A table has at most MAX_STATES states and MAX_NODES nodes, except that a single choice that has
     more than these has a table to itself.

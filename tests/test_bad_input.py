@@ -114,7 +114,7 @@ CASES = [
     ("evaluate", "--run {W}/nan --cache {W}/cache", "not finite"),
     ("evaluate", "--run {W}/later --cache {W}/cache", "format"),
     ("evaluate", "--run {W}/empty --cache {W}/cache", "empty"),
-    ("evaluate", "--run {W}/saes --cache {W}/arrays {MODEL}", "not made of a language model"),
+    ("evaluate", "--run {W}/saes --cache {W}/arrays {MODEL}", "not made with a language model"),
     ("evaluate", "--run {W}/saes --cache {W}/arrays --tokenizer {W}/none", "no tokenizer"),
     ("evaluate", "--run {W}/saes --cache {W}/cache --model {W}/none", "--model none"),
     ("evaluate", "--run {W}/saes --cache {W}/cache --tokenizer {W}/text.txt", "text.txt"),

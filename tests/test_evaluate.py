@@ -292,7 +292,7 @@ def test_arrays_are_scored_as_a_models_cache_is_but_for_what_needs_the_model(
         assert ours["cross_entropy"] is ours["loss_recovered"] is ours["absorption"] is None
     assert results["cross_entropy"] is None
     assert results["left_out"] == {
-        "cross_entropy": "the cache was not made of a language model",
+        "cross_entropy": "the cache was not made with a language model",
         "absorption": "the cache has no token ids",
     }
     assert json.loads((tmp_path / "evaluation.json").read_text())["left_out"]
@@ -327,7 +327,7 @@ def test_without_the_model_the_rest_is_the_same(
 def test_a_model_beside_a_cache_of_arrays_is_refused(made: Path, tmp_path: Path) -> None:
     cache = arrays_of(made, tmp_path / "c", with_ids=False)
     config = config_for(made, tmp_path, cache=cache, model=str(made / "model.pt"))
-    assert "was not made of a language model" in refused(config)
+    assert "was not made with a language model" in refused(config)
 
 
 # ------------------------------------------------------------------------------------- bad input

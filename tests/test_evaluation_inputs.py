@@ -86,7 +86,7 @@ def test_reconstructions_are_spliced_where_the_activations_were(
 def test_concepts_are_words_of_the_models_tokenizer(world: Path, tmp_path: Path) -> None:
     results = evaluate.run(config_for(world, "gpt2", tmp_path))
     assert results["concepts"] == {"words": 7, "words_left_out": 1}
-    assert "Words that are no single token, and left out: 1 of 7." in report(results)
+    assert "Left out, because they are not a single token: 1 of 7 words." in report(results)
     cache, model = ActivationCache(world / "gpt2.validation"), load_language_model(world / "gpt2")
     tok_ids = cache.tokens(0, cache.n_tokens)[0]
     texts = [model.text_of(i) for i in range(D_VOCAB)]

@@ -101,7 +101,7 @@ def test_fvu_without_outliers_is_said_where_it_is_another():
         assert ("FVU IS DECIDED BY 1,234 OF 54,321 TOKENS" in norm_line(one)) is is_said
     one = results(run("a"), run("b", fvu_without_outliers=None), norms=norms)
     assert norm_line(one).endswith(
-        "of over 10 times the median norm. Without them: 0.2500 a, not defined b."
+        "whose norm is over 10 times the median. Without them: 0.2500 a, not defined b."
     )
 
 
@@ -120,5 +120,5 @@ def test_what_was_left_out_is_said():
 
 def test_words_that_were_left_out_are_counted():
     one = results(run("a"), concepts={"words": 1243, "words_left_out": 12})
-    assert "Words that are no single token, and left out: 12 of 1,243." in report(one)
+    assert "Left out, because they are not a single token: 12 of 1,243 words." in report(one)
     assert "left out" not in report(results(run("a")))
