@@ -47,7 +47,7 @@ from matryoshka.run_folder import (
     last_records,
     sha256_of,
 )
-from matryoshka.saved_runs import CHECKPOINT, METRICS, RESULTS
+from matryoshka.saved_runs import CHECKPOINT, METRICS, RESULTS, checksums_used
 from matryoshka.training import GO_ON, Activations, Training, checkpoint, train
 from matryoshka.training_config import RECIPES, TrainingConfig, check_training
 from matryoshka.training_report import closing, is_broken, problems, summary
@@ -252,7 +252,7 @@ def results_of(training: Training) -> dict[str, Any]:
         "cache": {
             "make": cache.recipe,
             "n_tokens": cache.n_tokens,
-            "acts_sha256": [shard.acts_sha256 for shard in shards_used(cache)],
+            "acts_sha256": checksums_used(cache),
         },
         "seconds": round(training.seconds, 2),
         "waited_for_data": round(training.waited, 2),
@@ -278,16 +278,6 @@ def result_of(member: MemberTraining, last: dict[str, Any]) -> dict[str, Any]:
         "dead_share": last["dead_share"],
         **{name: value for name, value in last.items() if name.startswith("validation_")},
     }
-
-
-def shards_used(cache: Activations) -> list[Any]:
-    """The shards that hold the cache's first `n_tokens` activations."""
-    left, used = cache.n_tokens, []
-    for shard in cache.shards:
-        if left > 0:
-            used.append(shard)
-        left -= shard.n_tokens
-    return used
 
 
 def report(results: dict[str, Any], out: str) -> None:

@@ -1,11 +1,11 @@
-"""The data of a page: JavaScript files that a page from disk can load, a few latents at a time.
+"""Writes the data of a page, in JavaScript files that hold a few latents each.
 
-    data/run.js               what was run on what; the text of every token; names of latents
-    data/K/list.js            of SAE number K, a column a property: what the list and the tree need
+    data/run.js               the run and its cache, the text of every token, labels of latents
+    data/K/list.js            for SAE number K, what the list and the tree need of every latent
     data/K/latents_C.js       LATENTS_A_FILE latents in full, from C * LATENTS_A_FILE on
 
-Each is one call of a function of page/app.js with JSON in it, since a page that is opened from
-disk may load scripts and nothing else. Tokens are numbers into the texts of run.js.
+Each file calls one function of page/app.js with JSON, because a page that is opened from disk may
+load scripts but no other files. A token is a number, the index of its text in run.js.
 """
 
 import functools
@@ -32,14 +32,14 @@ from matryoshka.latent_data import (
 from matryoshka.top_examples import N_QUANTILES
 
 LATENTS_A_FILE = 16
-DIGITS = 3  # significant ones of a number on the page
+DIGITS = 3  # significant digits of a number on the page
 
 Array = np.ndarray
 Labels = dict[str, dict[str, str]]  # by the SAE's name, then by the latent's number
 
 
 class Vocabulary:
-    """Token ids as small numbers, the most frequent first, and their text."""
+    """Numbers token ids, from the most frequent on, and has their texts."""
 
     def __init__(self, token_counts: Array, text_of: Callable[[int], str]):
         self._text_of = functools.cache(text_of)
@@ -50,7 +50,7 @@ class Vocabulary:
                 self.number(int(tok_id))
 
     def number(self, tok_id: int) -> int:
-        """The number of a token id, -1 for that of a cache without tokens."""
+        """The number of a token id; -1 for an id below 0, which a cache without token ids has."""
         if tok_id < 0:
             return -1
         if tok_id not in self._numbers:
@@ -59,17 +59,17 @@ class Vocabulary:
         return self._numbers[tok_id]
 
     def text(self, tok_id: int) -> str:
-        """The text of a token id; "" for that of a cache without tokens."""
+        """The text of a token id; "" for an id below 0."""
         return "" if tok_id < 0 else _encodable(self._text_of(tok_id))
 
     @property
     def texts(self) -> list[str]:
-        """By number."""
+        """The texts of all numbered token ids, in the order of their numbers."""
         return [self.text(tok_id) for tok_id in self.ids]
 
 
 class Source(NamedTuple):
-    """What a page is made of."""
+    """What a page is made from."""
 
     saes: Sequence[OneSAE]
     text: Text
@@ -77,18 +77,18 @@ class Source(NamedTuple):
 
 
 def _encodable(text: str) -> str:
-    """Half a pair of surrogates, which no file can hold, becomes "?"."""
+    """The text with unpaired surrogates, which UTF-8 cannot hold, replaced by "?"."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def number(value: float) -> float | int:
-    """A value with DIGITS significant digits, as short as JSON has it."""
+    """A value rounded to DIGITS significant digits; an int if it is whole, which is shorter."""
     rounded = float(f"{value:.{DIGITS}g}")
     return int(rounded) if rounded == int(rounded) else rounded
 
 
 def numbers(values: Any) -> list[float | int]:
-    """`number` of each."""
+    """`number` of each value."""
     return [number(value) for value in np.asarray(values).tolist()]
 
 
@@ -96,7 +96,7 @@ def numbers(values: Any) -> list[float | int]:
 
 
 def list_of(one: OneSAE, text: Text, vocabulary: Vocabulary) -> dict[str, Any]:
-    """What the list and the tree need of every latent, a column a property."""
+    """What the list and the tree need: for each property, a list with the value of every latent."""
     examples, widths = one.examples, level_widths(one.sae)
     parents = one.relations.parents
     tokens = (characteristic_tokens(examples, text, j) for j in range(one.sae.n_latents))
@@ -115,8 +115,11 @@ def list_of(one: OneSAE, text: Text, vocabulary: Vocabulary) -> dict[str, Any]:
 def latent_of(
     one: OneSAE, shown: Shown, text: Text, vocabulary: Vocabulary, latent: int
 ) -> dict[str, Any]:
-    """What a latent's page has of its examples: each is [row, position, place of its token, tokens,
-    places and activations of those on which the latent fires]."""
+    """The examples and relations of a latent, for its page.
+
+    An example is [row, position, index of its token in the window, tokens, pairs], where pairs are
+    the indices and the activations of the tokens on which the latent fires, in turn.
+    """
     by_kind: dict[str, list[Any]] = {"top": [], "random": []}
     by_kind |= {f"q{k}": [] for k in range(N_QUANTILES)}
     windows = shown.windows
@@ -141,8 +144,10 @@ def latent_of(
 
 
 def _relations_of(one: OneSAE, latent: int) -> dict[str, Any]:
-    """The latents that it goes together with, and its parents, each with its measures and last the
-    cosine of decoder rows."""
+    """The latents that fire with this one, and its parents.
+
+    A parent comes with its measures, and with the cosine of the two decoder rows as the last one.
+    """
     relations, W_dec = one.relations, one.sae.W_dec
     coactive = relations.coactive[latent].tolist()
     overlaps = numbers(relations.coactive_overlap[latent])
@@ -157,7 +162,7 @@ def _relations_of(one: OneSAE, latent: int) -> dict[str, Any]:
 
 
 def outputs_of(outputs: Outputs, vocabulary: Vocabulary, latent: int) -> dict[str, Any]:
-    """What a latent does to the output tokens."""
+    """The effects of a latent on the model's output tokens."""
 
     def side(ids: Array, effects: Array) -> list[list[float]]:
         tokens = [vocabulary.number(tok_id) for tok_id in ids[latent].tolist()]
@@ -172,8 +177,11 @@ def outputs_of(outputs: Outputs, vocabulary: Vocabulary, latent: int) -> dict[st
 
 
 def neighbours(saes: Sequence[OneSAE], k: int) -> Callable[[int], dict[str, Any]]:
-    """A function of a latent of SAE k: those most like it, by the cosine of decoder rows, in its
-    own SAE, and the one that is in each other."""
+    """A function that returns the latents most similar to a latent of SAE k.
+
+    These have the highest cosines of decoder rows: several in the same SAE ("similar"), and one in
+    each other SAE ("nearest").
+    """
     of_same = similar_latents(saes[k].sae.W_dec, saes[k].sae.W_dec, N_SIMILAR, True)
     of_others = {
         i: similar_latents(saes[k].sae.W_dec, other.sae.W_dec, 1, False)
@@ -222,7 +230,7 @@ def write_sae(folder: Path, source: Source, k: int, shown: Shown, outputs: Outpu
 def write_run(
     folder: Path, title: str, source: Source, cache: ActivationCache, labels: Labels
 ) -> None:
-    """Writes what all pages need. Last: it has the text of every token that was met."""
+    """Writes run.js. Call it last: it has the text of every token that the other files use."""
     recipe = cache.recipe
     of_text = {
         key: Path(str(recipe[key])).name if key in ("model", "dataset") else recipe[key]

@@ -1,4 +1,4 @@
-"""How pairs of latents fire together, summed over a cache from what fires, and not densely."""
+"""Sums over a cache of how pairs of latents fire together, computed from the firings alone."""
 
 from collections.abc import Iterator
 
@@ -8,23 +8,23 @@ from torch import Tensor
 
 from matryoshka.hierarchy import Pairs
 
-MAX_LATENTS = 8192  # three matrices of this size squared in float64 are 1.6 GB
-WAITING = 2**21  # firings that are summed at once
-PAIRS_AT_ONCE = 2**18  # of these: small enough for a processor's cache, and bounds the memory
+MAX_LATENTS = 8192  # three float64 matrices [8192, 8192] take 1.6 GB
+WAITING = 2**21  # firings that are collected before their pairs are summed
+PAIRS_AT_ONCE = 2**18  # pairs summed at once: few enough for the processor's cache
 
 Array = np.ndarray
 
 
 class Firings:
-    """What fires in a batch: token `token[i]` of the batch, latent `latent[i]`, how strongly.
+    """The firings of a batch: on token `token[i]`, latent `latent[i]` fires with `value[i]`.
 
-    In order of the token, then of the latent. Arrays [n_firings]: int64, int64 and float32.
+    They are sorted by token, then by latent. Arrays [n_firings]: int64, int64 and float32.
     """
 
     def __init__(self, acts: Tensor, factor: Tensor | None = None):
-        """acts: [n, n_latents], on any device. factor: [n_latents], what a latent's are times."""
+        """acts: [n, n_latents], on any device. factor: [n_latents], multiplies the values."""
         self.n_tokens, self.n_latents = acts.shape
-        fires = (acts != 0).flatten()  # one that is not a number too
+        fires = (acts != 0).flatten()  # NaN counts, too
         # NumPy's flatnonzero takes a third of the time of PyTorch's nonzero on a CPU.
         place = fires.nonzero()[:, 0] if fires.is_cuda else np.flatnonzero(fires.numpy())
         places = torch.as_tensor(place, device=acts.device)
@@ -36,11 +36,11 @@ class Firings:
 
 
 class PairSums:
-    """Sums over all pairs of latents that fire on a token: memory grows with n_latents squared.
+    """Sums over all pairs of latents that fire on the same token; memory is O(n_latents^2).
 
-    Some latents' rows of the matrices at a time, so that they stay in the processor's cache; and
-    over many batches at once, since their rows are gone through each time. NumPy's `bincount` sums
-    pairs several times as fast as PyTorch's `scatter_add_`.
+    Only some rows of the matrices are summed at a time, so that they stay in the processor's cache.
+    Since each round passes over all rows, many batches are collected for it. NumPy's `bincount` is
+    several times as fast as PyTorch's `scatter_add_`.
     """
 
     def __init__(self, n_latents: int):
@@ -52,7 +52,7 @@ class PairSums:
         self._fired, self._squares, self._largest = (np.zeros(n_latents) for _ in range(3))
 
     def add(self, firings: Firings) -> None:
-        """Adds a batch."""
+        """Adds the firings of a batch."""
         latent, value = firings.latent, firings.value.astype(np.float64)
         self.n_tokens += firings.n_tokens
         self._fired += np.bincount(latent, minlength=self.n_latents)
@@ -63,7 +63,7 @@ class PairSums:
             self._sum_waiting()
 
     def _sum_waiting(self) -> None:
-        """Adds the pairs of the batches that wait."""
+        """Adds the pairs of the collected batches to the sums."""
         if not self._waiting:
             return
         latent = np.concatenate([some.latent for some in self._waiting])
@@ -80,8 +80,11 @@ class PairSums:
     def _add_pairs(
         self, low: int, high: int, latent: Array, value: Array, firsts: Array, n_later: Array
     ) -> None:
-        """Adds the pairs of each firing of `firsts`, of latents `low` to `high`, with those that
-        come after it: `n_later` of them, which follow it in `latent` and `value`."""
+        """Adds the pairs of each firing of `firsts` with the later firings on the same token.
+
+        `firsts` are indices of firings of latents `low` to `high` - 1. Firing i pairs with the next
+        `n_later` entries of `latent` and `value` after it.
+        """
         begins = n_later.cumsum() - n_later
         second = np.arange(n_later.sum()) + np.repeat(firsts + 1 - begins, n_later)
         row = (latent[firsts] - low) * self.n_latents
@@ -98,8 +101,10 @@ class PairSums:
         self._masked[:, low:high] += summed(b * b).T
 
     def pairs(self) -> Pairs:
-        """What was summed; nothing can be added afterwards. No matrix is copied: memory that is
-        touched for the first time costs more than the sums do."""
+        """The sums. Nothing can be added afterwards, because the matrices are not copied.
+
+        Copies would be slow: touching memory for the first time costs more than the sums do.
+        """
         self._sum_waiting()
         for upper in (self._both, self._products):
             _mirror(upper)
@@ -117,13 +122,13 @@ def _mirror(upper: Array, size: int = 256) -> None:
 
 
 def _n_later(firings: Firings) -> Array:
-    """How many latents of the same token come after each firing: int64 [n_firings]."""
+    """For each firing, how many later firings are on the same token: int64 [n_firings]."""
     ends = np.bincount(firings.token, minlength=firings.n_tokens).cumsum()[firings.token]
     return ends - 1 - np.arange(len(ends))
 
 
 def _blocks(n_pairs: Array) -> Iterator[tuple[int, int]]:
-    """Ranges of latents that have at most PAIRS_AT_ONCE pairs together, or are a single one."""
+    """Yields ranges of latents with at most PAIRS_AT_ONCE pairs together, or of one latent."""
     ends, low = n_pairs.cumsum(), 0
     while low < len(n_pairs):
         done = ends[low - 1] if low else 0

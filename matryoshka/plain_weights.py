@@ -1,10 +1,10 @@
-"""An SAE's weights as other tools have them: for inputs in the units of the data.
+"""An SAE's weights for inputs in the units of the data, as other tools have them:
 
     acts  = activation(x W_enc + b_enc)        x_hat = acts W_dec + b_dec
 
-With s = sqrt(d_model) / mean_norm, what this project multiplies an input by, these weights are
-s W_enc, b_enc, W_dec / s and b_dec / s, and activations stay the same numbers. All is computed in
-float64 and rounded once, when an SAE or a file is made of it.
+This project multiplies inputs by s = sqrt(d_model) / mean_norm. With that folded in, the weights
+are s W_enc, b_enc, W_dec / s and b_dec / s, and the activations do not change. Everything is
+computed in float64, and rounded once, when an SAE or a file is made.
 """
 
 import dataclasses
@@ -19,13 +19,16 @@ from matryoshka.errors import UserError
 from sae import SAE, WITH_K
 
 OF_THRESHOLD = ("batchtopk", "jumprelu")
-UNIT_ROW = 1e-3  # a row is of norm 1 within this: stored in bfloat16, it is off by 1e-4
+UNIT_ROW = 1e-3  # how far a norm may be from 1; a row stored in bfloat16 is off by about 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """float64: W_enc [d_model, n_latents], b_enc [n_latents], W_dec [n_latents, d_model],
-    b_dec [d_model], and threshold [n_latents] or None."""
+    """Weights in float64, for inputs in the units of the data.
+
+    W_enc [d_model, n_latents], b_enc [n_latents], W_dec [n_latents, d_model], b_dec [d_model], and
+    threshold [n_latents] or None.
+    """
 
     W_enc: Tensor
     b_enc: Tensor
@@ -35,12 +38,12 @@ class Weights:
 
     @property
     def norms(self) -> Tensor:
-        """Of the decoder's rows, [n_latents]."""
+        """The norms of the decoder rows, [n_latents]."""
         norms: Tensor = self.W_dec.norm(dim=1)
         return norms
 
     def float32(self) -> dict[str, Tensor]:
-        """Contiguous tensors by name. Raises `UserError` where float32 cannot hold a value."""
+        """Contiguous float32 tensors by name. Raises `UserError` if a value is too large for it."""
         tensors = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -52,7 +55,7 @@ class Weights:
 
 
 def weights_of(sae: SAE) -> Weights:
-    """An SAE's weights, its input scale folded in."""
+    """The weights of an SAE, with its input scale folded in."""
     state = {name: tensor.detach().cpu().double() for name, tensor in sae.state_dict().items()}
     s = math.sqrt(sae.d_model) / state["mean_norm"]
     return Weights(
@@ -71,8 +74,11 @@ def sae_of(
     k: float | None = None,
     mean_norm: float | None = None,
 ) -> SAE:
-    """An SAE of float32 weights, with `mean_norm` as its inputs' mean norm; by default the one
-    that leaves inputs as they are. Raises `UserError` where there is no such SAE."""
+    """An SAE with these weights, in float32.
+
+    `mean_norm`: the mean norm of its inputs; by default sqrt(d_model), for which s = 1. Raises
+    `UserError` if the values do not make an SAE.
+    """
     d_model = len(weights.b_dec)
     s = 1.0 if mean_norm is None else math.sqrt(d_model) / mean_norm
     threshold = weights.threshold if activation in OF_THRESHOLD else None
@@ -93,10 +99,10 @@ def has_prefixes(sae: SAE) -> bool:
 
 
 def unit_rows(weights: Weights) -> Weights:
-    """The same reconstructions from decoder rows of norm 1: activations grow by the norms.
+    """Weights with decoder rows of norm 1 and the same reconstructions.
 
-    A row of zeros has no direction. It becomes the first unit vector, and its latent, which has
-    said nothing, never fires.
+    Activations are multiplied by the norms. A row of zeros, which has no direction, becomes the
+    first unit vector; its latent, which added nothing, then never fires.
     """
     norms = weights.norms
     is_zero = norms == 0
@@ -113,7 +119,7 @@ def unit_rows(weights: Weights) -> Weights:
 
 
 def centred(weights: Weights) -> Weights:
-    """The same SAE for a tool that takes b_dec off the input: (x - b_dec) W_enc + b_enc."""
+    """The same SAE for a tool that subtracts b_dec from the input: (x - b_dec) W_enc + b_enc."""
     return dataclasses.replace(weights, b_enc=weights.b_enc + weights.b_dec @ weights.W_enc)
 
 
@@ -123,14 +129,17 @@ def uncentred(weights: Weights) -> Weights:
 
 
 def require_unit_rows(weights: Weights, what: str) -> None:
-    """Raises `UserError` where TopK among activations is not TopK among activations times their
-    rows' norms, which this project chooses by: where the rows' norms differ."""
+    """Raises `UserError` if the decoder rows' norms differ, so that TopK means another SAE here.
+
+    The tool chooses the k largest activations; this project chooses the k largest activations times
+    norms.
+    """
     norms = weights.norms[weights.norms > 0]
     if len(norms) and float(norms.max() / norms.min()) > 1 + UNIT_ROW:
         raise UserError(
-            f"{what} chooses the largest activations, whatever their decoder rows, whose norms are "
-            f"{float(norms.min()):.4g} to {float(norms.max()):.4g}; here activations times norms "
-            "are compared, so that it would be another SAE"
+            f"{what} chooses the largest activations, whatever the norms of their decoder rows, "
+            f"which are {float(norms.min()):.4g} to {float(norms.max()):.4g}; here activations "
+            "times norms are compared, so it would be another SAE"
         )
 
 
@@ -140,11 +149,12 @@ def require_unit_rows(weights: Weights, what: str) -> None:
 def weights_from(
     tensors: Mapping[str, Tensor], names: Mapping[str, str], n_latents: int, d_model: int
 ) -> Weights:
-    """Weights among the tensors of a file, in float64.
+    """Weights from the tensors of a file, in float64.
 
-    names: what each field of `Weights` is called in the file; "name.T" is transposed. A threshold
-    [] stands for one a latent; one below 0 for 0, since what fires is positive. Raises `UserError`
-    where one is missing, of another shape, not of floats or not finite.
+    names: the name in the file of each field of `Weights`; "name.T" is transposed. A scalar
+    threshold applies to every latent. A threshold below 0 becomes 0, because firing activations are
+    positive. Raises `UserError` if a tensor is missing, or not of floats, or has another shape or
+    values that are not finite.
     """
     shapes = {
         "W_enc": [d_model, n_latents],
@@ -171,7 +181,7 @@ def weights_from(
 
 
 def _checked(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """A tensor of floats, all finite."""
+    """The tensor `name`. Raises `UserError` unless it is there and holds finite floats."""
     if name not in tensors:
         raise UserError(f"{name} is missing among {', '.join(sorted(tensors)) or 'no tensors'}")
     tensor = tensors[name]

@@ -1,13 +1,13 @@
-"""Every figure of the project, in one style. Each function writes one PNG, whole or not at all.
+"""The project's figures, in one style. Each function writes one PNG, whole or not at all.
 
-Figures are 1660 pixels wide, twice the width of a README, so that type is 11 pixels or more on the
-page. The background is white and opaque: the same picture on light pages and dark. Colours are
-Okabe and Ito's, which colour-blind readers can tell apart, and an SAE has the same one everywhere;
-purple is "more" in every heatmap, grey "nothing here". Nothing touches pyplot or leaves
-matplotlib's settings changed, nor is drawn by them: the style starts from the defaults.
+Figures are 1660 pixels wide, twice the width of a README, so that letters are 11 pixels high or
+more on the page. The background is white and opaque, so the picture is the same on light and dark
+pages. Colours are Okabe and Ito's, which colour-blind readers can tell apart, and an SAE has the
+same colour everywhere. In every heatmap, purple means more, and grey means that there is nothing.
+Nothing here uses pyplot. Figures neither depend on matplotlib's current settings nor change them.
 
-Arrays may be NumPy's, tensors on any device, or nested lists. SAEs are given by name, any number of
-them; those of `COLOURS` come first, in its order, and the others take their colours from `CYCLE`.
+Arrays may be of NumPy, tensors on any device, or nested lists. Any number of SAEs are given by
+name. Those in `COLOURS` come first, in its order; the others get their colours from `CYCLE`.
 """
 
 import dataclasses
@@ -35,25 +35,25 @@ from matryoshka.files import write_atomically
 if TYPE_CHECKING:
     from toy_model import FeatureTree
 
-# In the order of panels and legends. SAEs of other names come after these, with CYCLE's colours.
+# In the order of panels and legends. Other SAEs come after these, with colours from CYCLE.
 COLOURS = {"truth": "#333333", "vanilla": "#D55E00", "matryoshka": "#0072B2"}
 NAMES = {"truth": "ground truth", "vanilla": "vanilla", "matryoshka": "Matryoshka"}
 CYCLE = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C564B", "#6B8E23", "#00838F")
 KIND_COLOURS = {"parent": "#0072B2", "child": "#CC79A7", "rare": "#8A8A8A"}  # of features
-MISSED = "#F0B429"  # a feature is active and its latent silent
-ABSENT = "#D9D9D9"  # there is no such latent
+MISSED = "#F0B429"  # a feature is active and its latent is silent
+ABSENT = "#D9D9D9"  # no latent is matched to the feature
 FAINT = "#8A8A8A"  # lines and marks beside the data
 INK = "#333333"
 
 WIDTH = 8.3  # inches
 DPI = 200
-# Rows of a heatmap of samples: more than the pixels show would be drawn at random.
+# Rows of a heatmap of samples, at most: with more rows than pixels, some would be lost at random.
 MAX_ROWS = 400
 
 _STYLE: list[str | Path | dict[str, Any]] = [
     "default",
     {
-        "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
+        "font.family": "DejaVu Sans",  # is part of matplotlib, so it is the same everywhere
         "font.size": 8,
         "axes.titlesize": 9,
         "axes.titleweight": "bold",
@@ -76,7 +76,7 @@ _STYLE: list[str | Path | dict[str, Any]] = [
         "savefig.facecolor": "white",
     },
 ]
-_style = matplotlib.style.context(_STYLE)  # a decorator: each call enters and leaves it afresh
+_style = matplotlib.style.context(_STYLE)  # as a decorator, it is entered anew for each call
 
 _ACTIVATION = LinearSegmentedColormap.from_list(
     "activation", ["#FFFFFF", "#B9A9D6", "#6A3D9A", "#2D0A4E"]
@@ -91,14 +91,15 @@ _COSINE = LinearSegmentedColormap.from_list(
 def toy_activations(
     path: str | Path, truth: Any, acts_by_sae: Mapping[str, Any], tree: "FeatureTree"
 ) -> None:
-    """The same samples as the features are and as each SAE's latents see them, side by side.
+    """Heatmaps of samples: the true features, and each SAE's latents matched to them, side by side.
 
-    truth: [n, n_features], a few hundred samples (MAX_ROWS of more are shown, evenly spaced).
-    acts_by_sae: an SAE's [n, n_features], column f the latent matched to feature f, in the units
-        of `truth` (activation times decoder norm); a column of NaN where there is no such latent.
+    truth: [n, n_features], the features' activations; of more than MAX_ROWS samples, MAX_ROWS are
+        shown, evenly spaced.
+    acts_by_sae: for each SAE [n, n_features], where column f is the latent matched to feature f, in
+        the units of `truth` (activation times decoder norm); NaN if there is no such latent.
 
-    Rows are sorted by which features are active, a parent before its children. A cell whose
-    feature is active and whose latent is silent is marked: in a parent's column, absorption.
+    Rows are sorted by which features are active, a parent before its children. A cell is marked if
+    its feature is active and its latent silent; in a parent's column, this is absorption.
     """
     _write(path, _toy_activations_figure(truth, acts_by_sae, tree))
 
@@ -106,18 +107,18 @@ def toy_activations(
 def toy_cosines(
     path: str | Path, cosines_by_sae: Mapping[str, Any], tree: "FeatureTree", which: str
 ) -> None:
-    """Cosines of each SAE's latents to the true directions, as heatmaps.
+    """Heatmaps of the cosines of each SAE's latents with the true directions.
 
-    cosines_by_sae: an SAE's [n_features, n_features], row f the latent matched to feature f, NaN
-        where there is none; column g the direction of feature g.
-    which: "decoder" or "encoder": whose directions the latents' are.
+    cosines_by_sae: for each SAE [n_features, n_features]; row f is the latent matched to feature f,
+        NaN if there is none, and column g is the direction of feature g.
+    which: "decoder" or "encoder", the weights whose directions these are.
 
-    An encoder's row says what its latent is told apart from, not what it stands for: a clean child
-    can have a cosine of 0.53 with its own feature and of -0.83 with another parent's child, where
-    its latent, before it found the child, served that other parent alone and was silenced by that
-    parent's children. Nothing unlearns this: where the other child is active a silent ReLU passes
-    no gradient, and the two are active together, where the latent is then missed, on 9 of 10,000
-    samples.
+    An encoder's row shows what its latent is distinguished from, not what it represents. For
+    example, a clean child can have a cosine of 0.53 with its own feature and of -0.83 with a child
+    of another parent. Such a latent first represented the other parent alone, and its encoder
+    learned to be silent for that parent's children. This is not unlearned: where the other child is
+    active, a silent ReLU passes no gradient, and only on 9 of 10,000 samples, where both children
+    are active, is the latent missed.
     """
     _write(path, _toy_cosines_figure(cosines_by_sae, tree, which))
 
@@ -129,10 +130,10 @@ def training_curves(
     target_l0: float,
     expected_l0: float | None = None,
 ) -> None:
-    """L0, FVU and sparsity weight over steps: a thin line a seed, a thick one for their median.
+    """L0, FVU and sparsity weight over steps: a thin line for each seed, a thick one for medians.
 
-    steps: [n_points]. curves: an SAE's {"l0", "fvu", "sparsity_weight"}, each [n_seeds, n_points].
-    expected_l0: how many features are active in a sample, where that is known.
+    steps: [n_points]. curves: for each SAE {"l0", "fvu", "sparsity_weight"}, each
+    [n_seeds, n_points]. expected_l0: the expected number of active features in a sample, if known.
     """
     _write(path, _training_curves_figure(steps, curves, target_l0, expected_l0))
 
@@ -143,10 +144,10 @@ def toy_seeds(
     tree: "FeatureTree",
     threshold: float = 0.9,
 ) -> None:
-    """What each seed recovered: the best cosine of every feature, and how many features are clean.
+    """What each seed recovered: the best cosine of every feature, and the number of clean features.
 
     runs: the "runs" of the toy's results.json, each with "sae", "clean_features" and "best_cosine"
-        [n_features] (None where there is no latent).
+        [n_features] (None if there is no latent).
     threshold: the cosine above which `clean_features` counts a feature.
     """
     _write(path, _toy_seeds_figure(runs, tree, threshold))
@@ -159,29 +160,29 @@ def refit_cosines(
     sae: str = "matryoshka",
     lowest: float = 0.9,
 ) -> None:
-    """Best cosines of the features of one SAE: a row a stage of refitting, in it a line a kind.
+    """Histograms of the features' best cosines, for each stage of refitting and kind of feature.
 
-    best_by_stage: a stage's [n_seeds, n_features], such as "before". Where the axis begins, at
-        `lowest`, stand all that are lower.
+    best_by_stage: for each stage, such as "before", [n_seeds, n_features]. The axis begins at
+        `lowest`, where lower cosines are shown, too.
     sae: the name of the SAE that was refitted.
     """
     _write(path, _refit_cosines_figure(best_by_stage, tree, sae, lowest))
 
 
 def fvu_by_prefix(path: str | Path, curves: Mapping[str, Mapping[str, Any]]) -> None:
-    """What the first latents explain: a thin line a seed, a thick one for their mean.
+    """FVU of reconstructions from the first latents: a thin line for each seed, a thick mean.
 
-    curves: an SAE's {"prefix": [n_prefixes], "fvu": [n_seeds, n_prefixes]}.
+    curves: for each SAE {"prefix": [n_prefixes], "fvu": [n_seeds, n_prefixes]}.
     """
     _write(path, _fvu_by_prefix_figure(curves))
 
 
 def density_histograms(path: str | Path, densities: Mapping[str, Any]) -> None:
-    """How often latents fire: the share of latents by log10 of frequency; the dead stand apart.
+    """Histograms of how often latents fire: shares of latents by log10 of frequency, and dead ones.
 
-    densities: an SAE's histogram, or a list of one a seed, as `metrics.density_histogram` makes it:
-        {"log10_edges": [n_bins + 1], "counts": [n_bins], "never": latents that never fire}. A thin
-        line a seed, a thick one for their mean.
+    densities: for each SAE a histogram, or a list with one for each seed, from
+        `metrics.density_histogram`: {"log10_edges": [n_bins + 1], "counts": [n_bins], "never":
+        latents that never fire}. A thin line is a seed, the thick one their mean.
     """
     _write(path, _density_histograms_figure(densities))
 
@@ -204,7 +205,7 @@ def _toy_activations_figure(
     active = panels["truth"] > 0
     missing = {name: np.isnan(acts) for name, acts in panels.items()}
 
-    # The rows of which the first active feature is in the same group belong together.
+    # Borders are drawn between rows whose first active features are in different groups.
     first = np.where(active.any(axis=1), active.argmax(axis=1), len(layout.order))
     borders = np.flatnonzero(np.diff(np.searchsorted(layout.starts, first, side="right"))) + 0.5
 
@@ -249,7 +250,7 @@ def _toy_cosines_figure(
         ax.set_title(_title(sae), color=colours[sae])
         _mark(ax, layout, "x")
         _mark(ax, layout, "y")
-        if len(values) <= 26:  # else the numbers would touch
+        if len(values) <= 26:  # with more rows the numbers would touch
             _beside_rows(ax, np.diag(values))
     figure.axes[0].set_ylabel("latent, by the feature matched to it", labelpad=27)
     _headline(
@@ -326,7 +327,8 @@ def _toy_seeds_figure(
         if np.isfinite(best).any():
             lowest = min(lowest, float(np.nanmin(best)))
         centre = np.arange(best.shape[1]) + (i - (len(saes) - 1) / 2) * width
-        # Evenly spaced, neighbouring seeds apart (the golden ratio's multiples), alike every time.
+        # Dots are evenly spaced, in the order of multiples of the golden ratio, so that successive
+        # seeds are apart; this is the same every time.
         place = np.argsort(np.argsort(np.arange(len(best)) * 0.618034 % 1))
         spread = ((place + 0.5) / len(best) - 0.5) * 0.8 * width
         ax.scatter(
@@ -395,7 +397,7 @@ def _refit_cosines_figure(
 
 
 def _cosine_strip(ax: Axes, best: np.ndarray, lowest: float, kind: str) -> None:
-    """A histogram of cosines `best` [n_seeds, n_features] of one kind, as high as its axes."""
+    """Draws a histogram of cosines `best` [n_seeds, n_features] of one kind, scaled to height 1."""
     counts, edges = np.histogram(best, np.linspace(lowest, 1, 41))
     heights = counts / max(counts.max(), 1)
     ax.stairs(heights, edges, color=KIND_COLOURS[kind], fill=True, alpha=0.45)
@@ -472,7 +474,7 @@ def _density_histograms_figure(densities: Mapping[str, Any]) -> Figure:
 
 
 def _rarest(histogram: Mapping[str, Any]) -> float:
-    """log10 of the power of ten below the rarest latent that fires; 0 where none does."""
+    """log10 of the power of ten below the frequency of the rarest latent that fires; 0 if none."""
     bins = np.flatnonzero(_array(histogram["counts"]))
     return float(np.floor(histogram["log10_edges"][bins[0]] + 1e-9)) if len(bins) else 0.0
 
@@ -482,21 +484,21 @@ def _rarest(histogram: Mapping[str, Any]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """Features along an axis: each tree of a parent and what is below it, then the rare ones."""
+    """Features along an axis: each topmost parent with all below it, and then the rare ones."""
 
     order: list[int]  # position -> feature
-    starts: list[int]  # of each group, its first position
-    labels: list[str]  # of each group
-    marks: list[str]  # of each position: P, c, or nothing
+    starts: list[int]  # the first position of each group
+    labels: list[str]  # the label of each group
+    marks: list[str]  # for each position: P, c, or nothing
 
     def spans(self) -> list[tuple[int, int, str]]:
-        """(first position, last position, label) a group."""
+        """(first position, last position, label) of each group."""
         ends = [*self.starts[1:], len(self.order)]
         return [(a, b - 1, s) for a, b, s in zip(self.starts, ends, self.labels, strict=True)]
 
 
 def _layout(tree: "FeatureTree") -> _Layout:
-    groups: dict[int, list[int]] = {}  # topmost feature, or -1 for the rare -> features
+    groups: dict[int, list[int]] = {}  # topmost feature, or -1 for rare ones -> features
     top: list[int] = []
     for feature, above in enumerate(tree.parent):
         top.append(feature if above is None else top[above])  # pre-order: above comes first
@@ -514,8 +516,10 @@ def _layout(tree: "FeatureTree") -> _Layout:
 
 
 def _mark(ax: Axes, layout: _Layout, axis: str) -> None:
-    """Marks the features along the `axis` "x" or "y": P and c, a bracket and a label a group,
-    and lines between groups."""
+    """Marks the features along the `axis` "x" or "y".
+
+    It writes P and c, draws a bracket and a label for each group, and lines between groups.
+    """
     on_x = axis == "x"
     ax.set_xticks([]) if on_x else ax.set_yticks([])
     box = ax.get_position()
@@ -560,10 +564,10 @@ def _mark(ax: Axes, layout: _Layout, axis: str) -> None:
 
 
 def _fitted(label: str, room: float, upright: bool) -> tuple[str, float]:
-    """`label` and its rotation such that it fits in `room` points along the axis, or "".
+    """`label` and a rotation with which it fits in `room` points along the axis; "" if none does.
 
-    On a horizontal axis it lies, or breaks at its spaces, or stands; on an upright one it stands,
-    or lies where there is no room for that.
+    It is written along the axis if that fits, in one line, or broken at its spaces, or shortened;
+    otherwise across the axis.
     """
     short = label if len(label) <= 10 else label[:9] + "…"
     along = 90 if upright else 0
@@ -579,11 +583,11 @@ def _feature_key(layout: _Layout, what: str) -> str:
 
 
 def _rows_to_show(panels: Mapping[str, np.ndarray], least: float) -> np.ndarray:
-    """Which rows of the panels [n, n_features] to show, in order. [n_shown]
+    """The rows of the panels [n, n_features] to show, in order. [n_shown]
 
-    They are sorted by the truth: those whose first feature is active come first, among them those
-    whose second is, and so on. Rows in which nothing is above `least` are left out, and of more
-    than MAX_ROWS as many are kept, evenly spaced.
+    They are sorted by the truth: first those whose first feature is active; within these, first
+    those whose second feature is active; and so on. Rows without an activation above `least` are
+    left out. Of more than MAX_ROWS rows, MAX_ROWS are kept, evenly spaced.
     """
     rows = np.lexsort(tuple((panels["truth"] <= 0).T[::-1]))
     seen = np.any([np.any(acts > least, axis=1) for acts in panels.values()], axis=0)
@@ -613,12 +617,12 @@ def _height(ax: Axes) -> float:
 
 
 def _headline(figure: Figure, text: str, left: float) -> None:
-    """A line at the top of the figure that says how to read it."""
+    """Writes a line at the top of the figure that says how to read it."""
     figure.text(left, 1 - 0.15 / figure.get_figheight(), text, va="center", color=INK)
 
 
 def _beside_rows(ax: Axes, values: np.ndarray) -> None:
-    """A number to the right of each row of a heatmap. values: [n_rows]"""
+    """Writes a number to the right of each row of a heatmap. values: [n_rows]"""
     for row, value in enumerate(values):
         ax.annotate(
             "none" if np.isnan(value) else f"{value:.2f}", (1, row), (3, 0),
@@ -646,7 +650,7 @@ def _colour_bar(figure: Figure, image: Any, beside: Axes, label: str) -> None:
 def _seed_lines(
     ax: Axes, x: np.ndarray, ys: np.ndarray, middle: np.ndarray, colour: str, marker: str = ""
 ) -> None:
-    """ys [n_seeds, n_points] thin, `middle` [n_points] thick."""
+    """Draws ys [n_seeds, n_points] as thin lines and `middle` [n_points] as a thick one."""
     if len(ys) > 1:
         lines = [np.column_stack([x, y]) for y in ys]
         alpha = float(np.clip(4 / len(ys), 0.12, 0.45))
@@ -655,13 +659,13 @@ def _seed_lines(
 
 
 def _sae_line(sae: str, colour: str, n_seeds: int, prefix: str, suffix: str = "") -> Line2D:
-    """The legend's entry of an SAE."""
+    """The legend's entry for an SAE."""
     what = f"{prefix if n_seeds > 1 else ''}{_count(n_seeds, 'seed')}"
     return Line2D([], [], color=colour, linewidth=2, label=f"{_label(sae)}, {what}{suffix}")
 
 
 def _legend(figure: Figure, handles: Sequence[Any], left: float, handlelength: float = 1.8) -> None:
-    """One row of `handles` at the top, or as many as they need: then the figure grows by them."""
+    """Draws a legend at the top; if it needs more than one row, the figure grows by the others."""
     for n_columns in range(max(len(handles), 1), 0, -1):
         legend = figure.legend(
             handles=handles, loc="upper left", bbox_to_anchor=(left, 1.0), ncols=n_columns,
@@ -675,7 +679,7 @@ def _legend(figure: Figure, handles: Sequence[Any], left: float, handlelength: f
 
 
 def _grow(figure: Figure, inches: float) -> None:
-    """Adds room at the top of a figure; its axes stay as large and as far from the bottom."""
+    """Adds room at the top of a figure; its axes keep their size and distance from the bottom."""
     if inches <= 0:
         return
     height = figure.get_figheight()
@@ -702,7 +706,7 @@ def _panels(
 
 
 def _log_axis(ax: Axes, *values: np.ndarray) -> None:
-    """A log y axis that spans what is positive in `values`; linear where nothing is."""
+    """Sets a log y axis that spans the positive `values`; a linear one if there are none."""
     seen = np.concatenate([v[np.isfinite(v) & (v > 0)] for v in values] or [np.ones(0)])
     if not seen.size:
         ax.set_ylim(-0.05, 1.0)
@@ -716,9 +720,9 @@ def _log_axis(ax: Axes, *values: np.ndarray) -> None:
 
 
 def _log_ticks(ax: Axes, n_decades: float) -> None:
-    """Ticks of a log y axis such that three or more have a number."""
+    """Sets ticks of a log y axis so that three or more have a number."""
     if n_decades > 3:
-        return  # matplotlib's: powers of ten
+        return  # matplotlib's ticks, powers of ten, are enough
     if n_decades > 0.9:
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if n_decades < 2 else (1, 3)))
     else:
@@ -728,8 +732,10 @@ def _log_ticks(ax: Axes, n_decades: float) -> None:
 
 
 def _frame_l0(ax: Axes, curves: Sequence[np.ndarray], target: float) -> None:
-    """Limits that hold the target and what comes after the first fifth, before which L0 may be
-    many times as high. curves: [n_seeds, n_points] each."""
+    """Sets limits that include the target, and L0 after the first fifth of the steps.
+
+    In the first fifth, L0 may be many times as high. curves: each [n_seeds, n_points].
+    """
     settled = np.concatenate([ys[:, ys.shape[1] // 5 :].ravel() for ys in curves])
     settled = settled[np.isfinite(settled)]
     top = float(np.quantile(settled, 0.99)) if settled.size else 0.0
@@ -740,7 +746,7 @@ def _clean_counts(
     ax: Axes, runs: Sequence[Mapping[str, Any]], saes: Sequence[str], n_features: int,
     threshold: float,
 ) -> None:  # fmt: skip
-    """How many seeds of each SAE reached how many clean features: a bar a number."""
+    """Draws a bar for each number of clean features: how many seeds of an SAE reached it."""
     colours = _colours(saes)
     clean = {
         sae: Counter(int(run["clean_features"]) for run in runs if run["sae"] == sae)
@@ -767,7 +773,7 @@ def _clean_counts(
 def _label_ends(
     ax: Axes, ends: Sequence[tuple[float, float, str]], colours: Mapping[str, str]
 ) -> None:
-    """Each curve's last value beside its end, moved apart where two would overlap."""
+    """Writes each curve's last value beside its end; labels that would overlap are moved apart."""
     height = 72 * ax.get_position().height * _height(ax)  # points
     last = -np.inf
     for x, y, sae in sorted((e for e in ends if np.isfinite(e[1])), key=lambda e: e[1]):
@@ -781,7 +787,7 @@ def _label_ends(
 
 
 def _in_order(by_sae: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The items of `by_sae`: those that `COLOURS` has, in its order, then the others in theirs."""
+    """The items of `by_sae`: first those in `COLOURS`, in its order, then the others as given."""
     known = [(sae, by_sae[sae]) for sae in COLOURS if sae in by_sae]
     return known + [(sae, of) for sae, of in by_sae.items() if sae not in COLOURS]
 
@@ -798,13 +804,13 @@ def _patch(sae: str, n_seeds: int, colour: str | None = None) -> Patch:
 
 
 def _label(name: str, longest: int = 30) -> str:
-    """What an SAE is called in a figure."""
+    """The name of an SAE in a figure, shortened if it is too long."""
     label = NAMES.get(name, name)
     return label if len(label) <= longest else label[: longest - 1] + "…"
 
 
 def _title(name: str) -> str:
-    """What stands above a panel; the name of an SAE that is not in `NAMES` as it is."""
+    """The title of a panel: "Vanilla SAE", or the name itself of an SAE that is not in `NAMES`."""
     if name not in NAMES:
         return _label(name, 22)
     label = NAMES[name] if name == "truth" else f"{NAMES[name]} SAE"
@@ -823,14 +829,14 @@ def _thousands(value: float, _: int) -> str:
 
 
 def _array(values: Any) -> np.ndarray:
-    """Anything array-like as float64 NumPy."""
+    """Converts anything array-like to a float64 NumPy array."""
     if isinstance(values, torch.Tensor):
         return values.detach().cpu().double().numpy()
     return np.asarray(values, dtype=float)
 
 
 def _seeds(values: Any) -> np.ndarray:
-    """[n_seeds, n] of that, or of one seed's [n]."""
+    """An array [n_seeds, n] of values [n_seeds, n], or of one seed's values [n]."""
     return np.atleast_2d(_array(values))
 
 
@@ -844,7 +850,7 @@ def _over_seeds(statistic: Any, ys: np.ndarray) -> np.ndarray:
 
 
 def _write(path: str | Path, figure: Figure) -> None:
-    # Without the version of matplotlib in it: the same picture is the same file.
+    # Without matplotlib's version in the metadata, the same picture is the same file.
     with matplotlib.style.context(_STYLE):
         write_atomically(
             Path(path),

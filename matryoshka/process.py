@@ -10,7 +10,7 @@ import torch
 
 @contextlib.contextmanager
 def ignoring_ctrl_c() -> Iterator[None]:
-    """Ctrl-C does nothing meanwhile; processes started meanwhile ignore it for good."""
+    """A context in which Ctrl-C does nothing. Processes started in it ignore Ctrl-C for good."""
     in_main = in_main_thread()
     before = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
     try:
@@ -21,15 +21,16 @@ def ignoring_ctrl_c() -> Iterator[None]:
 
 
 def in_main_thread() -> bool:
-    """Whether this thread may set handlers of signals."""
+    """Whether this is the main thread, which alone may set signal handlers."""
     return threading.current_thread() is threading.main_thread()
 
 
 @contextlib.contextmanager
 def deferring_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM meanwhile only join the list that this yields; a second one interrupts.
+    """A context in which the first Ctrl-C or SIGTERM is only appended to the list that it yields.
 
-    So a loop can come to the end of a step, write what it has, and raise `KeyboardInterrupt`.
+    So a loop can finish its step, write what it has, and then raise `KeyboardInterrupt`. A second
+    signal raises `KeyboardInterrupt` at once.
     """
     caught: list[int] = []
 
@@ -41,7 +42,7 @@ def deferring_signals() -> Iterator[list[int]]:
     numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread() else ()
     before = {n: signal.getsignal(n) for n in numbers}
     for n in numbers:
-        if before[n] is not signal.SIG_IGN:  # as under nohup: that stays so
+        if before[n] is not signal.SIG_IGN:  # an ignored signal, as under nohup, stays ignored
             signal.signal(n, catch)
     try:
         yield caught
@@ -52,7 +53,7 @@ def deferring_signals() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def threads(n: int) -> Iterator[None]:
-    """Torch on `n` threads within an operator."""
+    """A context in which torch uses `n` threads within an operator."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:

@@ -1,4 +1,4 @@
-"""How well SAEs reconstruct a cache of activations, summed in float64 as the cache is read."""
+"""How well SAEs reconstruct a cache of activations; sums are in float64, in one pass."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,21 +21,21 @@ from matryoshka.metrics import (
 from sae import SAE
 
 BATCH_SIZE = 4096  # activations scored at once
-FLOAT32_ROUNDING = 1e-12  # of the mean square: a variance that float32 arithmetic may make up
-OUTLIER = 10.0  # times the median norm: such an activation weighs as much as OUTLIER^2 others
+FLOAT32_ROUNDING = 1e-12  # a variance below this share of the mean square may be float32 rounding
+OUTLIER = 10.0  # an activation of over this times the median norm counts like OUTLIER^2 others
 
 
 class Moments:
-    """Number, mean and variance of activations that are added batch by batch, in float64.
+    """The number, mean and variance of activations that are added batch by batch, in float64.
 
-    Sums are of differences to the mean of the first batch: of differences to 0, the variance of
-    activations far from 0 would be a small difference of large sums.
+    The first batch's mean is subtracted before summing. Otherwise, the variance of activations far
+    from 0 would be a small difference of large sums.
     """
 
     n = 0
 
     def add(self, x: Tensor) -> None:
-        """x: [n, d_model], of any float dtype."""
+        """Adds x [n, d_model], of any float dtype."""
         if not len(x):
             return
         x = x.double()
@@ -48,17 +48,17 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """float64 [d_model]. There must be activations."""
+        """The mean, float64 [d_model]. At least one activation must have been added."""
         return self._origin + self._sum / self.n
 
     @property
     def variance(self) -> float:
-        """sum_i ||x_i - mean||^2; 0 where there are no activations."""
+        """sum_i ||x_i - mean||^2; 0 if there are no activations."""
         return float(self._squares - self._sum.square().sum() / self.n) if self.n else 0.0
 
     @property
     def is_constant(self) -> bool:
-        """Whether float32 could hardly tell the activations apart: then FVU is not defined."""
+        """Whether all activations are the same up to float32 rounding: then FVU is not defined."""
         if self.n == 0:
             return True
         total = self.variance + self.n * float(self.mean.square().sum())
@@ -69,7 +69,7 @@ class Moments:
 
 
 def norms_of(cache: ActivationCache, device: torch.device) -> Tensor:
-    """The activations' norms, float64 [n_tokens]. Raises `UserError` where one is not finite."""
+    """The activations' norms, float64 [n_tokens]. Raises `UserError` if one is not finite."""
     batches = cache.sequential(BATCH_SIZE, device)
     norms = torch.cat([squared_norms(batch.acts).sqrt().cpu() for batch in batches])
     if not norms.isfinite().all():
@@ -85,11 +85,11 @@ def outliers_among(norms: Tensor) -> Tensor:
 
 
 def norm_spread(norms: Tensor) -> dict[str, Any]:
-    """Whether a few of the activations, whose norms [n] these are, decide a sum of squares.
+    """Figures that show whether a few activations dominate a sum of squares. norms: [n].
 
     Returns "median", in the data's units; "p99_9_over_median" and "max_over_median", the 99.9th
-    percentile and the largest norm divided by the median, None where that is 0; and "outliers",
-    the number of `outliers_among` them.
+    percentile and the largest norm divided by the median (None if that is 0); and "outliers", the
+    number of norms for which `outliers_among` is true.
     """
     median, high, largest = np.quantile(norms.numpy(), [0.5, 0.999, 1.0]).tolist()
     return {
@@ -104,9 +104,9 @@ def norm_spread(norms: Tensor) -> dict[str, Any]:
 
 
 class Statistics:
-    """What one SAE does on activations: sums of squared errors, and how often each latent fires.
+    """Statistics of one SAE on activations: squared errors, and how often each latent fires.
 
-    `concepts` counts how latents and concepts occur together.
+    `concepts` counts how often latents fire on the tokens of concepts.
     """
 
     def __init__(self, sae: SAE, concepts: ConceptCounts):
@@ -120,7 +120,7 @@ class Statistics:
 
     @torch.inference_mode()
     def add(self, batch: Batch, is_outlier: Tensor) -> None:
-        """is_outlier: bool [n], of the activations of `batch`."""
+        """Adds a batch. is_outlier: bool [n], for the activations of `batch`."""
         acts = self.sae.encode(batch.acts)  # [n, n_latents]
         errors = prefix_errors(self.sae, batch.acts, acts, self.prefixes)  # [n_prefixes, n]
         self.n += len(acts)
@@ -132,7 +132,7 @@ class Statistics:
     def summary(self, every: Moments, inliers: Moments) -> dict[str, Any]:
         """FVU, L0, the dead share, FVU by prefix, and a histogram of how often latents fire.
 
-        `every`: of all activations that were added; `inliers`: of those that are no outliers.
+        `every`: moments of all activations that were added; `inliers`: of those without outliers.
         """
         fvus = (self.errors / every.variance).tolist()
         without = None if inliers.is_constant else float(self.inlier_error) / inliers.variance
@@ -152,10 +152,10 @@ def reconstruct(
     is_outlier: Tensor,
     device: torch.device,
 ) -> tuple[Moments, Moments]:
-    """Adds all of the cache to the `statistics`; returns its moments, and those without outliers.
+    """Adds the whole cache to `statistics`; returns its moments, and those without outliers.
 
-    is_outlier: bool [n_tokens]. Raises `UserError` where FVU is not defined: activations that are
-    all the same have no variance to explain, and an error may not be finite.
+    is_outlier: bool [n_tokens]. Raises `UserError` if FVU is not defined, because all activations
+    are the same or a reconstruction is not finite.
     """
     is_outlier = is_outlier.to(device)
     every, inliers = Moments(), Moments()

@@ -1,15 +1,15 @@
-"""A trained SAE refitted by least squares: its decoder, or its encoder as well.
+"""Refits a trained SAE by least squares: its decoder, or its encoder as well.
 
-In short prefixes a parent's direction takes in the mean of its children (feature hedging). That
-costs reconstruction, and the full SAE no longer needs it. With the activations fixed, the decoder
-that minimizes the full reconstruction error is a least-squares problem:
+In short prefixes, a parent's decoder row contains a part of the mean of its children (feature
+hedging). The full SAE does not need this, and it costs reconstruction. With the activations fixed,
+the decoder with the lowest reconstruction error of the full SAE is a least-squares problem:
 
     min over W, b of  sum_i ||x_i - a_i W - b||^2 + ridge ||W - W_dec||^2
 
-The same latents fire, so L0 and the dead share do not change. What changes is every prefix but the
-last. A scale for each latent's activation is part of this: it is the length of its decoder row.
+The same latents fire, so L0 and the dead share do not change; the reconstructions of shorter
+prefixes do change. The fit also scales each latent's activation, by the length of its decoder row.
 
-No decoder can mend an encoder that makes a parent fire more strongly where a child does.
+If an encoder makes a parent fire more strongly where a child fires, no decoder can correct it.
 `refit_both` fits the encoder, too; then not quite the same latents fire.
 """
 
@@ -22,20 +22,21 @@ from torch import Tensor
 from matryoshka.reconstruction import Moments
 from sae import SAE
 
-SAMPLES_AT_ONCE = 512  # whose firing directions are held: [n, most that fire, d_model]
-RIDGE = 1e-6  # of the mean square activation: keeps the rows of latents that never fire
-STRENGTH_RIDGE = 1e-4  # of the mean squared length of a direction that fires
+SAMPLES_AT_ONCE = 512  # samples n in a tensor of firing directions [n, most latents, d_model]
+RIDGE = 1e-6  # as a share of the mean square activation; rows of latents that never fire are kept
+STRENGTH_RIDGE = 1e-4  # as a share of the mean squared length of a firing direction
 
 
 class LeastSquares:
-    """min over W, b of  sum_i ||y_i - u_i W - b||^2 + ridge ||W - prior||^2, of streamed u and y.
+    """Solves min over W, b of  sum_i ||y_i - u_i W - b||^2 + ridge ||W - prior||^2.
 
-    What is held are the normal equations, [n, n] for u_i [n], in float64, of u and y less the means
-    of the first batch. ridge is a share of the mean square of u.
+    u and y are added in batches. Only the normal equations are kept, [n, n] for u_i [n], in
+    float64. The first batch's means are subtracted from u and y. ridge is given as a share of the
+    mean square of u.
     """
 
     def __init__(self, prior: Tensor):
-        """prior: [n, n_targets]"""
+        """prior: [n, n_targets], the W that the ridge draws the solution to."""
         n, n_targets = prior.shape
         self.prior, self.count = prior.double(), 0
         self.gram = self.prior.new_zeros(n, n)
@@ -43,7 +44,7 @@ class LeastSquares:
         self.u_sum, self.y_sum = self.prior.new_zeros(n), self.prior.new_zeros(n_targets)
 
     def add(self, u: Tensor, y: Tensor) -> None:
-        """u [batch, n], y [batch, n_targets]"""
+        """Adds u [batch, n] and y [batch, n_targets]."""
         u, y = u.double(), y.double()
         if self.count == 0 and len(u):
             self.u_about, self.y_about = u.mean(dim=0), y.mean(dim=0)
@@ -56,30 +57,30 @@ class LeastSquares:
             self.count += len(u)
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """W [n, n_targets], b [n_targets] in float64.
+        """Returns W [n, n_targets] and b [n_targets] in float64.
 
-        Raises ValueError where nothing was added, or where that does not settle W and b.
+        Raises ValueError if nothing was added, or the solution is not unique.
         """
         if self.count == 0:
             raise ValueError("there are no activations to fit")
         u_mean, y_mean = self.u_sum / self.count, self.y_sum / self.count
-        gram = self.gram - torch.outer(self.u_sum, u_mean)  # about the means: b is eliminated
+        gram = self.gram - torch.outer(self.u_sum, u_mean)  # centred, which eliminates b
         cross = self.cross - torch.outer(self.u_sum, y_mean)
-        squares = gram.diagonal() + self.count * (self.u_about + u_mean).square()  # about 0
+        squares = gram.diagonal() + self.count * (self.u_about + u_mean).square()  # not centred
         mean_square = squares.sum() / len(self.prior)
-        weight = ridge * torch.where(mean_square > 0, mean_square, 1.0)  # u may be 0 throughout
+        weight = ridge * torch.where(mean_square > 0, mean_square, 1.0)  # all of u may be 0
         gram.diagonal().add_(weight)
         W = solve_gram(gram, cross + weight * self.prior, squares + weight)
         return W, self.y_about + y_mean - (self.u_about + u_mean) @ W
 
 
 def solve_gram(gram: Tensor, cross: Tensor, squares: Tensor) -> Tensor:
-    """The X [n, n_targets] of gram @ X = cross, for a Gram matrix [n, n]; all float64.
+    """Solves gram @ X = cross for X [n, n_targets]. gram: a Gram matrix [n, n]; all in float64.
 
-    squares: [n], the diagonal if it were about 0. Rows and columns are divided by its root, so that
-    no unit of u matters. Then a pivot of the Cholesky factor, squared, is the share of a u that b
-    and those before it do not explain. Raises ValueError where that is no more than rounding:
-    another machine would find another X.
+    squares: [n], the Gram matrix's diagonal without centring. Rows and columns are divided by its
+    root, so that the units of u do not matter. Then the square of a pivot of the Cholesky factor is
+    the share of one u's square that b and the u before it do not explain. Raises ValueError if this
+    is no more than rounding, because another machine would find another X.
     """
     if not (gram.isfinite().all() and cross.isfinite().all()):
         raise ValueError("the fit is not finite: the SAE, the activations or the ridge are not")
@@ -95,8 +96,8 @@ def solve_gram(gram: Tensor, cross: Tensor, squares: Tensor) -> Tensor:
 def refit_decoder(sae: SAE, batches: Iterable[Tensor], ridge: float = RIDGE) -> SAE:
     """A copy of `sae` with the W_dec and b_dec that reconstruct `batches` best.
 
-    batches: tensors [..., d_model], seen once. A 16-bit SAE is fitted in float32, and rounded to
-    its format in the end. Raises ValueError as `LeastSquares.solve`, or where d_model differs.
+    batches: tensors [..., d_model], read once. A 16-bit SAE is fitted in float32, and the result is
+    rounded to its dtype. Raises ValueError as `LeastSquares.solve`, or if d_model differs.
     """
     wide = _at_least_float32(sae)
     problem = LeastSquares(wide.W_dec)
@@ -108,23 +109,23 @@ def refit_decoder(sae: SAE, batches: Iterable[Tensor], ridge: float = RIDGE) -> 
 
 @torch.no_grad()
 def refit_both(sae: SAE, read: Callable[[], Iterable[Tensor]], ridge: float = RIDGE) -> SAE:
-    """A copy of `sae` with another encoder and decoder; all that is kept is where latents fire.
+    """A copy of `sae` with a new encoder and decoder, fitted to where the old latents fire.
 
-    A hedged parent fires more strongly where a child does, so no decoder row of the child can be
-    right. Here each latent stands for what x gains on average where it fires, whatever else does:
+    If a hedged parent fires more strongly where its child fires, no decoder row of the child can be
+    right. Therefore each latent is fitted to what it adds to x on average when it fires:
 
     1. directions: least squares of x on whether each latent fires, 0 or 1;
-    2. on each sample, the strengths of the latents that fire there which fit x best, not negative;
-       they are about 1;
-    3. the encoder: least squares of those strengths on x. Where a latent is silent, the target is
-       its old pre-activation in units of its mean activation, but between -1/2 and 0: that is
-       silent enough, and latents that inhibit each other for no good reason stop doing so;
-    4. the decoder of the new activations (`refit_decoder`).
+    2. strengths: on each sample, the strengths >= 0 of its firing latents with which the directions
+       fit x best; they are about 1;
+    3. the encoder: least squares of the strengths on x. Where a latent is silent, the target is its
+       old pre-activation divided by its mean activation, clamped to -1/2 to 0. This is low enough,
+       and latents stop inhibiting each other more than is needed;
+    4. the decoder for the new activations (`refit_decoder`).
 
-    The new encoder is affine and a ReLU, as the old one, so the third step holds as far as what
-    fires is a half-space of x: nearly exactly in the toy, not in a language model. FVU need not
-    fall. `read()` gives the same tensors [..., d_model] each time. Formats and errors are those of
-    `refit_decoder`; ValueError, too, where the activation function is not ReLU.
+    The new encoder is affine with a ReLU, like the old one. So step 3 is accurate if the samples on
+    which a latent fires form a half-space of x: nearly so in the toy, but not in a language model.
+    FVU may rise. `read()` returns the same tensors [..., d_model] each time. Dtypes and errors are
+    those of `refit_decoder`; also raises ValueError if the activation function is not ReLU.
     """
     if sae.activation != "relu":
         raise ValueError(f"the encoder can be refitted for relu alone, not for {sae.activation}")
@@ -142,8 +143,11 @@ def refit_both(sae: SAE, read: Callable[[], Iterable[Tensor]], ridge: float = RI
 
 
 def _directions(sae: SAE, batches: Iterable[Tensor], ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What x gains where each latent fires [n_latents, d_model], and x where none does [d_model],
-    both float64 and in scaled units; each latent's mean activation where it fires [n_latents]."""
+    """What each latent adds to x when it fires, what x is without any, and mean activations.
+
+    Returns float64 [n_latents, d_model] and float64 [d_model] in scaled units, and each latent's
+    mean activation when it fires, [n_latents].
+    """
     problem = LeastSquares(torch.zeros_like(sae.W_dec))
     total, n_fired = torch.zeros(2, sae.n_latents, dtype=torch.float64, device=sae.W_enc.device)
     for x in _samples(batches, sae):
@@ -159,21 +163,21 @@ def _directions(sae: SAE, batches: Iterable[Tensor], ridge: float) -> tuple[Tens
 def strengths_of(
     x: Tensor, fires: Tensor, directions: Tensor, ridge: float = STRENGTH_RIDGE
 ) -> Tensor:
-    """t [n, n_latents] >= 0, zero where `fires` is not, with t @ directions nearest to x [n, d].
+    """The strengths t >= 0 of firing latents with which t @ directions is nearest to x [n, d].
 
-    Least squares over the firing latents of each sample, clipped at 0 afterwards. The ridge, a
-    share of the mean squared length of a direction that fires, draws strengths towards 1. Where
-    latents can hardly be told apart it alone decides between them, so what is solved for is t - 1,
-    in float64: it is 0 where nothing tells them apart. t is float64. Without a ridge, directions
-    that depend on each other raise torch.linalg.LinAlgError.
+    Returns t, float64 [n, n_latents], 0 where `fires` is false. For each sample it is the
+    least-squares solution over its firing latents, clipped at 0 afterwards. The ridge, a share of
+    the mean squared length of a firing direction, draws strengths towards 1. For nearly parallel
+    directions, the ridge alone decides between them; so that this is accurate, t - 1 is solved for,
+    in float64. With ridge 0, linearly dependent directions raise torch.linalg.LinAlgError.
     """
     most = max(1, int(fires.sum(dim=1).max()))
-    fired, latents = fires.double().topk(most, dim=1)  # [n, most]: 1 or 0, and which
+    fired, latents = fires.double().topk(most, dim=1)  # [n, most]: 1 or 0, and the latents' indices
     rows = directions.double()[latents] * fired[..., None]  # [n, most, d]
-    left = x.double() - rows.sum(dim=1)  # [n, d], what strengths of 1 leave
+    left = x.double() - rows.sum(dim=1)  # [n, d], the residual of strengths of 1
     gram = rows @ rows.mT
     weight = ridge * gram.diagonal(dim1=1, dim2=2).sum(dim=1) / fired.sum(dim=1).clamp_min(1)
-    weight = torch.where(weight > 0, weight, ridge)[:, None]  # all that fires may have no direction
+    weight = torch.where(weight > 0, weight, ridge)[:, None]  # all firing directions may be 0
     gram.diagonal(dim1=1, dim2=2).add_(weight * fired + (1 - fired))
     change: Tensor = torch.linalg.solve(gram, (rows @ left[..., None])[..., 0])
     t = (1 + change).clamp_min(0) * fired
@@ -184,8 +188,8 @@ def strengths_of(
 def streamed_fvu(sae: SAE, batches: Iterable[Tensor]) -> float:
     """FVU over all batches [..., d_model], against the variance of the same activations.
 
-    Sums are in float64. Raises ValueError where FVU is not defined: where the activations are all
-    the same, there are none, or something is not finite.
+    Sums are in float64. Raises ValueError if FVU is not defined: if all activations are the same,
+    there are none, or something is not finite.
     """
     sae, moments, error = _at_least_float32(sae), Moments(), 0.0
     for x in _samples(batches, sae):
@@ -199,19 +203,22 @@ def streamed_fvu(sae: SAE, batches: Iterable[Tensor]) -> float:
 
 
 def _at_least_float32(sae: SAE) -> SAE:
-    """`sae`, or a float32 copy of one in a 16-bit format."""
+    """`sae`, or a float32 copy of it if its dtype has 16 bits."""
     is_16_bit = sae.W_enc.dtype in (torch.float16, torch.bfloat16)
     return sae.with_tensors().float() if is_16_bit else sae
 
 
 def _with_values(sae: SAE, **tensors: Tensor) -> SAE:
-    """A copy of `sae` with other tensors, each in the dtype of the one that it replaces."""
+    """A copy of `sae` with some tensors replaced; each gets the dtype of the replaced one."""
     state = sae.state_dict()
     return sae.with_tensors(**{name: t.to(state[name].dtype) for name, t in tensors.items()})
 
 
 def _samples(batches: Iterable[Tensor], sae: SAE) -> Iterator[Tensor]:
-    """Tensors [..., d_model] as [n, d_model] in the dtype of `sae`. Raises ValueError."""
+    """Yields tensors [..., d_model] as [n, d_model] in the dtype of `sae`.
+
+    Raises ValueError if d_model differs.
+    """
     for x in batches:
         if x.shape[-1:] != (sae.d_model,):
             raise ValueError(f"activations are {list(x.shape)}: the SAE's d_model is {sae.d_model}")

@@ -1,6 +1,6 @@
-"""A training's folder: whose it is, what is in it, and whether that is all.
+"""The folder of a training run: checks whether it belongs to this run, and what is missing in it.
 
-It holds one run, with a file NAME.safetensors an SAE; docs/files.md describes it.
+It holds one run, with a file NAME.safetensors for each SAE; docs/files.md describes it.
 """
 
 import json
@@ -20,7 +20,7 @@ RESUMABLE = (
 
 
 def files_of_runs(folder: Path) -> list[str]:
-    """What is in the folder that the scripts would take for a run's."""
+    """The names in the folder that are those of a run's files."""
     names = [RESULTS, METRICS, CHECKPOINT, "evaluation.json", "refit"]
     found = [name for name in names if (folder / name).exists()]
     saes = [path.name for path in sorted(folder.glob("[!.]*.safetensors"))]
@@ -28,11 +28,11 @@ def files_of_runs(folder: Path) -> list[str]:
 
 
 def claim(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """results.json of the run in the folder where that is finished, else {}.
+    """Checks that a run with these settings may use the folder.
 
-    config: the settings as JSON has them. Raises `UserError` where the folder holds a run and
-    nobody asked to resume it, or a finished run of other settings, or what is left of a run
-    without a checkpoint.
+    Returns results.json if the run is finished, otherwise {}. config: the settings as in
+    results.json. Raises `UserError` if the folder holds a run and --resume was not given, or a
+    finished run with other settings, or files of a run without its checkpoint.
     """
     held = files_of_runs(folder)
     if not config["resume"] and (CHECKPOINT in held or RESULTS in held):
@@ -45,14 +45,17 @@ def claim(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         return results
     if held and CHECKPOINT not in held:
         raise UserError(
-            f"{folder} holds {', '.join(held)}, of a run without a checkpoint: move that away, or "
+            f"{folder} holds {', '.join(held)}, of a run without a checkpoint: move these away, or "
             "choose another --out"
         )
     return {}
 
 
 def require_same(config: Mapping[str, Any], saved: Mapping[str, Any], path: Path) -> None:
-    """Raises `UserError` naming the first setting in which the run of the file `path` differs."""
+    """Raises `UserError` if settings differ from the saved ones of the file `path`.
+
+    It names the first that differs. Settings in RESUMABLE may differ.
+    """
     for name, asked in config.items():
         if name in RESUMABLE:
             continue
@@ -61,7 +64,7 @@ def require_same(config: Mapping[str, Any], saved: Mapping[str, Any], path: Path
             raise UserError(
                 f"{path} is of a run {whose}, which had no --{as_flag(name)}: choose another --out"
             )
-        if saved[name] != asked and name == "members":  # too long to be shown
+        if saved[name] != asked and name == "members":  # the values are too long for a message
             raise UserError(
                 f"{path} is of a run with other SAEs than --members asks for now: ask for those, "
                 "or choose another --out"
@@ -74,24 +77,25 @@ def require_same(config: Mapping[str, Any], saved: Mapping[str, Any], path: Path
 
 
 def as_flag(name: str) -> str:
-    """A setting's name as the command line has it."""
+    """A setting's name on the command line."""
     return "target-l0" if name == "target_l0s" else name.replace("_", "-")
 
 
 def shown(value: Any) -> str:
-    """A setting's value as the command line has it."""
+    """A setting's value as one types it on the command line."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """results.json of a run. Raises `UserError` naming it where it is damaged or another script's.
+    """Reads results.json of a run, and checks that everything is in it that is printed of it.
 
-    What is printed of it is there: {"config", "runs", "seconds", "waited_for_data"}.
+    Raises `UserError`, which names the file, if it is damaged or another script's.
     """
     try:
         results: dict[str, Any] = json.loads(path.read_text())
         dict(results["config"]), summary(results), problems(results), closing(results)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+    except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError,
+            ArithmeticError) as error:  # fmt: skip
         raise UserError(
             f"{path} is no results of this script ({type(error).__name__}: {error}): move it away "
             "and --resume, or choose another --out"
@@ -100,7 +104,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def lacking(folder: Path, results: Mapping[str, Any], with_refit: bool) -> list[str]:
-    """Which of the SAEs' files are not in the folder as `results` has them."""
+    """The SAEs' files that are missing in the folder, or have other checksums than in `results`."""
     wanted = [("file_sha256", "")] + [("refit_file_sha256", "refit/")] * with_refit
     names = []
     for run in results["runs"]:
@@ -113,14 +117,14 @@ def lacking(folder: Path, results: Mapping[str, Any], with_refit: bool) -> list[
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal; "" where there is no such file."""
+    """The SHA-256 of a file in hexadecimal; "" if there is no such file."""
     return file_sha256(path) if path.is_file() else ""
 
 
 def clear_leftovers(folder: Path, names: Iterable[str]) -> None:
-    """Removes what a killed run left half written, which can be as large as a checkpoint.
+    """Removes files that a killed run left half written; they can be as large as a checkpoint.
 
-    names: of the SAEs.
+    names: the names of the run's SAEs.
     """
     for name in (CHECKPOINT, RESULTS, *(f"{name}.safetensors" for name in names)):
         for part in (*folder.glob(f".{name}.*"), *folder.glob(f"refit/.{name}.*")):
@@ -129,9 +133,9 @@ def clear_leftovers(folder: Path, names: Iterable[str]) -> None:
 
 
 def last_records(path: Path, names: Sequence[str], n_bytes: int = -1) -> dict[str, dict[str, Any]]:
-    """Each SAE's last record in the first `n_bytes` of metrics.jsonl (-1: in all), by its name.
+    """Each SAE's last record in the first `n_bytes` of metrics.jsonl, by name; -1: in all of it.
 
-    Raises `UserError` naming the file where it is shorter, or holds anything else.
+    Raises `UserError`, which names the file, if it is shorter or contains something else.
     """
     if n_bytes == 0:
         return {}
@@ -152,7 +156,7 @@ def last_records(path: Path, names: Sequence[str], n_bytes: int = -1) -> dict[st
         reason = "it is missing"
     except OSError as error:
         reason = str(error.strerror)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
     raise UserError(
         f"{path} is not the run's ({reason}): to start over, delete {path.parent} or choose "
@@ -161,7 +165,7 @@ def last_records(path: Path, names: Sequence[str], n_bytes: int = -1) -> dict[st
 
 
 def cut_metrics(path: Path, n_bytes: int) -> None:
-    """Makes metrics.jsonl as long as it was at the checkpoint. Raises `UserError`."""
+    """Cuts metrics.jsonl to its length at the checkpoint. Raises `UserError`."""
     try:
         with path.open("a") as file:
             file.truncate(n_bytes)

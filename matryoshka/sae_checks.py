@@ -1,4 +1,4 @@
-"""What tensors must be to be an SAE's: asked of whatever did not come out of training here."""
+"""Checks tensors that did not come from training here before an SAE is made of them."""
 
 from collections.abc import Mapping
 
@@ -6,11 +6,14 @@ from torch import Tensor
 
 from sae import SAE
 
-TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "mean_norm")  # of every SAE; some have a threshold
+TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "mean_norm")  # some SAEs have a threshold, too
 
 
 def check_shapes(tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless these can be an SAE's tensors; there may be others among them."""
+    """Raises ValueError if a tensor of an SAE is missing, or has a wrong shape or dtype.
+
+    Tensors with other names are not checked.
+    """
     missing = [name for name in TENSORS if name not in tensors]
     if missing:
         raise ValueError(f"{', '.join(missing)} missing among {', '.join(sorted(tensors))}")
@@ -27,7 +30,7 @@ def check_shapes(tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_values(sae: SAE) -> None:
-    """Raises ValueError where a value is not finite, or not of the sign that it must have."""
+    """Raises ValueError if a value is not finite, or has the wrong sign."""
     for name, tensor in sae.state_dict().items():
         if not tensor.isfinite().all():
             raise ValueError(f"{name} holds values that are not finite")

@@ -1,6 +1,6 @@
-"""An SAE's file, written whole and read with all the care that a file of somebody's takes.
+"""Writes an SAE's file, whole or not at all, and reads it with checks, as it may be anyone's.
 
-`SAE.save` and `SAE.load` call this. docs/files.md says what is in the file.
+`SAE.save` and `SAE.load` call this. docs/files.md describes the file.
 """
 
 import json
@@ -16,20 +16,20 @@ from matryoshka.files import write_atomically
 from matryoshka.sae_checks import check_values
 from sae import SAE
 
-FORMAT = 2  # 1 had neither a format number nor an activation
+FORMAT = 2  # format 1 has neither a format number nor an activation function
 
 
 def save(sae: SAE, path: Path) -> None:
     """Writes an SAE's file, whole or not at all.
 
-    Raises `CannotWrite`, an OSError, that names `path` where it cannot be written.
+    Raises `CannotWrite`, an OSError that names `path`, if it cannot be written.
     """
     content = to_bytes(sae)
     write_atomically(path, lambda part: part.write_bytes(content))
 
 
 def to_bytes(sae: SAE) -> bytes:
-    """An SAE's file: safetensors that say what they are.
+    """The bytes of an SAE's safetensors file.
 
     Its metadata has one key, "sae": JSON of format, activation, k, d_model, n_latents, about.
     """
@@ -40,9 +40,9 @@ def to_bytes(sae: SAE) -> bytes:
 
 
 def load(path: Path, device: torch.device) -> SAE:
-    """The SAE in a file of this project, or in a folder of another tool.
+    """Loads the SAE in a file of this project, or in a folder of another tool.
 
-    Raises ValueError where there is no such SAE, OSError where it cannot be read.
+    Raises ValueError if it is not an SAE, and OSError if it cannot be read.
     """
     if path.is_dir():
         return convert.load(path).to(device)
@@ -58,7 +58,7 @@ def load(path: Path, device: torch.device) -> SAE:
 
 
 def read(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file. Raises ValueError where it is none."""
+    """The tensors and the metadata of a safetensors file. Raises ValueError if it is not one."""
     try:
         with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -68,9 +68,9 @@ def read(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str,
 
 
 def described(metadata: dict[str, str]) -> dict[str, Any]:
-    """What a file says of its SAE; a file of format 1 says nothing that is used.
+    """What a file's metadata says about its SAE; in format 1, nothing that is used.
 
-    Raises ValueError where that is of another program, or of a later version of this one.
+    Raises ValueError if it is another program's metadata, or a later format.
     """
     about = json.loads(metadata.get("sae", "{}"))
     if not isinstance(about, dict) or not isinstance(about.get("about", {}), dict):

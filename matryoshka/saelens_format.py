@@ -1,12 +1,15 @@
-"""SAELens's folders: cfg.json and sae_weights.safetensors (written and read as 6.54 does).
+"""Writes and reads SAELens's folders, cfg.json and sae_weights.safetensors, as SAELens 6.54 does.
 
-    relu                 standard, the same activations
-    jumprelu, batchtopk  jumprelu, the same activations: of a BatchTopK SAE the threshold it
-                         encodes with remains
-    topk                 topk, by decoder rows of norm 1: activations are a_j ||d_j|| there
+An SAE's activation function becomes an architecture of SAELens:
 
-Read are these, and what SAELens keeps while it trains (batchtopk, matryoshka_batchtopk). SAELens
-has no prefixes, so they go into the metadata, with all that this project knows of an SAE.
+    relu                 standard, with the same activations
+    jumprelu, batchtopk  jumprelu, with the same activations; of a BatchTopK SAE, its threshold
+                         is written
+    topk                 topk, with decoder rows of norm 1; its activations are a_j ||d_j||
+
+These are read, too, and those that SAELens has during training (batchtopk, matryoshka_batchtopk).
+SAELens has no prefixes, so they are written to the metadata, with all else that this project knows
+about an SAE.
 """
 
 from collections.abc import Mapping
@@ -31,14 +34,14 @@ from matryoshka.plain_weights import (
 from sae import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-VERSION = "6.54.12"  # of SAELens, which drops an SAE's metadata where it does not say a version
-OURS = "matryoshka_sae"  # the key of the metadata under which this project's own are
+VERSION = "6.54.12"  # SAELens drops the metadata of an SAE that does not name SAELens's version
+OURS = "matryoshka_sae"  # the key of the metadata that holds what only this project reads
 ARCHITECTURES = {"relu": "standard", "jumprelu": "jumprelu", "batchtopk": "jumprelu"}
 IN_TRAINING = ("batchtopk", "matryoshka_batchtopk")
 
 
 def is_one(folder: Path) -> bool:
-    """Whether a folder looks like one of SAELens's, whole or in part."""
+    """Whether a folder is one of SAELens's, perhaps with files missing."""
     return (folder / WEIGHTS).exists()
 
 
@@ -46,9 +49,9 @@ def is_one(folder: Path) -> bool:
 
 
 def write(sae: SAE, folder: Path) -> list[str]:
-    """Writes both files; returns what SAELens cannot express, a line each.
+    """Writes both files; returns notes, a line for each thing that is different in SAELens.
 
-    Raises `UserError` where the SAE has no form there.
+    Raises `UserError` if SAELens has no architecture for the SAE.
     """
     weights, notes = weights_of(sae), prefix_notes(sae)
     if sae.activation == "batchtopk" and sae.threshold is None:
@@ -82,14 +85,14 @@ def write(sae: SAE, folder: Path) -> list[str]:
 
 
 def prefix_notes(sae: SAE) -> list[str]:
-    """What is said of prefixes, where the SAE was trained at more than one."""
+    """The note about prefixes, if the SAE was trained at more than one."""
     if not has_prefixes(sae):
         return []
     return ["SAELens cannot decode a prefix: the prefixes trained at are in the metadata only"]
 
 
 def metadata_of(sae: SAE) -> dict[str, Any]:
-    """What SAELens shows of an SAE, by its names, and all that this project knows of it."""
+    """The metadata that SAELens shows, with its names, and all that this project knows."""
     about = sae.about
     named = {
         "model_name": about.get("model"),
@@ -118,7 +121,7 @@ def metadata_of(sae: SAE) -> dict[str, Any]:
 
 
 def hook_name(about: Mapping[str, Any]) -> str | None:
-    """TransformerLens's name of where activations were read; None where that is not known."""
+    """TransformerLens's name of the site of the activations; None if the layer is not known."""
     layer = about.get("layer")
     return None if layer is None else f"blocks.{layer}.hook_{about.get('site') or 'resid_pre'}"
 
@@ -127,7 +130,7 @@ def hook_name(about: Mapping[str, Any]) -> str | None:
 
 
 def read(folder: Path) -> SAE:
-    """The SAE in a folder of SAELens. Raises `UserError` where it holds none that can be read."""
+    """Reads the SAE in a folder of SAELens. Raises `UserError` if it cannot be read."""
     config, tensors = read_object(folder / CONFIG), read_safetensors(folder / WEIGHTS)
     try:
         return _read(config, tensors)
@@ -136,6 +139,7 @@ def read(folder: Path) -> SAE:
 
 
 def _read(config: dict[str, Any], tensors: dict[str, Any]) -> SAE:
+    """The SAE of these settings and tensors. Raises `UserError`."""
     architecture = _architecture(config)
     _require_plain(config, tensors)
     names = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
@@ -159,7 +163,7 @@ def _read(config: dict[str, Any], tensors: dict[str, Any]) -> SAE:
 
 
 def _our_own(weights: Weights, architecture: str, ours: dict[str, Any]) -> SAE:
-    """An SAE of this project that has come back."""
+    """An SAE that this project wrote. `ours`: the metadata under OURS. Raises `UserError`."""
     activation, about, mean_norm = ours.get("activation"), ours.get("about"), ours.get("mean_norm")
     if ARCHITECTURES.get(str(activation), "topk") != architecture or not isinstance(about, dict):
         raise UserError(f"its metadata under {OURS} contradicts its architecture, {architecture}")
@@ -169,9 +173,9 @@ def _our_own(weights: Weights, architecture: str, ours: dict[str, Any]) -> SAE:
 
 
 def _architecture(config: dict[str, Any]) -> str:
-    """Its name; folders from before 6.0 named an activation function beside it.
+    """The name of the architecture; raises `UserError` for one that cannot be read here.
 
-    Raises `UserError` for one that this project's SAEs cannot be.
+    Folders from before SAELens 6.0 also name an activation function, which decides for "standard".
     """
     architecture = str(config.get("architecture", "standard"))
     function = config.get("activation_fn", config.get("activation_fn_str", "relu"))
@@ -191,7 +195,7 @@ def _architecture(config: dict[str, Any]) -> str:
 
 
 def _require_plain(config: dict[str, Any], tensors: dict[str, Any]) -> None:
-    """Raises `UserError` for an SAE that does more to its inputs than weights can say."""
+    """Raises `UserError` for an SAE with processing of inputs that its weights do not include."""
     if config.get("normalize_activations") not in (None, "none", False):
         raise UserError(
             f"normalize_activations is {config['normalize_activations']!r}: the scale of its "
@@ -205,7 +209,7 @@ def _require_plain(config: dict[str, Any], tensors: dict[str, Any]) -> None:
 
 
 def _widths(config: dict[str, Any], metadata: Any) -> dict[str, Any]:
-    """Prefixes that a Matryoshka SAE was trained at, where the folder says so."""
+    """{"widths": the prefixes of a Matryoshka SAE}, or {} if the folder does not say them."""
     details = metadata.get("training_architecture_details") if isinstance(metadata, dict) else None
     for place in (config, details):
         widths = place.get("matryoshka_widths") if isinstance(place, dict) else None
@@ -215,7 +219,7 @@ def _widths(config: dict[str, Any], metadata: Any) -> dict[str, Any]:
 
 
 def _by_activation_and_norm(weights: Weights, config: dict[str, Any], architecture: str) -> Weights:
-    """Weights whose activations times row norms are what SAELens compares."""
+    """Weights for which activations times row norms are what SAELens compares in its TopK."""
     by_default = architecture in IN_TRAINING
     if config.get("rescale_acts_by_decoder_norm", by_default):
         scaled = unit_rows(Weights(weights.W_enc, weights.b_enc, weights.W_dec, weights.b_dec))

@@ -1,7 +1,7 @@
-"""What is read back of a training run's folder: its SAEs, its results, its curves.
+"""Reads the folder of a training run: its SAEs, its results, its curves.
 
-An SAE is a file NAME.safetensors, or a folder NAME of another tool, and NAME is what it is called.
-results.json, where there is one, says which SAEs are of the run, and what they were trained on.
+An SAE is a file NAME.safetensors or a folder NAME of another tool; NAME is its name. results.json,
+if there is one, says which SAEs are part of the run, and what they were trained on.
 """
 
 import hashlib
@@ -18,22 +18,23 @@ from matryoshka import convert
 from matryoshka.cache_format import MANIFEST, read_record
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.errors import UserError
+from matryoshka.live_activations import LiveActivations
 from sae import SAE
 
 RESULTS, METRICS, CHECKPOINT = "results.json", "metrics.jsonl", "checkpoint.safetensors"
-# Of a cache's recipe, that must be those trained on; the value of one that says nothing of it.
+# Entries of a cache's recipe that must be those of the training cache, with their defaults.
 OF_MODEL = {"layer": None, "site": "resid_pre", "tokenizer_hash": None, "weights_hash": None}
-CURVES = ("l0", "fvu", "sparsity_weight")  # of metrics.jsonl
+CURVES = ("l0", "fvu", "sparsity_weight")  # the entries of metrics.jsonl that are drawn
 
 
 def training_results(folder: Path) -> dict[str, Any]:
-    """results.json of a run, {} where there is none. Raises `UserError` where it is damaged."""
+    """Reads results.json of a run; {} if there is none. Raises `UserError` if it is damaged."""
     path = folder / RESULTS
     if not path.exists():
         return {}
     try:
         results: dict[str, Any] = json.loads(path.read_text())
-        # What is read of it must be there:
+        # The entries that are read elsewhere must be there:
         float(results["config"]["target_l0"])
         str(results["config"]["cache"]), dict(results["cache"]["make"])
         {run["sae"]: run["sae"].lower() for run in results["runs"]}
@@ -49,10 +50,10 @@ def training_results(folder: Path) -> dict[str, Any]:
 def training_curves(
     path: Path, dropped: Collection[str] = ()
 ) -> tuple[list[int], dict[str, dict[str, list[float]]]]:
-    """metrics.jsonl: the steps, and for each SAE "l0", "fvu" and "sparsity_weight" at them.
+    """Reads metrics.jsonl: the steps, and each SAE's "l0", "fvu" and "sparsity_weight" at them.
 
-    dropped: names of SAEs to leave out, for they diverged and were trained no longer. Raises
-    `UserError` where the file is damaged.
+    dropped: names of SAEs to leave out, because they diverged and their training stopped. Raises
+    `UserError` if the file is damaged.
     """
     steps: dict[str, list[int]] = {}
     curves: dict[str, dict[str, list[float]]] = {}
@@ -78,12 +79,12 @@ def training_curves(
 
 
 def load_saes(folder: Path, device: torch.device, trained: Mapping[str, Any]) -> dict[str, SAE]:
-    """The SAEs in a run's folder, by name, in float32. `trained`: of `training_results`.
+    """The SAEs in a run's folder, by name, in float32. `trained`: from `training_results`.
 
-    They are in the order of results.json; refits of these follow, and without results.json all are
-    in the order of their names. A file that is not of the run, but of an older one in its folder,
-    is left out, with a line on stderr. Raises `UserError` where a file is not the one that was
-    recorded, or none is left.
+    They are in the order of results.json, followed by refits of these; without results.json, they
+    are in the order of their names. A file that is not part of the run, such as one of an older run
+    in the same folder, is left out, with a line on stderr. Raises `UserError` if a file's checksum
+    is not the recorded one, or no SAE is left.
     """
     paths = sae_paths(folder)
     if not paths:
@@ -110,8 +111,10 @@ def load_saes(folder: Path, device: torch.device, trained: Mapping[str, Any]) ->
 
 
 def sae_paths(folder: Path) -> dict[str, Path]:
-    """The SAEs in a folder, by name: files of this project, and folders of other tools; or the
-    folder itself, where it is one of these."""
+    """The paths of the SAEs in a folder, by name: files of this project, folders of other tools.
+
+    If the folder itself is an SAE of another tool, it is the only one.
+    """
     if convert.formats_of(folder):
         return {folder.resolve().name: folder}
     paths = {path.stem: path for path in sorted(folder.glob("[!.]*.safetensors"))}
@@ -123,9 +126,9 @@ def sae_paths(folder: Path) -> dict[str, Path]:
 def load_sae(
     path: Path, device: torch.device, recorded_sha256: str | None = None
 ) -> tuple[SAE, str]:
-    """One SAE, in float32, and its file's SHA-256; "" of another tool's folder.
+    """Loads one SAE in float32; returns it and its file's SHA-256, "" for another tool's folder.
 
-    Raises `UserError` where the file is no SAE, or its checksum is not the one that was recorded.
+    Raises `UserError` if it is not an SAE, or its checksum is not the recorded one.
     """
     sae = convert.load(path).to(device).float().requires_grad_(False)
     sha256 = "" if path.is_dir() else file_sha256(path)
@@ -140,14 +143,17 @@ def load_sae(
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal. Raises `OSError` where it cannot be read."""
+    """The SHA-256 of a file in hexadecimal. Raises `OSError` if it cannot be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def refit_of(sae: SAE) -> dict[str, Any]:
-    """What refit.py recorded in an SAE's file, `file_sha256` of the SAE that was refitted and
-    `acts_sha256`, a list, of the shards it was refitted on; {} where the SAE is no refit."""
+    """What refit.py recorded in an SAE's file; {} if the SAE is not a refit.
+
+    It has `file_sha256` of the SAE that was refitted, and `acts_sha256`, a list with the checksums
+    of the shards that it was refitted on.
+    """
     refit = sae.about.get("refit")
     if not isinstance(refit, dict) or not isinstance(refit.get("acts_sha256"), list):
         return {}
@@ -160,8 +166,11 @@ def refit_of(sae: SAE) -> dict[str, Any]:
 def check_cache(
     cache: ActivationCache, saes: Mapping[str, SAE], trained: Mapping[str, Any]
 ) -> None:
-    """Raises `UserError` where the cache is too small, or of another width, layer, site, tokenizer
-    or model than the SAEs'. Of arrays, only the width is known."""
+    """Raises `UserError` if the SAEs cannot be scored on the cache.
+
+    It may be too small, or have another width, layer, site, tokenizer or model than their training
+    cache. For caches of arrays, only the width is known.
+    """
     for name, sae in saes.items():
         if sae.d_model != cache.d_model:
             raise UserError(
@@ -175,8 +184,10 @@ def check_cache(
 
 
 def require_same_model(cache: ActivationCache, recipe: Mapping[str, Any]) -> None:
-    """Raises `UserError` where the cache is of another layer, site, tokenizer or model than
-    `recipe`; where one of them names no model, nothing is known."""
+    """Raises `UserError` if the cache has another layer, site, tokenizer or model than `recipe`.
+
+    If one of them names no model, nothing is compared.
+    """
     if "model" not in recipe or "model" not in cache.recipe:
         return
     for key, default in OF_MODEL.items():
@@ -188,12 +199,12 @@ def require_same_model(cache: ActivationCache, recipe: Mapping[str, Any]) -> Non
 def is_held_out(
     cache: ActivationCache, saes: Mapping[str, SAE], trained: Mapping[str, Any]
 ) -> bool | None:
-    """Whether the cache's activations were not trained on; None where that is not known.
+    """Whether the SAEs were not trained on the cache's activations; None if that is not known.
 
-    A shard that an SAE was trained or refitted on, by its checksum, settles it, and so do the same
-    dataset and split, however the dataset's path is spelled. Another split of that dataset was not
-    trained on. Another dataset might be a copy: that is settled only where the checksums trained on
-    are known.
+    They were if a shard has the checksum of one that an SAE was trained or refitted on, or if the
+    dataset (however its path is spelled) and the split are the same. They were not if it is another
+    split of the same dataset. Another dataset may be a copy of the same; then they were not only if
+    the checksums of the training shards are known.
     """
     here = set(checksums_used(cache))
     refits = (refit_of(sae).get("acts_sha256", []) for sae in saes.values())
@@ -209,8 +220,11 @@ def is_held_out(
 
 
 def trained_shards(trained: Mapping[str, Any]) -> set[str]:
-    """Checksums of the shards that were trained on: as results.json records them, or else of the
-    training cache, if it is where it was. Empty where they are not known."""
+    """The checksums of the shards that were trained on; empty if they are not known.
+
+    They are those in results.json or, in older runs, those of the training cache if it is still in
+    its place.
+    """
     recorded, folder = trained["cache"], Path(trained["config"]["cache"])
     if "acts_sha256" in recorded:
         return set(recorded["acts_sha256"])
@@ -223,8 +237,8 @@ def trained_shards(trained: Mapping[str, Any]) -> set[str]:
     return {shard.acts_sha256 for shard in manifest.shards}
 
 
-def checksums_used(cache: ActivationCache) -> list[str]:
-    """Of the shards that hold the cache's first `n_tokens` activations, those that are read."""
+def checksums_used(cache: ActivationCache | LiveActivations) -> list[str]:
+    """The checksums of the shards that hold the cache's first `n_tokens` activations."""
     checksums, n_before = [], 0
     for shard in cache.shards:
         if n_before < cache.n_tokens:
@@ -234,5 +248,5 @@ def checksums_used(cache: ActivationCache) -> list[str]:
 
 
 def _is_same_place(a: str | None, b: str | None) -> bool:
-    """Whether two names of a dataset are one folder or, if they are none, one name."""
+    """Whether two names of datasets are the same folder or, if they are not folders, equal."""
     return a is not None and b is not None and os.path.realpath(a) == os.path.realpath(b)

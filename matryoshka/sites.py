@@ -1,9 +1,9 @@
 """Sites: the places in a language model's blocks where activations are read and replaced.
 
-Blocks are counted from 0. At layer L
+Blocks are counted from 0. At layer L:
 
-    resid_pre    the residual stream that block L reads; at L = n_layers, what the last block leaves
-    resid_post   the residual stream that block L leaves: resid_pre of L + 1
+    resid_pre    the residual stream that block L reads; for L = n_layers, the last block's output
+    resid_post   the residual stream that block L returns, which is resid_pre of L + 1
     attn_out     what block L's attention adds to the stream
     mlp_out      what block L's MLP adds to the stream
 """
@@ -18,12 +18,12 @@ from matryoshka.errors import UserError
 Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out"]
 SITES: tuple[Site, ...] = get_args(Site)
 
-# From activations [batch, seq, d_model] to what takes their place, of the same shape.
+# A function from activations [batch, seq, d_model] to their replacements, of the same shape.
 Replace = Callable[[Tensor], Tensor]
 
 
 def check_site(layer: int, site: str, n_layers: int) -> None:
-    """Raises `UserError` unless a model of `n_layers` blocks has that site at that layer."""
+    """Raises `UserError` if a model of `n_layers` blocks does not have that site at that layer."""
     if site not in SITES:
         raise UserError(f"--site must be one of {', '.join(SITES)}, got {site}")
     last = n_layers if site == "resid_pre" else n_layers - 1

@@ -1,12 +1,12 @@
 """Where a cache's activations come from: a language model that reads rows of token ids.
 
-The writer of caches knows a `Source` and nothing more of it. A source has rows, counted from 0; a
-row is a sequence with one activation at each position that is kept. The writer asks for blocks of
-`rows_per_shard` rows in order, compares the tokens of a block whose shard is finished, and runs
-the block's activations where it is not.
+The writer of caches uses only the interface `Source`. A source has rows, counted from 0. A row is a
+sequence of tokens; some of its positions are kept, and each of these has an activation. The writer
+reads blocks of `rows_per_shard` rows in order. If a block's shard is finished, it compares their
+tokens; if not, it computes the block's activations.
 
-Arrays are no source here: nothing but their values tells them from others, so that
-`array_files.cache_arrays` compares the values of finished shards as well.
+Arrays of activations are not a source: only their values distinguish them from other arrays, so
+`array_files.cache_arrays` compares the values of finished shards, too.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Block(Protocol):
 
     @property
     def n_rows(self) -> int:
-        """Rows."""
+        """The number of rows."""
 
     @property
     def tokens(self) -> np.ndarray:
@@ -41,26 +41,31 @@ class Block(Protocol):
 
 
 class Source(Protocol):
-    """Rows of activations. Everything that is wrong with it raises `UserError`."""
+    """Rows of activations. Whatever is wrong with them raises `UserError`."""
 
     @property
     def d_model(self) -> int:
-        """Width of an activation."""
+        """The width of an activation."""
 
     @property
     def name(self) -> str:
-        """What messages call its rows: a file, a dataset."""
+        """The name of its rows in messages: a file or a dataset."""
 
     def identity(self) -> Identity:
-        """What tells it from other sources. Equal identities stand for equal activations."""
+        """What distinguishes it from other sources. Equal identities mean equal activations."""
 
     def count(self, n_tokens: int) -> int | None:
-        """How many of the first rows hold `n_tokens` activations, or all rows where they hold
-        fewer. None where the rows are not counted beforehand: then `blocks` ends by itself with
-        the row that completes `n_tokens`, which the source was made with."""
+        """How many rows it takes, from the first on, to get `n_tokens` activations; at most all.
+
+        None if the rows are not counted in advance. Then `blocks` ends with the row that completes
+        `n_tokens`, a number that the source was made with.
+        """
 
     def blocks(self, start: int, end: int | None, size: int) -> Iterator[Block]:
-        """Rows `start` up to `end` (None: to the end), `size` at a time; the last may be fewer."""
+        """Yields rows `start` to `end` - 1 (None: to the end) in blocks of `size` rows.
+
+        The last block may be smaller.
+        """
 
 
 # ------------------------------------------------------------------- a language model reads rows
@@ -71,32 +76,34 @@ class TokenBlock(NamedTuple):
 
     first_row: int
     tok_ids: np.ndarray  # int64 [n, seq]
-    is_kept: np.ndarray  # bool [n, seq]: whose activations are cached
-    is_real: np.ndarray | None = None  # bool [n, seq], False where padded; None: see LanguageModel
+    is_kept: np.ndarray  # bool [n, seq], True where the activation is kept
+    is_real: np.ndarray | None = None  # bool [n, seq], False at padding; None if there is none
 
     @property
     def tokens(self) -> np.ndarray:
-        """Token id, row and position of what is kept: int32 [n, 3]."""
+        """Token id, row and position of each kept activation: int32 [n, 3]."""
         row, position = np.nonzero(self.is_kept)
         kept = [self.tok_ids[self.is_kept], row + self.first_row, position]
         return np.stack(kept, axis=1).astype("<i4")
 
 
 class Rows(Protocol):
-    """Rows of token ids that a language model reads. `name`, `identity` and `count` are those of a
-    `Source`."""
+    """Rows of token ids that a language model reads.
+
+    `name`, `identity` and `count` are those of a `Source`.
+    """
 
     @property
     def name(self) -> str: ...
     def identity(self) -> Identity: ...
     def count(self, n_tokens: int) -> int | None: ...
     def blocks(self, start: int, end: int | None, size: int) -> Iterator[TokenBlock]:
-        """Rows `start` up to `end` (None: to the end), `size` at a time."""
+        """Yields rows `start` to `end` - 1 (None: to the end) in blocks of `size` rows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class IdRows:
-    """`TokenRows` for a model of `d_vocab` ids, as `Rows`: TinyModel's way, token ids as they are.
+    """`Rows` from a dataset that has token ids, as TinyModel's has, for a model of `d_vocab` ids.
 
     `keep_begin`: whether the positions of [BEGIN] are kept.
     """
@@ -116,7 +123,7 @@ class IdRows:
         return count_rows(self.token_rows, n_tokens, self.keep_begin, self.d_vocab)[0]
 
     def blocks(self, start: int, end: int | None, size: int) -> Iterator[TokenBlock]:
-        """As `TokenRows.read`, with its errors."""
+        """As in `Rows`; raises what `TokenRows.read` does."""
         for tok_ids in self.token_rows.read(start, end, self.d_vocab, size):
             yield TokenBlock(start, tok_ids, kept_positions(tok_ids, self.keep_begin))
             start += len(tok_ids)
@@ -138,7 +145,7 @@ class ModelBlock:
         return self.rows.tokens
 
     def activations(self) -> Iterator[Tensor]:
-        """Those of `batch_size` rows at a time, on the model's device, in the model's dtype."""
+        """As in `Block`: runs `batch_size` rows at a time, on the model's device, in its dtype."""
         model, size = self.source.model, self.source.batch_size
         for i in range(0, self.n_rows, size):
             part = slice(i, i + size)
@@ -146,7 +153,7 @@ class ModelBlock:
             if len(index) == 0:
                 continue
             tok_ids = torch.from_numpy(self.rows.tok_ids[part]).to(model.device)
-            mask = None  # of padding, where there is some
+            mask = None  # None if no row of the part has padding
             if self.rows.is_real is not None and not self.rows.is_real[part].all():
                 mask = torch.from_numpy(self.rows.is_real[part]).to(model.device)
             acts = model.activations(tok_ids, self.source.layer, self.source.site, mask)
@@ -155,10 +162,10 @@ class ModelBlock:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """The activations of a language model at a site of a layer, where it reads rows of token ids.
+    """A `Source`: the activations of a language model at a site of a layer, on rows of token ids.
 
-    `model_name`: what the recipe calls it; `about`: what else the recipe says of it. `batch_size`:
-    rows a forward pass.
+    `model_name`: its name in the recipe; `about`: further entries about it in the recipe.
+    `batch_size`: rows in a forward pass.
     """
 
     model: LanguageModel
@@ -180,7 +187,7 @@ class ModelSource:
     def identity(self) -> Identity:
         """The model, its weights, the rows, the layer and the site."""
         of_model = {"model": self.model_name, "weights_hash": self.model.weights_hash}
-        # Format 2, which knows one site, does not name it.
+        # Caches of format 2 have one site, which their recipes do not name.
         is_format_2 = self.site == "resid_pre" and not self.about
         of_site = {"layer": self.layer} | ({} if is_format_2 else {"site": self.site})
         return {**of_model, **self.about, **self.rows.identity(), **of_site}

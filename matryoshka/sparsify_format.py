@@ -1,7 +1,7 @@
-"""sparsify's folders: cfg.json and sae.safetensors; TopK alone, and read only.
+"""Reads sparsify's folders, cfg.json and sae.safetensors, of TopK SAEs.
 
-A ReLU SAE has no exact form there. The decoder's bias is taken off the input first, and the k
-largest activations fire; decoder rows have norm 1.
+In sparsify, b_dec is subtracted from the input, the k largest activations fire, and decoder rows
+have norm 1. Nothing is written in this format, because a ReLU SAE has no exact form in it.
 """
 
 from pathlib import Path
@@ -22,12 +22,12 @@ TENSORS = {
 
 
 def is_one(folder: Path) -> bool:
-    """Whether a folder looks like one of sparsify's, whole or in part."""
+    """Whether a folder is one of sparsify's."""
     return (folder / WEIGHTS).exists() and (folder / CONFIG).exists()
 
 
 def read(folder: Path) -> SAE:
-    """The SAE in a folder of sparsify. Raises `UserError` where it holds none that can be read."""
+    """Reads the SAE in a folder of sparsify. Raises `UserError` if it cannot be read."""
     config, tensors = read_object(folder / CONFIG), read_safetensors(folder / WEIGHTS)
     try:
         _require_plain(config)
@@ -44,9 +44,9 @@ def read(folder: Path) -> SAE:
 
 
 def _require_plain(config: dict[str, Any]) -> None:
-    """Raises `UserError` for what is no TopK SAE."""
+    """Raises `UserError` if it is not a plain TopK SAE."""
     if config.get("activation", "topk") != "topk":
-        raise UserError(f"activation {config['activation']!r} cannot be read here, only topk")
+        raise UserError(f"activation {config['activation']!r} cannot be read here, only 'topk'")
     for name in ("transcode", "skip_connection", "signed"):
         if config.get(name):
-            raise UserError(f"{name} is set: what is not a plain TopK SAE cannot be read here")
+            raise UserError(f"{name} is set: only plain TopK SAEs can be read here")

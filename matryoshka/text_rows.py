@@ -1,18 +1,18 @@
-"""Rows of token ids from text: documents, tokenized and packed.
+"""Makes rows of token ids from text: tokenizes documents and packs them.
 
-A row is `context` ids, and is presented to the model as its tokenizer presents a text: with what
-that puts before and after one ([BOS]; [CLS] and [SEP]), or as `--begin` says. In between,
+A row has `context` ids. It begins and ends with the ids that the tokenizer puts before and after a
+text ([BOS]; [CLS] and [SEP]), or as `--begin` says. Between these, `--packing` decides:
 
-    packed    documents follow each other, [EOS] after each, and are cut where a row is full: no
-              position is spent on padding, and it is how most language models were trained. The
-              default. Only the last row is padded.
-    padded    each row is of one document, padded at its end; a longer document goes on in further
-              rows. For encoders of sentences, and where no token may see another document.
+    packed    documents follow each other, each followed by [EOS], and are cut where a row is full.
+              No position is spent on padding, except in the last row. Most language models are
+              trained like this. It is the default.
+    padded    a row has one document, or a part of one, with padding at its end. It is for encoders
+              of sentences, and for when no token may see another document.
 
-Cached are the positions of text: not padding, and unless asked for none of the tokenizer's special
-ids. Rows are made again from the first document on each time, which takes a fraction of the time
-that the model takes: the same text gives the same rows, and a cache's finished shards are compared
-with them.
+Activations are cached at the positions of text: never at padding, and at the tokenizer's special
+ids only if that is asked for. To resume, rows are made again from the first document on, which
+takes a fraction of the model's time. The same text gives the same rows, and a cache's finished
+shards are compared with them.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ from matryoshka.transformers_model import TransformersModel
 Packing = Literal["packed", "padded"]
 Begin = Literal["auto", "always", "never"]
 
-TOKENIZED_AT_ONCE = 2**16  # characters: more would be in vain where few tokens are asked for
+TOKENIZED_AT_ONCE = 2**16  # characters; with more, few tokens would take longer than they need to
 PROBE_TEXT = "The 2 quick-brown foxes didn't jump; caf\u00e9 \u6f22\u5b57\n\tOVER  it.\U0001f98a"
 
 
 class Tokenizer:
-    """A tokenizer of `transformers`, as far as rows need it, for a model of `d_vocab` ids."""
+    """A model's tokenizer, an object of `transformers`, with the methods that rows need."""
 
     def __init__(self, model: TransformersModel, name: str) -> None:
         if model.tokenizer is None:
@@ -48,7 +48,10 @@ class Tokenizer:
         self.begin_id, self.end_id, self.pad_id = model.begin_id, model.end_id, model.pad_id
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, without special ones before or after it. Raises `UserError`."""
+        """The ids of each text, without special ids around it.
+
+        Raises `UserError` if an id is outside of the model's vocabulary.
+        """
         found: list[list[int]] = self._tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False
         )["input_ids"]
@@ -56,13 +59,13 @@ class Tokenizer:
         if highest >= self.d_vocab:
             raise UserError(
                 f"tokenizer {self.name} gives id {highest}, which is out of the model's "
-                f"vocabulary, 0 to {self.d_vocab - 1}: it is another model's"
+                f"vocabulary, 0 to {self.d_vocab - 1}: it is the tokenizer of another model"
             )
         return found
 
     @functools.cached_property
     def around(self) -> tuple[list[int], list[int]]:
-        """What it puts before and after a text."""
+        """The ids that it puts before and after a text."""
         inner = self.encode(["a"])[0]
         whole: list[int] = self._tokenizer("a")["input_ids"]
         for start in range(len(whole) - len(inner) + 1):
@@ -72,7 +75,7 @@ class Tokenizer:
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256 of its vocabulary, its special ids, and how it cuts a text: 64 hex digits."""
+        """SHA-256 of its vocabulary, its special ids, and its tokens of a text: 64 hex digits."""
         vocabulary = sorted(self._tokenizer.get_vocab().items())
         parts = [vocabulary, sorted(self.special_ids), self.encode([PROBE_TEXT]), self.around]
         return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
@@ -80,12 +83,12 @@ class Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class TextRows:
-    """Rows of documents for a model with a tokenizer: `sources.Rows`.
+    """`sources.Rows` made of documents, for a model with a tokenizer.
 
-    They end with the row that completes `n_tokens` positions that are kept, or with the text.
-    `context`: ids a row. `keep_special`: whether positions of special ids are kept, which padding
-    never is. Raises `UserError` where the tokenizer lacks a token that the settings ask for, or a
-    row has no place for text.
+    They end with the row that completes `n_tokens` kept positions, or with the text. `context`: ids
+    in a row. `keep_special`: whether positions of special ids are kept; those of padding never are.
+    Raises `UserError` if the tokenizer lacks a token that the settings need, or a row has no room
+    for text.
     """
 
     documents: Documents
@@ -105,12 +108,12 @@ class TextRows:
                 raise UserError(f"{name} must be one of {', '.join(known)}, got {value}")
         if self.packing == "packed" and self._separator is None:
             raise UserError(
-                f"tokenizer {self.tokenizer.name} has no token that ends or begins a text, which "
-                "would keep documents apart: give --packing padded"
+                f"tokenizer {self.tokenizer.name} has no token that ends or begins a text, to "
+                "separate documents with: give --packing padded"
             )
         if self.n_text < 1:
             raise UserError(
-                f"--context {self.context} leaves no place for text beside special tokens"
+                f"--context {self.context} leaves no room for text beside special tokens"
             )
 
     @functools.cached_property
@@ -130,18 +133,19 @@ class TextRows:
 
     @property
     def n_text(self) -> int:
-        """Ids of text in a full row."""
+        """The number of ids of text in a full row."""
         before, after = self.around
         return self.context - len(before) - len(after)
 
     @property
     def _separator(self) -> int | None:
+        """The id between packed documents; None if the tokenizer has none."""
         end = self.tokenizer.end_id
         return self.tokenizer.begin_id if end is None else end
 
     @property
     def _filler(self) -> int:
-        """What rows are filled up with; the model does not see it."""
+        """The id of padding; the model does not see it."""
         tokens = (self.tokenizer.pad_id, self._separator, 0)
         return next(token for token in tokens if token is not None)
 
@@ -150,7 +154,7 @@ class TextRows:
         return self.documents.dataset
 
     def identity(self) -> dict[str, Any]:
-        """What of it goes into a cache's recipe."""
+        """The entries about these rows in a cache's recipe."""
         return {
             **self.documents.identity(),
             "tokenizer": self.tokenizer.name,
@@ -164,10 +168,10 @@ class TextRows:
         }
 
     def count(self, n_tokens: int) -> None:
-        """Rows are not counted beforehand: that would be to tokenize the text twice."""
+        """Returns None: to count rows in advance, the text would have to be tokenized twice."""
 
     def blocks(self, start: int, end: int | None, size: int) -> Iterator[TokenBlock]:
-        """Rows `start` up to `end` (None: to the end), `size` at a time."""
+        """Yields rows `start` to `end` - 1 (None: to the end) in blocks of `size` rows."""
         n_left, rows = self.n_tokens, self._rows()
         for first in itertools.count(0, size):
             n_here = size if end is None else max(0, min(size, end - first))
@@ -182,7 +186,7 @@ class TextRows:
                 yield block if n_used == len(rows_here) else self._block(first, rows_here[:n_used])
 
     def _block(self, first_row: int, rows: list[list[int]]) -> TokenBlock:
-        """Rows of ids, each at most `context` long, as arrays [n, context]."""
+        """A block of rows of ids, each at most `context` long; its arrays are [n, context]."""
         tok_ids = np.full((len(rows), self.context), self._filler, dtype=np.int64)
         is_real = np.arange(self.context) < np.array([[len(row)] for row in rows])
         tok_ids[is_real] = list(itertools.chain.from_iterable(rows))
@@ -192,19 +196,19 @@ class TextRows:
         return TokenBlock(first_row, tok_ids, is_kept, None if is_real.all() else is_real)
 
     def _rows(self) -> Iterator[list[int]]:
-        """Every row, at most `context` ids long, from the first document on."""
+        """Yields every row, at most `context` ids long, from the first document on."""
         before, after = self.around
         texts = self._packed() if self.packing == "packed" else self._one_each()
         for text in texts:
             yield [*before, *text, *after]
 
     def _encoded(self) -> Iterator[list[int]]:
-        """The ids of each document that has any."""
+        """Yields the ids of each document that has any."""
         for batch in batched(self.documents.read(), TOKENIZED_AT_ONCE):
             yield from filter(None, self.tokenizer.encode(batch))
 
     def _packed(self) -> Iterator[list[int]]:
-        """What is between a row's beginning and end: documents in a row, a separator after each."""
+        """Yields the text of each row: documents one after another, each with a separator."""
         left: list[int] = []
         for ids in self._encoded():
             left += [*ids, self._separator]  # type: ignore[list-item]
@@ -216,7 +220,7 @@ class TextRows:
             yield left
 
     def _one_each(self) -> Iterator[list[int]]:
-        """What is between a row's beginning and end: one document, or the next part of one."""
+        """Yields the text of each row: a document, or the next part of one."""
         for ids in self._encoded():
             for start in range(0, len(ids), self.n_text):
                 yield ids[start : start + self.n_text]

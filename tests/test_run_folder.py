@@ -147,7 +147,7 @@ def test_what_another_run_left_is_not_taken_for_this_ones(
     said = refused(config_for(cache, tmp_path, resume=resume), capsys)
     assert str(tmp_path) in said
     if name not in ("checkpoint.safetensors", "results.json"):
-        assert f"holds {name}, of a run without a checkpoint: move that away" in said
+        assert f"holds {name}, of a run without a checkpoint: move these away" in said
     assert contents(tmp_path) == before
 
 
@@ -174,11 +174,15 @@ def binary(path: Path) -> None:
     path.write_bytes(b"\xff\xfe" * 50_000)
 
 
+def nested(path: Path) -> None:
+    path.write_text("[" * 200_000)
+
+
 @pytest.mark.parametrize(
     ("name", "damages"),
     [
-        ("results.json", [cut_short, a_list, foreign, binary, a_folder]),
-        ("metrics.jsonl", [foreign, binary, a_folder, cut_short]),
+        ("results.json", [cut_short, a_list, foreign, binary, nested, a_folder]),
+        ("metrics.jsonl", [foreign, binary, nested, a_folder, cut_short]),
         ("checkpoint.safetensors", [foreign, binary, a_folder]),
     ],
 )

@@ -198,7 +198,7 @@ def test_a_tokenizer_of_other_merges_has_another_hash(
             {"kind": "bare", "packing": "padded", "begin": "always"},
             "bare has no token that begins a text: --begin always cannot be",
         ),
-        ({"kind": "bert", "context": 2}, "--context 2 leaves no place for text"),
+        ({"kind": "bert", "context": 2}, "--context 2 leaves no room for text"),
         ({"packing": "loose"}, "--packing must be one of packed, padded, got loose"),
         ({"begin": "maybe"}, "--begin must be one of auto, always, never, got maybe"),
     ],
