@@ -141,8 +141,6 @@ def load(
         raise UserError(f"--saes {unknown[0]}: {folder} has {', '.join(saes)}")
     check_labels(config.labels, labels, {name: sae.n_latents for name, sae in saes.items()})
     saes = {name: saes[name] for name in config.saes or saes}
-    if not cache.n_tokens:
-        raise UserError(f"{cache.folder} holds no activations: cache some text")
     check_cache(cache, saes, trained)
     for sae in saes.values():
         require_same_model(cache, sae.about)

@@ -54,8 +54,8 @@ class ActivationCache:
     """A finished cache. Only `batches` and `verify` keep activations in memory, and say how many.
 
     n_tokens: use only the first `n_tokens` activations. Raises `UserError` if `folder` holds no
-    finished cache, or fewer activations than that, or if a shard's files are missing or have wrong
-    sizes. `verify` checks every byte.
+    finished cache, no activations or fewer than that, or if a shard's files are missing or have
+    wrong sizes. `verify` checks every byte.
     """
 
     def __init__(self, folder: str | Path, n_tokens: int | None = None) -> None:
@@ -69,6 +69,8 @@ class ActivationCache:
         self.dtype = DTYPES[self.recipe["dtype"]]
         self.d_model: int = self.recipe["d_model"]
         self.n_tokens = self.manifest.n_tokens
+        if not self.n_tokens:
+            raise UserError(f"{folder} holds no activations: cache other text")
         if n_tokens is not None:
             if not 0 < n_tokens <= self.n_tokens:
                 raise UserError(f"{folder} holds {self.n_tokens} activations, not {n_tokens}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import resource
 import shutil
 import time
@@ -243,6 +244,15 @@ def test_a_range_may_be_empty_or_go_past_the_end(tmp_path: Path) -> None:
     for n_tokens in (0, -5):
         with pytest.raises(UserError, match=f"holds 1000 activations, not {n_tokens}"):
             ActivationCache(tmp_path / "c", n_tokens=n_tokens)
+
+
+def test_a_cache_without_activations_is_refused(tmp_path: Path) -> None:
+    """Text whose rows have nothing but special tokens makes one."""
+    folder = write_cache(tmp_path / "c", 1000)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"n_tokens": 0}))
+    with pytest.raises(UserError, match="holds no activations: cache other text"):
+        ActivationCache(folder)
 
 
 def test_a_batch_holds_tokens_of_many_rows(big: Path) -> None:
