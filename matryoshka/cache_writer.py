@@ -94,9 +94,7 @@ def is_complete(folder: Path, recipe: Recipe) -> bool:
 
 
 def finished_shard(folder: Path, rows: tuple[int, int], recipe: Recipe) -> Shard | None:
-    """The shard of dataset rows `rows`; None if it is not in `folder`, or its files are damaged.
-
-    Only the sizes of the files are checked.
+    """The shard of dataset rows `rows`; None if `folder` lacks it or a file has a wrong size.
 
     Raises `UserError` if it is of another recipe.
     """
@@ -253,7 +251,7 @@ def _read_ahead(blocks: Iterator[Block], pool: ThreadPoolExecutor) -> Iterator[B
 
 
 def cache_all(folder: Path, config: CacheConfig, source: Source) -> int:
-    """Caches the first `config.tokens` activations of `source`, and finishes the cache.
+    """Caches the first `config.tokens` activations of `source`, and writes the manifest.
 
     Returns how many shards it wrote; shards that are finished already are kept. Raises `UserError`
     if there is nothing to cache, and what `cache_rows` and `finish` raise.

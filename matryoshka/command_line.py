@@ -171,7 +171,7 @@ def _flush_stdout() -> None:
 
 
 def require_positive(config: Any, *names: str) -> None:
-    """Raises `UserError` naming the first of the settings `names` that is not a positive number."""
+    """Raises `UserError` naming the first of `names` whose value is not finite or not above 0."""
     require_finite(config, *names)
     for name in names:
         value = getattr(config, name)
@@ -194,7 +194,7 @@ def require_recipe(config: Any, recipes: Mapping[str, Mapping[str, Any]]) -> Non
 
 
 def require_not_negative(config: Any, *names: str) -> None:
-    """Raises `UserError` naming the first of the settings `names` that is negative or infinite."""
+    """Raises `UserError` naming the first of `names` whose value is not finite or below 0."""
     require_finite(config, *names)
     for name in names:
         value = getattr(config, name)
