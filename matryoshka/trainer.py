@@ -68,7 +68,7 @@ class Trainer:
         }
         if self.activation == "batchtopk":  # running mean of the smallest a_j ||d_j|| it kept
             self._state["least"] = flat.new_zeros(len(saes))
-        if self.config.watches_silence:  # activations seen since each latent last fired
+        if self.config.tracks_silence:  # activations seen since each latent last fired
             self._state["silent"] = flat.new_zeros(len(saes), self.n_latents)
         self._flat_grads = torch.zeros_like(flat)
         # W_enc, W_dec and so on as views: writing into a view writes into its flat tensor
@@ -178,7 +178,7 @@ class Trainer:
 
     def _track_silence(self, stats: Stats, batch: int) -> None:
         """Counts for how many activations each latent has not fired."""
-        if self.config.watches_silence:
+        if self.config.tracks_silence:
             silent = self._state["silent"]
             silent.add_(batch).mul_(stats.mean_square == 0)
 
@@ -329,7 +329,7 @@ class Trainer:
         is_grouped = config.matmul_dtype == "bfloat16" and config.gradient != "autograd"
         if not self._flat_grads.is_cuda or not is_grouped or torch.version.hip:
             return False
-        if config.watches_silence:  # the host reads which latents are dead
+        if config.tracks_silence:  # the host reads which latents are dead
             return False
         return torch.cuda.get_device_capability(self._flat_grads.device)[0] in (9, 10)
 

@@ -1,4 +1,4 @@
-"""How an SAE is trained: every setting, what follows from the settings, and their check."""
+"""How an SAE is trained: every setting, the check of them, and what is computed from them."""
 
 import dataclasses
 import itertools
@@ -14,56 +14,57 @@ from matryoshka.kernels.dispatch import MAX_LATENTS_OF_ALL_PAIRS
 from sae import Sparsity
 
 L0Control = Literal["original", "steady"]
-OF_PREFIXES = ("n_prefixes", "widths", "width_weights")  # members of a stack may differ in these
+PREFIX_SETTINGS = ("n_prefixes", "widths", "width_weights")  # SAEs of a stack may differ in these
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """How an SAE is trained. Defaults are the original's for the toy."""
+    """How an SAE is trained. The defaults are those of the original code for the toy."""
 
     n_steps: int = setting(help="training steps")
     target_l0: float = setting(
-        help="active latents a sample, which the sparsity weight is adapted to reach"
+        help="active latents a sample; the sparsity weight is adapted to reach it"
     )
     n_prefixes: int = setting(10, "prefixes a step; 1 makes a vanilla SAE")
     prefixes: Literal["sampled", "expected"] = setting(
         "sampled",
-        "sampled: other prefixes in each step; expected: the mean of the loss over all that could "
-        "be drawn, computed exactly",
+        "sampled: each step draws its prefixes at random; expected: each step takes the exact mean "
+        "of the loss over all that could be drawn",
     )
     widths: tuple[float, ...] = setting(
         (),
-        "the same prefix lengths in every step, in place of drawn ones: numbers of latents, or "
-        "shares if all are at most 1; the last must be all latents, and a first of 0 is the bias "
-        "alone",
+        "fixed prefix lengths, instead of random ones: numbers of latents, or shares of them if "
+        "all are at most 1; the last must be all latents; a first of 0 is the bias alone",
     )
     width_weights: tuple[float, ...] = setting(
         (), "weights of the --widths in the loss, divided by their sum; default: all equal"
     )
     sparsity: Sparsity = setting(
         "l1",
-        "relu only: what an activation costs, with c = a_j ||d_j||: c (l1), or "
-        "log((c + 0.1) / 0.1) (log)",
+        "relu only: the cost of an activation a_j, with c = a_j ||d_j||; l1: c; log: "
+        "log((c + 0.1) / 0.1)",
     )
-    sparsity_weight: float = setting(0.2, "where the adaptive sparsity weight starts")
+    sparsity_weight: float = setting(
+        0.2, "weight of the sparsity loss after its warm-up; it is then adapted to --target-l0"
+    )
     sparsity_warmup: float = setting(
-        0.2, "share of the steps over which the sparsity weight rises from 0 to that"
+        0.2, "share of the steps over which the sparsity weight rises from 0 to --sparsity-weight"
     )
     l0_control: L0Control = setting(
-        "original", "how the sparsity weight follows L0: see SparsityController"
+        "original", "how the sparsity weight is adapted: see SparsityController"
     )
     lr: float = setting(
-        3e-2, "learning rate, of Adam; thresholds of jumprelu learn at ten times that"
+        3e-2, "learning rate of Adam; the thresholds of jumprelu learn ten times as fast"
     )
     lr_warmup_steps: int = setting(
-        100, "steps over which the learning rate rises from 0, at most 1/20 of all"
+        100, "steps over which the learning rate rises from 0, at most 1/20 of all steps"
     )
     lr_decay: float = setting(
         0.2, "share of the steps, at the end, over which the learning rate falls"
     )
     lr_end: float = setting(0.1, "the last learning rate, as a share of --lr")
     betas: tuple[float, float] = setting((0.5, 0.9375), "decays of Adam's two running means")
-    max_grad_norm: float = setting(1.0, "norm that an SAE's gradient is clipped to")
+    max_grad_norm: float = setting(1.0, "norm that each SAE's gradient is clipped to")
     norm_decay: float = setting(0.99, "decay of the running mean of the inputs' norm")
     order_decay: float = setting(0.95, "decay of the running mean square that orders latents")
     restart_every: int = setting(
@@ -75,44 +76,72 @@ class TrainerConfig:
     )
     unhedged: float = setting(
         0.0,
-        "share of the steps, at the beginning, in which an SAE with a tied encoder learns from the "
-        "full reconstruction; then its decoder goes on with that, and the encoder with the "
-        "prefixes; 0: both learn from the prefixes, as in the paper",
+        "share of the steps, at the beginning, in which the encoder is tied to the decoder and the "
+        "SAE learns from the full reconstruction; after them the encoder learns from the prefixes, "
+        "and the decoder still from the full reconstruction; 0: both learn from the prefixes in "
+        "all steps, as in the paper",
     )
     auxiliary: Literal["none", "all", "level"] = setting(
         "none",
-        "a second loss, by which latents that no longer fire learn to explain the error that is "
-        "left; all: of the whole SAE; level: of each prefix, by the latents that it adds",
+        "auxiliary loss, by which dead latents learn to explain the SAE's error; all: the error of "
+        "the whole SAE; level: the error of each prefix, by the latents that the prefix adds",
     )
-    auxiliary_weight: float = setting(1 / 32, "weight of that loss")
+    auxiliary_weight: float = setting(1 / 32, "weight of the auxiliary loss")
     dead_after: int = setting(
         250_000,
-        "activations without firing after which a latent is dead, for --auxiliary and "
-        "--resample-every",
+        "activations without firing after which --auxiliary and --resample-every count a latent as "
+        "dead",
     )
     resample_every: int = setting(
         0,
-        "steps between restarts of all dead latents along what is reconstructed worst, within "
-        "--restart-window; 0: never",
+        "steps between restarts of all dead latents along the errors of samples that are "
+        "reconstructed badly, within --restart-window; 0: never",
     )
     bandwidth: float = setting(
         1e-3,
-        "jumprelu only: how near a threshold an activation must be to move it, for inputs scaled "
-        "to a mean square norm of 1",
+        "jumprelu only: a threshold learns from pre-activations within half of this, for inputs "
+        "scaled to a mean square norm of 1",
     )
     gradient: Gradient = setting(
         "auto",
-        "auto: the fastest kernel; dense: the one that a GPU takes, on a CPU, too; autograd: "
-        "PyTorch's, slow, for any activation function",
+        "auto: the fastest kernel for the device; dense: the kernel for GPUs, on a CPU as well; "
+        "autograd: PyTorch's gradient, slow, for any activation function",
     )
     matmul_dtype: MatmulDtype = setting(
         "float32",
-        "operands of training's matrix products; what is learnt is float32. bfloat16 takes more "
-        "than 256 latents, and a batch and activations in multiples of 8",
+        "dtype of the operands of training's matrix products; the parameters are float32. bfloat16 "
+        "needs more than 256 latents, and a batch and dimensions in multiples of 8",
     )
 
     def check(self, n_latents: int, batch_size: int | None = None) -> None:
         """Raises `UserError` where a setting is impossible for SAEs of `n_latents`."""
+        self._check_ranges()
+        if self.restart_every and self.unhedged:
+            raise UserError(
+                "--restart-every moves the last latent if it is worth little, but with --unhedged "
+                "the last latent has a feature: use one of them"
+            )
+        self.check_widths(n_latents)
+        if self.auxiliary == "level" and self.prefixes == "expected":
+            raise UserError(
+                "--auxiliary level has one loss for each prefix, and --prefixes expected has all "
+                "prefixes: use one of them"
+            )
+        for name in ("target_l0",) if self.widths else ("n_prefixes", "target_l0"):
+            value = getattr(self, name)
+            if value > n_latents:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {value} is more than there are latents: {n_latents}")
+        if self.matmul_dtype == "bfloat16" and n_latents <= MAX_LATENTS_OF_ALL_PAIRS:
+            raise UserError(
+                f"--matmul-dtype bfloat16 needs more than {MAX_LATENTS_OF_ALL_PAIRS} latents, got "
+                f"--n-latents {n_latents}"
+            )
+        if batch_size is not None:
+            self.require_eights("--batch-size", batch_size)
+
+    def _check_ranges(self) -> None:
+        """Raises `UserError` where a setting is out of its own range."""
         require_positive(self, "n_steps", "n_prefixes", "target_l0", "lr", "sparsity_weight")
         require_positive(self, "max_grad_norm")
         for name in ("target_l0", "lr", "sparsity_weight", "max_grad_norm"):
@@ -130,31 +159,11 @@ class TrainerConfig:
         begin, end = self.restart_window
         if not 0 <= begin <= end <= 1:
             raise UserError(f"--restart-window must be two rising shares, got {begin} {end}")
-        if self.restart_every and self.unhedged:
-            raise UserError(
-                "--restart-every takes the last latent for one that is worth little, and with "
-                "--unhedged it is a feature's: use one of them"
-            )
-        self.check_widths(n_latents)
         require_positive(self, "bandwidth", "dead_after", "auxiliary_weight")
         require_not_negative(self, "resample_every")
-        if self.auxiliary == "level" and self.prefixes == "expected":
-            raise UserError("--auxiliary level is of a few prefixes: not with --prefixes expected")
-        for name in ("target_l0",) if self.widths else ("n_prefixes", "target_l0"):
-            value = getattr(self, name)
-            if value > n_latents:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} {value} is more than there are latents: {n_latents}")
-        if self.matmul_dtype == "bfloat16" and n_latents <= MAX_LATENTS_OF_ALL_PAIRS:
-            raise UserError(
-                f"--n-latents {n_latents}: --matmul-dtype bfloat16 takes more than "
-                f"{MAX_LATENTS_OF_ALL_PAIRS}"
-            )
-        if batch_size is not None:
-            self.require_eights("--batch-size", batch_size)
 
     def check_widths(self, n_latents: int) -> None:
-        """Raises `UserError` where --widths or --width-weights are not possible."""
+        """Raises `UserError` where --widths or --width-weights are impossible."""
         widths, weights = self.widths_of(n_latents), self.width_weights
         shown = " ".join(f"{width:g}" for width in self.widths)
         if weights and len(weights) != len(widths):
@@ -165,72 +174,74 @@ class TrainerConfig:
             return
         if self.restart_every:
             raise UserError(
-                "--restart-every needs latents in order of what they are worth: not with --widths"
+                "--restart-every needs latents that are ordered by their mean squares, and with "
+                "--widths they are not: use one of them"
             )
         if weights and not weights[-1]:
             raise UserError(
                 "the last of --width-weights must be above 0: else nothing trains the last latents"
             )
         if self.prefixes == "expected":
-            raise UserError("--widths are fixed: they cannot be had with --prefixes expected")
+            raise UserError(
+                "--widths are fixed, and --prefixes expected is a mean over random prefixes: use "
+                "one of them"
+            )
         if any(a >= b for a, b in itertools.pairwise(widths)) or widths[0] < 0:
             raise UserError(f"--widths must rise, got {shown} for {n_latents} latents")
         if widths[-1] != n_latents:
             raise UserError(f"--widths must end at --n-latents {n_latents}, got {shown}")
 
     def widths_of(self, n_latents: int) -> list[int]:
-        """`widths` as numbers of latents. Raises `UserError` where they are no whole numbers."""
+        """`widths` as numbers of latents. Raises `UserError` where one is not a whole number."""
         if any(not math.isfinite(width) for width in self.widths):
             raise UserError(f"--widths must be finite, got {self.widths}")
         if self.widths and max(self.widths) <= 1:
-            # All at most 1: shares, so that 1 is every latent. A share of few latents is one of
-            # them at least: 0 is the bias alone.
+            # These are shares, and 1 is all latents. A share above 0 is at least one latent.
             return [max(round(width * n_latents), int(width > 0)) for width in self.widths]
         if any(width != int(width) for width in self.widths):
-            raise UserError(f"--widths must be whole numbers, or shares up to 1: {self.widths}")
+            raise UserError(f"--widths must be whole numbers, or shares up to 1, got {self.widths}")
         return [int(width) for width in self.widths]
 
     def require_eights(self, what: str, size: int) -> None:
-        """Raises `UserError` where products in bfloat16 cannot have `size`."""
+        """Raises `UserError` where products are in bfloat16 and `size` is not a multiple of 8.
+        `what` names it in the message."""
         if self.matmul_dtype == "bfloat16" and size % 8:
             raise UserError(f"--matmul-dtype bfloat16: {what} is {size}, not a multiple of 8")
 
     @property
-    def watches_silence(self) -> bool:
-        """Whether training has a use for which latents are dead."""
+    def tracks_silence(self) -> bool:
+        """Whether the trainer has to know how long each latent has not fired."""
         return self.auxiliary != "none" or self.resample_every > 0
 
     @property
     def n_warmup_steps(self) -> int:
-        """Steps over which the sparsity weight rises."""
+        """The number of steps over which the sparsity weight rises."""
         return max(1, int(self.sparsity_warmup * self.n_steps))
 
     def weight_in_warmup(self, step: int) -> float:
-        """The sparsity weight of step `step` of the warm-up, which counts from 0."""
+        """The sparsity weight of step `step`, which counts from 0, if it is in the warm-up."""
         return self.sparsity_weight * min(1.0, (step + 1) / self.n_warmup_steps)
 
     def is_tied_at(self, step: int) -> bool:
-        """Whether step `step` is of the first part of an unhedged training; see unhedged.py."""
+        """Whether step `step` is in the first part of an unhedged training; see unhedged.py."""
         return step < self.unhedged * self.n_steps
 
     def restarts_at(self, step: int) -> bool:
-        """Whether step `step` is followed by a chance to restart; see restart.py."""
+        """Whether the last latent may be restarted after step `step`; see restart.py."""
         return self._is_due(step, self.restart_every)
 
     def resamples_at(self, step: int) -> bool:
-        """Whether dead latents may start anew after step `step`; see dead_latents.py."""
+        """Whether dead latents are resampled after step `step`; see dead_latents.py."""
         return self._is_due(step, self.resample_every)
 
     def _is_due(self, step: int, every: int) -> bool:
-        """Whether step `step` is one of each `every` within the window; 0: never."""
+        """Whether `step` is a multiple of `every` within the restart window; 0 means never."""
         begin, end = (share * self.n_steps for share in self.restart_window)
         return every > 0 and begin <= step <= end and step % every == 0
 
     def learning_rate(self, step: int) -> float:
-        """Warm-up, stable, decay: the learning rate of step `step`, which counts from 0.
-
-        Past step n_steps it stays what it is there.
-        """
+        """The learning rate of step `step`, which counts from 0: a warm-up, a constant part and a
+        linear decay. After step n_steps it stays at its last value."""
         step = min(step, self.n_steps)
         warmup = min(self.lr_warmup_steps, self.n_steps // 20)
         decay_steps = self.lr_decay * self.n_steps
@@ -240,14 +251,15 @@ class TrainerConfig:
 
 
 def shared_settings(configs: list[TrainerConfig]) -> TrainerConfig:
-    """The settings of a stack. Raises ValueError where members differ in more than prefixes."""
+    """The settings that SAEs of a stack share. Raises ValueError where they differ in any that is
+    not in PREFIX_SETTINGS."""
     first = configs[0]
     for config in configs:
         for field in dataclasses.fields(TrainerConfig):
             one, other = getattr(first, field.name), getattr(config, field.name)
-            if field.name not in OF_PREFIXES and one != other:
+            if field.name not in PREFIX_SETTINGS and one != other:
                 raise ValueError(
-                    f"SAEs that are stepped together differ in {', '.join(OF_PREFIXES)} only, not "
-                    f"in {field.name}: {one} and {other}"
+                    "SAEs that are stepped together may differ only in "
+                    f"{', '.join(PREFIX_SETTINGS)}, not in {field.name}: {one} and {other}"
                 )
     return first

@@ -150,7 +150,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"width_weights": [1.0]}, "1 --width-weights for 0 --widths"),
     ({"widths": [8, 64], "width_weights": [1, -1]}, "--width-weights must be 0 or more"),
     ({"widths": [8, 64], "width_weights": [0, 0]}, "--width-weights must be 0 or more, and not"),
-    ({"widths": [8, 64], "prefixes": "expected"}, "cannot be had with --prefixes expected"),
+    ({"widths": [8, 64], "prefixes": "expected"}, "--widths are fixed, and --prefixes expected"),
     ({"lr": 0}, "--lr is 0.0"),
     ({"auxiliary_weight": 0}, "--auxiliary-weight is 0.0"),
     ({"n_prefixes": 65}, "--n-prefixes 65 is more than there are latents: 64"),
