@@ -1,6 +1,5 @@
-"""A stack of the toy's seeds: SAEs of every kind for each seed, trained side by side and scored."""
+"""Trains SAEs of every kind for several seeds of the toy, as one stack, and scores them."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,43 +28,50 @@ from matryoshka.trainer import Trainer
 from matryoshka.truth_scores import TruthScores
 from sae import SAE
 
-if TYPE_CHECKING:  # scripts import this module, which needs them for its annotations alone
+if TYPE_CHECKING:  # scripts import this module, which needs them only for its annotations
     from toy_model import ToyData
     from train_toy import Config
 
-THRESHOLDS = (0.9, 0.95, 0.99)  # cosines at which features are counted as clean
+THRESHOLDS = (0.9, 0.95, 0.99)  # cosines above which features are counted as clean
 FEATURE_KINDS = ("parent", "child", "rare")
 N_RECORDS = 200  # points of the training curves
 N_REFERENCE = 1_000  # held-out samples that the curves are measured on
-# What an SAE's file says of how it was trained, beside its name, seed and tree.
-TOLD = ("n_prefixes", "prefixes", "sparsity", "target_l0", "lr", "n_steps", "batch_size")
-STEPS_A_REPORT = 100  # between looks at whether to stop
+# The settings that an SAE's file reports beside its name, seed and tree.
+REPORTED_SETTINGS = (
+    "n_prefixes",
+    "prefixes",
+    "sparsity",
+    "target_l0",
+    "lr",
+    "n_steps",
+    "batch_size",
+)
+STEPS_A_REPORT = 100  # steps between reports of progress, when training can also be stopped
 
-# What follows the name of an SAE that was refitted -> the refit of it on x [n, d_model].
+# Refits of an SAE on x [n, d_model], each by what it adds to the SAE's name.
 REFITS: dict[str, Callable[[SAE, Tensor], SAE]] = {
     ", refit": lambda sae, x: refit_decoder(sae, [x]),
     ", refit both": lambda sae, x: refit_both(sae, lambda: [x]),
 }
-FOLLOWED_REFIT = ", refit"  # that whose worst cosine is recorded in training
+FOLLOWED_REFIT = ", refit"  # the refit whose worst cosine is recorded during training
 
 
 class Member(NamedTuple):
-    """An SAE of a stack: its kind, and the seed of its data, its start and its prefixes."""
+    """An SAE of a stack."""
 
-    name: str
-    seed: int
+    name: str  # of its kind, and of its refit if it has one
+    seed: int  # of its data, its initialisation and its prefixes
 
 
 class StackResult(NamedTuple):
-    """What training a stack of seeds gives: for each SAE, the refitted ones included, an entry of
-    results.json and the SAE; for those trained, curves [n_records, n_trained] by what they show."""
+    """The result of training a stack."""
 
-    runs: list[dict[str, Any]]
-    saes: list[SAE]
-    curves: dict[str, np.ndarray]
+    runs: list[dict[str, Any]]  # an entry of results.json for each SAE, the refitted ones included
+    saes: list[SAE]  # as `runs`
+    curves: dict[str, np.ndarray]  # "step" [n_records]; others [n_records, n_trained] by name
 
     def sae(self, name: str) -> SAE:
-        """The SAE of that name of the first seed."""
+        """The SAE called `name` of the first seed."""
         return self.saes[[run["sae"] for run in self.runs].index(name)]
 
 
@@ -76,15 +82,15 @@ def train_stack(
     progress: Progress,
     trainer_class: type[Trainer] = Trainer,
 ) -> StackResult:
-    """Trains SAEs of all kinds and `seeds` together, and scores them.
+    """Trains an SAE of every kind for each of `seeds`, all as one stack, and scores them.
 
-    Raises `UserError` where the samples that they are scored on are all the same, where training
+    Raises `UserError` where all samples of a seed to score on are the same, where training
     diverges, or where no refit is possible.
     """
     for seed in seeds:
         for n in (config.n_eval, N_REFERENCE):
             _require_variance(data.held_out(seed, n)[1], seed)
-    # kind by kind, and within each seed by seed: as `ToyData.batches` repeats the seeds' samples
+    # `ToyData.batches` gives the seeds' samples in this order: all seeds, once for each kind
     members = [Member(name, seed) for name in config.saes for seed in seeds]
     device = torch.device(config.device)
     trainer = trainer_class(
@@ -95,7 +101,7 @@ def train_stack(
     curves = take_steps(trainer, config, data, members, progress)
 
     trained = {member: sae.to("cpu") for member, sae in zip(members, trainer.saes, strict=True)}
-    saes = trained | (refits_of(trained, config, data) if config.refit else {})
+    saes = trained | (refits_of(trained, config, data) if config.refit else {})  # by Member
     for member, sae in saes.items():
         sae.about["name"] = member.name
     runs = [score(config, data, sae, member) for member, sae in saes.items()]
@@ -106,7 +112,7 @@ def train_stack(
 def refits_of(
     trained: Mapping[Member, SAE], config: "Config", data: "ToyData"
 ) -> dict[Member, SAE]:
-    """The SAEs refitted, in every way of REFITS, on samples that they were not trained on."""
+    """Every refit in REFITS of each SAE, on samples that it was not trained on."""
     seeds = dict.fromkeys(seed for _, seed in trained)
     x = {seed: data.for_refit(seed, config.n_eval) for seed in seeds}
     return {
@@ -117,16 +123,16 @@ def refits_of(
 
 
 def _untrained(config: "Config", member: Member) -> SAE:
-    """A new SAE, whose file will say how it was trained; no path is in it."""
+    """A new SAE, with `about` filled in for its file; of the tree's path only the name is there."""
     sae = SAE(config.d_model, config.n_latents, member.seed)
-    settings = dataclasses.asdict(config_of(member.name, config))
+    own = config_of(member.name, config)
     sae.about = {"seed": member.seed, "dataset": Path(config.tree).name}
-    sae.about |= {name: settings[name] for name in TOLD}
-    if settings["unhedged"]:
-        sae.about["unhedged"] = settings["unhedged"]
-    if settings["widths"]:
-        sae.about["widths"] = config_of(member.name, config).widths_of(config.n_latents)
-        sae.about["width_weights"] = settings["width_weights"]
+    sae.about |= {name: getattr(own, name) for name in REPORTED_SETTINGS}
+    if own.unhedged:
+        sae.about["unhedged"] = own.unhedged
+    if own.widths:
+        sae.about["widths"] = own.widths_of(config.n_latents)
+        sae.about["width_weights"] = own.width_weights
     return sae
 
 
@@ -155,20 +161,22 @@ def take_steps(
     members: Sequence[Member],
     progress: Progress,
 ) -> dict[str, np.ndarray]:
-    """Trains; returns the curves: [n_records, n_saes] each, and "step" [n_records]."""
+    """Takes all training steps. Returns the curves of `StackResult`."""
     device = torch.device(config.device)
     seeds = list(dict.fromkeys(seed for _, seed in members))
+    # each batch is x [n_saes, batch_size, d_model]
     batches = data.batches(seeds, config.batch_size, device, copies=len(config.saes))
+    # for each member: x [N_REFERENCE, d_model] and directions [n_features, d_model]
     reference = [data.held_out(seed, N_REFERENCE)[1].to(device) for _, seed in members]
     directions = [data.directions(seed).to(device) for _, seed in members]
 
-    every = max(1, config.n_steps // N_RECORDS)
+    record_every = max(1, config.n_steps // N_RECORDS)
     records: list[dict[str, np.ndarray]] = []
     for step in range(1, config.n_steps + 1):
         metrics = trainer.step(next(batches))
         if step % STEPS_A_REPORT == 0 or step == config.n_steps:
-            progress.advance((step - 1) % STEPS_A_REPORT + 1)
-        if step % every == 0 or step == config.n_steps:
+            progress.advance((step - 1) % STEPS_A_REPORT + 1)  # steps since the last report
+        if step % record_every == 0 or step == config.n_steps:
             record = measure(trainer.saes, reference, directions, config.refit)
             record["sparsity_weight"] = metrics["sparsity_weight"].double().cpu().numpy()
             check_finite(step, members, record, records)
@@ -181,15 +189,15 @@ def take_steps(
 def measure(
     saes: Sequence[SAE], xs: Sequence[Tensor], directions: Sequence[Tensor], with_refit: bool
 ) -> dict[str, np.ndarray]:
-    """L0 and FVU of each SAE on its x [n, d_model], and the cosine of the feature that it finds
-    worst, before and after a refit on x: [n_saes] each."""
-    acts = [sae.encode(x) for sae, x in zip(saes, xs, strict=True)]
+    """L0 and FVU of each SAE on its x [n, d_model], and its worst cosine, also after a refit on x
+    if `with_refit`: [n_saes] each, by name. directions: [n_features, d_model] for each SAE."""
+    acts = [sae.encode(x) for sae, x in zip(saes, xs, strict=True)]  # [n, n_latents] each
     values = {
         "l0": [float(l0(a)) for a in acts],
         "fvu": [float(fvu(x, sae.decode(a))) for sae, x, a in zip(saes, xs, acts, strict=True)],
         "worst_cosine": [worst_cosine(*pair) for pair in zip(saes, directions, strict=True)],
     }
-    if with_refit and np.isfinite(values["fvu"]).all():  # else `check_finite` ends the training
+    if with_refit and np.isfinite(values["fvu"]).all():  # otherwise `check_finite` will raise
         refitted = [_refitted(FOLLOWED_REFIT, sae, x) for sae, x in zip(saes, xs, strict=True)]
         pairs = zip(refitted, directions, strict=True)
         values["worst_cosine_refit"] = [worst_cosine(*pair) for pair in pairs]
@@ -197,7 +205,10 @@ def measure(
 
 
 def worst_cosine(sae: SAE, directions: Tensor) -> float:
-    """The lowest of the features' best cosines: all are clean at a threshold below it."""
+    """The lowest of the features' best cosines. At a threshold below it, all features are clean.
+
+    directions: [n_features, d_model].
+    """
     return float(best_cosine(decoder_cosines(sae.W_dec.detach(), directions)).amin())
 
 
@@ -207,42 +218,44 @@ def check_finite(
     record: Mapping[str, np.ndarray],
     records: Sequence[Mapping[str, np.ndarray]],
 ) -> None:
-    """Raises `UserError` where an SAE's FVU is no longer a number."""
-    bad = np.flatnonzero(~np.isfinite(record["fvu"]))
-    if not len(bad):
+    """Raises `UserError` where the FVU of an SAE in `record`, that of step `step`, is not finite.
+    `records`: the earlier ones."""
+    diverged = np.flatnonzero(~np.isfinite(record["fvu"]))
+    if not len(diverged):
         return
-    i = int(bad[0])
-    good = "there were no earlier metrics"
+    i = int(diverged[0])
+    before = "there were no earlier metrics"
     if records:
         last = records[-1]
-        good = f"at step {last['step']} FVU was {last['fvu'][i]:.4g}, L0 {last['l0'][i]:.4g}"
+        before = f"at step {last['step']} FVU was {last['fvu'][i]:.4g}, L0 {last['l0'][i]:.4g}"
     raise UserError(
         f"step {step}: the {members[i].name} SAE of seed {members[i].seed} has an FVU of "
-        f"{record['fvu'][i]}; {good}. Try a lower --lr"
+        f"{record['fvu'][i]}; {before}. Try a lower --lr"
     )
 
 
 def add_steps_to(
     runs: Sequence[dict[str, Any]], members: Sequence[Member], curves: Mapping[str, np.ndarray]
 ) -> None:
-    """Adds "steps_to" to the entries of results.json of what was followed in training: the
-    members, and their first refit where there are curves of it."""
+    """Adds "steps_to" to the entries in `runs` of the SAEs whose worst cosine is in `curves`: the
+    members, and their FOLLOWED_REFIT if there are refits."""
     entries = {(run["sae"], run["seed"]): run for run in runs}
-    followed = {"worst_cosine": "", "worst_cosine_refit": FOLLOWED_REFIT}
-    for curve in followed.keys() & curves.keys():
+    refit_of_curve = {"worst_cosine": "", "worst_cosine_refit": FOLLOWED_REFIT}
+    for curve in refit_of_curve.keys() & curves.keys():
         for (name, seed), worst in zip(members, curves[curve].T, strict=True):
-            entries[name + followed[curve], seed]["steps_to"] = steps_to(curves["step"], worst)
+            entry = entries[name + refit_of_curve[curve], seed]
+            entry["steps_to"] = steps_to(curves["step"], worst)
 
 
 def steps_to(steps: np.ndarray, worst: np.ndarray) -> dict[str, int | None]:
-    """By threshold, the first recorded step from which on every feature stays clean; None: never.
+    """For each threshold, the first recorded step after which every feature stays clean, or None.
 
     steps, worst: [n_records].
     """
     first: dict[str, int | None] = {}
     for threshold in THRESHOLDS:
-        late = np.flatnonzero(worst <= threshold)
-        since = int(late[-1]) + 1 if len(late) else 0
+        not_clean = np.flatnonzero(worst <= threshold)
+        since = int(not_clean[-1]) + 1 if len(not_clean) else 0
         first[str(threshold)] = int(steps[since]) if since < len(steps) else None
     return first
 
@@ -252,15 +265,15 @@ def steps_to(steps: np.ndarray, worst: np.ndarray) -> dict[str, int | None]:
 
 @torch.no_grad()
 def score(config: "Config", data: "ToyData", sae: SAE, member: Member) -> dict[str, Any]:
-    """One entry of results.json: how the SAE does on held-out samples and against the truth."""
+    """One entry of results.json: the SAE's metrics on held-out samples, and against the truth."""
     tree = data.tree
-    features, x = data.held_out(member.seed, config.n_eval)
-    acts = sae.encode(x)
+    features, x = data.held_out(member.seed, config.n_eval)  # [n, n_features], [n, d_model]
+    acts = sae.encode(x)  # [n, n_latents]
     x_hat = sae.decode(acts)
-    directions = data.directions(member.seed)
-    cosines = decoder_cosines(sae.W_dec, directions)
-    best = best_cosine(cosines)
-    matched = match_latents(cosines)
+    directions = data.directions(member.seed)  # [n_features, d_model]
+    cosines = decoder_cosines(sae.W_dec, directions)  # [n_latents, n_features]
+    best = best_cosine(cosines)  # [n_features]
+    matched = match_latents(cosines)  # [n_features]: each feature's latent, -1 if it has none
     scores = TruthScores(sae.W_dec, directions)
     scores.add(acts, features > 0, x, x_hat)
     absorbed = absorption_rate(acts, features, tree.parent, matched).tolist()
@@ -285,9 +298,12 @@ def score(config: "Config", data: "ToyData", sae: SAE, member: Member) -> dict[s
 
 
 def toy_levels(sae: SAE) -> Tensor:
-    """Each latent's level, int64 [n_latents]: one of its own, since prefixes end anywhere, and
-    there are few latents; or that of the widths, where those are fixed. All are of one level
-    where the SAE was trained at one prefix."""
+    """Each latent's level, int64 [n_latents], for the forest of latents.
+
+    With fixed widths it is the number of widths that do not contain the latent. Otherwise, as
+    random prefixes end at any latent, each latent has a level of its own. An SAE that was trained
+    at one prefix has one level.
+    """
     places, widths = torch.arange(sae.n_latents), sae.about.get("widths")
     if widths:
         return torch.bucketize(places, torch.tensor(widths), right=True)
@@ -296,11 +312,11 @@ def toy_levels(sae: SAE) -> Tensor:
 
 
 def matched_views(data: "ToyData", sae: SAE, seed: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the latents matched to the features do, in the order of the features.
+    """What the plots show of the latents that are matched to the features, in the features' order.
 
-    Returns their activations on x in the units of the data, times the length of a decoder row:
-    [n, n_features]; the cosines of their decoder and of their encoder with the features'
-    directions: [n_features, n_features] each. NaN where a feature has no latent.
+    Returns the latents' a_j ||d_j|| on x [n, d_model] in the units of the data, [n, n_features],
+    and the cosines of their decoder rows and of their encoder columns with the features'
+    directions, [n_features, n_features] each. It is NaN where a feature has no latent.
     """
     directions = data.directions(seed)
     cosines = decoder_cosines(sae.W_dec.detach(), directions)
@@ -313,5 +329,5 @@ def matched_views(data: "ToyData", sae: SAE, seed: int, x: Tensor) -> tuple[Tens
 
 
 def _in_feature_order(rows: Tensor, matched: Tensor) -> Tensor:
-    """Row f of the result is that of feature f's latent, NaN where it has none."""
+    """The rows [n_latents, ...] of the latents `matched` [n_features], NaN for a latent of -1."""
     return torch.where(matched[:, None] >= 0, rows[matched], torch.nan)

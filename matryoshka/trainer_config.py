@@ -134,8 +134,8 @@ class TrainerConfig:
                 raise UserError(f"--{flag} {value} is more than there are latents: {n_latents}")
         if self.matmul_dtype == "bfloat16" and n_latents <= MAX_LATENTS_OF_ALL_PAIRS:
             raise UserError(
-                f"--matmul-dtype bfloat16 needs more than {MAX_LATENTS_OF_ALL_PAIRS} latents, got "
-                f"--n-latents {n_latents}"
+                f"--n-latents {n_latents}: --matmul-dtype bfloat16 needs more than "
+                f"{MAX_LATENTS_OF_ALL_PAIRS} latents"
             )
         if batch_size is not None:
             self.require_eights("--batch-size", batch_size)
