@@ -31,12 +31,12 @@ class StandIn:
             for sae, runs in self.runs.items()
         )
         return (
-            f"Trained on {self.trained['cache']['n_tokens']:,} activations, in "
-            f"{self.trained['passes']:.1f} passes; judged on {cache['n_tokens']:,} activations "
-            f"{HELD_OUT[cache['held_out']]}. Cross-entropy of the model itself "
-            f"{losses['clean']:.3f} nats, with the mean in the activations' place "
-            f"{losses['mean']:.3f}, on {losses['predictions']:,} predictions; with a "
-            f"reconstruction in their place, {spliced}."
+            f"The SAEs were trained on {self.trained['cache']['n_tokens']:,} activations, in "
+            f"{self.trained['passes']:.1f} passes, and scored on {cache['n_tokens']:,} activations "
+            f"{HELD_OUT[cache['held_out']]}. The model's own cross-entropy is "
+            f"{losses['clean']:.3f} nats, over {losses['predictions']:,} predictions. It is "
+            f"{losses['mean']:.3f} if the activations are replaced by their mean, and with "
+            f"reconstructions {spliced}."
         )
 
     def better(self) -> str:

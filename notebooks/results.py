@@ -1,21 +1,26 @@
 # %% [markdown]
 # # Do Matryoshka SAEs replicate?
 #
-# What this repository measured, with figures and tables made from the files in `results/`. Beside
-# them stand the commands that made those files, read from the settings in them, and on which CPU,
-# at which commit. A test runs this notebook again and compares. Nothing is trained here.
+# This notebook shows what the repository measured, in figures and tables made from the files in
+# `results/`. Beside them are the commands that made those files, with the CPU and the commit. The
+# commands are read from the settings in the files. A test runs the notebook again and compares.
+# Nothing is trained here.
 #
 # The paper: Bussmann, Nabeshima, Karvonen, Nanda 2025, [Learning Multi-Level Features with
 # Matryoshka Sparse Autoencoders](https://arxiv.org/abs/2503.17547). "The write-up" is the guided
 # replication whose settings are used here, *How Matryoshka Sparse AutoEncoders recover feature
 # hierarchies*; its numbers are labelled as reported.
 #
-# In short: on the paper's toy tree it replicates, in most seeds, and a recipe of our own makes the
-# rest succeed (section 2); that is at a cosine of 0.9, at 0.95 vanilla wins until the decoder is
-# refitted (5). On a stand-in for the language model, Matryoshka SAEs reconstruct better
-# than vanilla ones and absorb less (3); the real model has not been run. Least squares on a trained
-# SAE pays back nearly all of the toy's reconstruction cost. On other trees than the paper's,
-# Matryoshka SAEs do not always win (5).
+# In short:
+#
+# - On the paper's toy tree the result replicates in most seeds, and with restarts, which are our
+#   addition, in all of them (section 2). This is at a cosine of 0.9. At 0.95 vanilla wins, until
+#   the decoder is refitted (section 5).
+# - On the toy, refitting a trained SAE by least squares wins back nearly all of the reconstruction
+#   that Matryoshka costs. On other trees than the paper's, Matryoshka SAEs do not always win;
+#   training that does not hedge succeeds on most of them (section 5).
+# - On a stand-in for the language model, Matryoshka SAEs trained as in the write-up reconstruct
+#   better than vanilla ones and absorb less (section 3). The real model has not been run.
 
 # %%
 import sys
@@ -39,10 +44,11 @@ RECIPES = [f"toy/{file}.json" for file in tables.RECIPES.values()]
 # ## 1. The idea
 #
 # An SAE writes an activation as a sparse sum of directions, $\hat x = \sum_j a_j d_j + b$. A
-# Matryoshka SAE must do so with each of several *prefixes* of its dictionary: the first $m$ latents
-# alone, for lengths $m$ drawn afresh each step, and the loss is the mean over them. Latents are
-# kept in order of size. The first ones are in nearly every prefix and have to be of use by
-# themselves, so they stay general; the last ones are in one or two and may build on the rest.
+# Matryoshka SAE has to do so with each of several *prefixes* of its dictionary, that is, with the
+# first $m$ latents alone. The lengths $m$ are drawn afresh in each step, and the loss is the mean
+# over them. Latents are ordered by how much they contribute. The first ones are in nearly every
+# prefix and have to be useful by themselves, so they stay general. The last ones are in one or two
+# prefixes and may build on the others.
 
 # %%
 figure(
@@ -50,16 +56,17 @@ figure(
 )
 
 # %% [markdown]
-# Left: the ten prefixes of the toy's first step (seed 0). Middle: lengths are drawn with
-# $P(l) \propto \sqrt{l} - \sqrt{l-1}$, short ones most often, nine of them without replacement; the
-# tenth is the whole dictionary. Right: all that the loss knows of this is a latent's *reach*, the
-# share of prefixes that hold it. A vanilla SAE has one prefix, and every reach is 1.
+# Left: the ten prefixes of the toy's first step (seed 0). Middle: nine lengths are drawn without
+# replacement with $P(l) \propto \sqrt{l} - \sqrt{l-1}$, so short ones are drawn most often; the
+# tenth is the whole dictionary. Right: the loss depends on the prefixes only through a latent's
+# *reach*, the share of prefixes that contain it. A vanilla SAE has one prefix, so every reach is 1.
 #
 # ## 2. The toy, where the truth is known
 #
-# Three parent features have three mutually exclusive children each; eight rare features stand
-# alone. Each is an orthogonal direction in 20 dimensions. A child is active only with its parent,
-# with probability 0.2. An SAE gets 20 latents, one a feature if it finds them.
+# Three parent features have three mutually exclusive children each, and eight rare features stand
+# alone. The 20 features are orthogonal directions in 20 dimensions. A child is active only with its
+# parent, and then with probability 0.2. An SAE has 20 latents, so one for each feature, if it finds
+# them all.
 
 # %%
 png(
@@ -68,42 +75,43 @@ png(
 )
 
 # %% [markdown]
-# Amber is **absorption**. In the vanilla SAE a parent's latent is silent on samples where one of
-# its children is active, and the child's latent covers both: one latent fires in place of two,
-# which is what a sparsity penalty asks for. In this Matryoshka SAE, parents fire on all of their
-# samples. (Both of seed 0.)
+# Amber marks **absorption**. In the vanilla SAE a parent's latent is silent on samples where one of
+# its children is active, and the child's latent covers both. One latent then fires in place of two,
+# which is what a sparsity penalty rewards. In this Matryoshka SAE, parents fire on all of their
+# samples. Both SAEs are those of seed 0.
 #
-# A feature is *clean* where some latent's decoder direction has a cosine over 0.9 with it.
+# A feature is *clean* if the decoder direction of some latent has a cosine over 0.9 with it.
 
 # %%
 text(made_by("toy/sampled.json", "train_toy.py"), tables.toy)
 
 # %% [markdown]
-# The rows *as reported* are the write-up's, of one seed each. Counts over seeds carry the exact 95%
-# interval of Clopper and Pearson.
+# The rows *as reported* are the write-up's, of one seed each. Counts over seeds come with the exact
+# 95% interval of Clopper and Pearson.
 #
 # ### Absorption and hedging in the cosines
 #
 # With orthonormal features $p$ (a parent) and $c_1, c_2, c_3$ (its children), two mistakes can be
 # predicted without training anything:
 #
-# - *Absorption* (vanilla): the child's latent points along $c + p$, at cosine $1/\sqrt 2 = 0.707$
-#   to the child. The parent is left clean: its latent fires on what remains, parent without child.
-# - *Hedging* (Matryoshka): in a short prefix the parent's latent stands for its children too, and
-#   takes in their mean, $p + 0.2\,(c_1 + c_2 + c_3)$, at cosine
-#   $1/\sqrt{1 + 3 \cdot 0.2^2} = 0.945$ to the parent. The child's latent must then add $0.8\,c_1$
-#   and take back $0.2\,(c_2 + c_3)$: 0.943.
+# - *Absorption* (vanilla): the child's latent points along $c + p$, so its cosine with the child is
+#   $1/\sqrt 2 = 0.707$. The parent stays clean: its latent fires on the remaining samples, those of
+#   the parent without a child.
+# - *Hedging* (Matryoshka): in a short prefix the parent's latent also stands for its children, so
+#   it takes in their mean and points along $p + 0.2\,(c_1 + c_2 + c_3)$. Its cosine with the parent
+#   is $1/\sqrt{1 + 3 \cdot 0.2^2} = 0.945$. The child's latent must then add $0.8\,c_1$ and remove
+#   $0.2\,(c_2 + c_3)$, so its cosine with the child is 0.943.
 #
-# Below, the best cosine of every feature in every seed beside those predictions. Rare features have
-# nobody to be confused with.
+# The figure has the best cosine of every feature in every seed, beside these predictions. Rare
+# features have neither parent nor child, so neither mistake concerns them.
 
 # %%
 figure(figures.cosines, TOY, alt="Histograms of the best decoder cosine by kind of feature")
 
 # %% [markdown]
-# Both SAEs make a systematic error, of different size: the threshold of 0.9 lies between them.
-# Matryoshka SAEs do not recover parents and children exactly; section 5 shows what a threshold of
-# 0.95 would say. By feature and seed:
+# Both SAEs make a systematic error, and the threshold of 0.9 lies between the two: vanilla's error
+# is larger. Matryoshka SAEs do not recover parents and children exactly; section 5 shows the result
+# at a threshold of 0.95. The next figure shows every feature and seed:
 
 # %%
 figure(
@@ -121,19 +129,20 @@ text(toy.failures(TOY))
 
 # %% [markdown]
 # A single run hides this. In nearly all of the failed seeds that were looked at, the parents are
-# found, and the last latent fires where a parent is active *without* a child.
-# Hedging makes that a twenty-first thing to explain: the parent's direction holds some of its
-# children, and where there are none, that is an error. A latent that settles there is missing
-# elsewhere, and one that fires on none of a feature's samples gets no gradient from them, so
-# nothing descends towards the feature that is lost.
+# found, and the last latent fires where a parent is active *without* a child. Hedging makes these
+# samples a twenty-first thing to explain: the parent's direction contains some of its children,
+# which is an error if no child is active. A latent that settles on this error is missing elsewhere.
+# Nothing pulls a latent towards the feature that is lost, because a latent that fires on none of a
+# feature's samples gets no gradient from them.
 #
-# *Restarts* (`--restart-every 100`; not in the paper, off by default) look every 100 steps whether
-# the residual is worth more, along its largest sample, than the last latent is, and if so restart
-# it there. They were devised on the seeds of the first rows, so the row that tests them is that of
-# the seeds not looked at before. *Expected prefixes* replace the ten sampled ones by the exact mean
-# over all that may be drawn. *Steps to 20/20*: the median, over the seeds that come to it, of the
-# first step from which on all features stay clean; in seconds of one SAE alone (section 4); and
-# with the decoder refitted wherever that was looked at (section 5).
+# *Restarts* (`--restart-every 100`; not in the paper, off by default) compare the last latent,
+# every 100 steps, with the residual along the residual's largest sample. If the residual's mean
+# square there is larger than that of the latent's contribution, the latent is restarted in that
+# direction. Restarts were devised on the seeds of the first rows, so the row with seeds not looked
+# at before is their test. *Expected prefixes* replace the ten sampled ones by the exact mean over
+# all that could be drawn. *Steps to 20/20* is the first step from which on all features stay clean,
+# as the median over the seeds that get there. *s* is the time of so many steps of one SAE alone
+# (section 4). For *steps, refit* the decoder is refitted each time that is looked at (section 5).
 
 # %%
 text(
@@ -143,10 +152,10 @@ text(
 figure(figures.recipes, alt="FVU of every Matryoshka seed by recipe, failed seeds marked")
 
 # %% [markdown]
-# Is it the re-implementation that fails? The original code has three defects that change what is
-# trained: reordering latents leaves Adam's moments behind (`moments`) and the running mean that
-# orders them (`order`), and the running input norm starts at 0 (`normalizer`). Put back one by one,
-# and all together:
+# Do seeds fail because this is a re-implementation? The original code has three defects that change
+# what is trained. Reordering latents leaves Adam's moments behind (`moments`), and also the running
+# mean that orders them (`order`). The running input norm starts at 0 (`normalizer`). Here the
+# defects are put back one by one, and all together:
 
 # %%
 text(
@@ -156,57 +165,60 @@ text(
 )
 
 # %% [markdown]
-# Seeds fail with the defects and without them. So few seeds do not show that any of the three helps
-# or harms; they were mended for being wrong.
+# Seeds fail with the defects and without them. These seeds are too few to show that any of the
+# three helps or harms. They were fixed because they are wrong.
 #
 # ## 3. A language model
 #
-# **What follows is of a stand-in.** The write-up trains SAEs on TinyModel, whose weights could not
-# be had here. In its place stands a smaller model of the same architecture (4 layers, `d_model` 256
-# against 768; 8.3M parameters), trained on about 350,000 tokens of real TinyStories stories. Its
-# SAEs are trained on its activations on those same stories; they have 1,024 latents and aim at L0
-# 20. It tries the whole pipeline; its numbers do not bear on the write-up's:
+# **This section is about a stand-in.** The write-up trains SAEs on TinyModel, whose weights were
+# not available here. The stand-in is a smaller model of the same architecture (4 layers, `d_model`
+# 256 instead of 768, 8.3M parameters), trained on about 350,000 tokens of real TinyStories stories.
+# The SAEs are trained on its activations on those same stories. They have 1,024 latents and a
+# target L0 of 20. This tests the whole pipeline, but its numbers neither confirm nor refute the
+# write-up's:
 #
 # | as reported, of the real model; not run here | FVU | L0 | dead |
 # |---|---:|---:|---:|
 # | Matryoshka | 0.189 | 29.9 | 0% |
 # | vanilla | 0.176 | 30.1 | 0% |
 #
-# Its caches, and the commands that evaluate and refit, are in `docs/language_models.md`. The rows
-# with *refit* are of section 5.
+# The commands that cache, evaluate and refit are in `docs/language_models.md`. Section 5 explains
+# the rows with *refit*.
 
 # %%
 STAND_IN = language_model.StandIn()
 text(
     made_by(language_model.TRAINING, "train_tinystories.py"),
     tables.standin,
-    "bfloat16 and expected prefixes, on a GPU:",
+    "The same on a GPU, with bfloat16 and with expected prefixes:",
     tables.standin_variants,
     STAND_IN.judged_on(),
     STAND_IN.better(),
 )
 
 # %% [markdown]
-# At equal L0, a Matryoshka SAE has to do more than a vanilla one, and the write-up reports that it
-# costs FVU on the real model. On the stand-in it does not; the original code gave the same sign on
-# it, in one seed. There L1 is why: it lets a vanilla SAE's latents repeat each other for nothing.
-# Three seeds, sparsity charged for in three ways (docs/language_models.md):
+# At equal L0, a Matryoshka SAE has to do more than a vanilla one, and the write-up reports that
+# this costs FVU on the real model. On the stand-in it does not. The original code gave the same
+# sign as ours on the stand-in, in one seed. The reason is L1, which lets a vanilla SAE's latents
+# repeat each other at no cost. The next table has three seeds for each of three ways to charge for
+# sparsity (`docs/language_models.md`):
 
 # %%
 text(tables.signs)
-text("BatchTopK, unhedged training, and SAELens's SAEs (docs/recipes.md):", tables.frontier)
-text("SAELens's at each learning rate:", tables.saelens)
+text("Other activation functions, unhedged training, and SAELens's SAEs (`docs/recipes.md`):")
+text(tables.frontier)
+text("SAELens's SAEs at each learning rate:", tables.saelens)
 
 # %% [markdown]
 #
-# *Loss recovered* is 0% where the mean stands in for the activations and 100% where nothing is
-# replaced. *Highest cosine*: of a latent's decoder direction to the nearest other one, a mean over
-# latents; where it is high, the dictionary repeats itself.
+# *Loss recovered* is 0% if the activations are replaced by their mean, and 100% if nothing is
+# replaced. *Highest cosine* is the cosine of a latent's decoder direction with the nearest other
+# one, as a mean over latents; if it is high, the dictionary repeats itself.
 #
-# The refit of the decoder lowers FVU and with it, slightly, the cross-entropy recovered: what fits
-# the activations better need not serve the model better. *Refit both* fits the encoder anew as well
-# and kills many of the latents. Expected prefixes reconstruct alike. *bfloat16* rounds the operands
-# of training's matrix products.
+# The refit of the decoder lowers the FVU, but also, slightly, the loss recovered: what fits the
+# activations better need not serve the model better. *Refit both* also fits the encoder anew, and
+# kills many of the latents. Expected prefixes reconstruct slightly better than sampled ones.
+# *bfloat16* rounds the operands of training's matrix products.
 #
 # ### The first latents alone
 
@@ -215,8 +227,8 @@ figure(plots.fvu_by_prefix, report.fvu_curves(), alt="FVU by how many latents ar
 text(STAND_IN.by_prefix())
 
 # %% [markdown]
-# The vanilla SAE's latents are in order of size as well, but it was never asked to work without the
-# rest.
+# The vanilla SAE's latents are also ordered by how much they contribute, but it was never trained
+# to reconstruct from the first ones alone.
 
 # %%
 figure(plots.density_histograms, report.density_histograms(), alt="How often latents fire")
@@ -224,25 +236,27 @@ figure(plots.density_histograms, report.density_histograms(), alt="How often lat
 # %% [markdown]
 # ### Absorption
 #
-# There is no truth to compare with, so concepts stand in for parents: sets of token ids, as of
-# animals or colours (`matryoshka/concepts.json`). On half of the rows, each concept gets a
-# detector: the latent whose firing tells its tokens best (by F1). On the other half, a token is
-# *absorbed* where the detector is silent and a more specific latent fires instead, one that fires
-# almost only on the concept but covers less of it. Means over seeds:
+# There is no truth to compare with, so concepts take the place of parents. A concept is a set of
+# token ids, such as animals or colours (`matryoshka/concepts.json`). On half of the rows, each
+# concept gets a detector: the latent whose firing detects its tokens best (by F1). On the other
+# half, a token of the concept is *absorbed* if the detector is silent and a more specific latent
+# fires instead. A more specific latent fires almost only on the concept, but covers less of it. The
+# tables have means over seeds:
 
 # %%
 text(STAND_IN.concepts, tables.concepts)
 
 # %% [markdown]
-# Read absorption with the detector's precision and recall: where those are low, no latent stands
-# for the concept, and there is little that could be absorbed. *Of its total* is the share of an
-# SAE's whole absorption that a concept makes: a few concepts of frequent tokens make most of it.
-# Which SAE absorbs more depends on the concept, and for some on the seed.
+# Read absorption together with the detector's precision and recall. If those are low, no latent
+# stands for the concept, and there is little that could be absorbed. *Of its total* is a concept's
+# share of the SAE's total absorption; a few concepts with frequent tokens make up most of it. Which
+# SAE absorbs more depends on the concept, and for some concepts on the seed.
 #
-# ### Its latents, to look at
+# ### The latents themselves
 #
-# `browse.py` writes a page of latents; here, a part of the forest of the Matryoshka SAE of seed 0.
-# docs/browse.md has five latents that show what the method claims, and five that contradict it.
+# `browse.py` writes a page of latents. The picture is a part of the forest of the Matryoshka SAE of
+# seed 0. `docs/browse.md` has five latents that show what the method claims, and five observations
+# that contradict it.
 
 # %%
 png(
@@ -253,12 +267,13 @@ png(
 # %% [markdown]
 # ## 4. Speed
 #
-# A step at the write-up's size (`d_model` 768, 3,072 latents, batch 1,024), against the five dense
-# matrix products that a dense implementation cannot do without: encode, decode, and three backward.
-# The gradient is written out by hand and skips what is silent (`matryoshka/kernels/`). Bars without
-# a word fire 30 latents an input, on synthetic data (`studies/bench.py` says which); *fresh* ones
-# are at initialisation, where half of all latents fire. *bfloat16*: the products' operands are
-# rounded to it, and what is learnt is not (`--matmul-dtype bfloat16`).
+# The first figure compares a training step at the write-up's size (`d_model` 768, 3,072 latents,
+# batch 1,024) with the five matrix products that a dense implementation has to do: one to encode,
+# one to decode, and three in the backward pass. Our gradient is written out by hand and skips
+# silent latents (`matryoshka/kernels/`). Unless a bar says otherwise, 30 latents fire on an input
+# of synthetic data (`studies/bench.py` says which). *Fresh* SAEs are as initialised, when half of
+# all latents fire, or 30 with BatchTopK. *bfloat16* rounds the operands of the products, but not
+# the parameters (`--matmul-dtype bfloat16`).
 
 # %%
 figure(figures.speed, alt="Time of a training step by kind, and by the size of the dictionary")
@@ -266,32 +281,33 @@ for part, table in (
     ("step", tables.step),
     ("growth", tables.growth),
     ("data", tables.data),
-    ("toy", lambda: tables.of_bench("toy")),
-    ("toy-whole", lambda: tables.of_bench("toy-whole")),
+    ("toy", lambda: tables.bench_table("toy")),
+    ("toy-whole", lambda: tables.bench_table("toy-whole")),
 ):
     text(measured_by(part), table)
-text("A step on a GPU (docs/speed.md):", tables.step_gpu)
-text("A step on a CPU with bfloat16, timed beside other work:", tables.step_xeon)
-text("What browsing costs (docs/browse.md):", tables.browsing)
+text("A step on a GPU (`docs/speed.md`):", tables.step_gpu)
+text("A step on a CPU with bfloat16 instructions, timed beside other work:", tables.step_xeon)
+text("What browsing costs (`docs/browse.md`):", tables.browsing)
 
 # %% [markdown]
-# Times are medians of repeats on a shared machine; ratios within one table are what they are good
-# for.
+# Times are medians of repeats on a shared machine. Compare ratios within one table, not times
+# between tables.
 #
 # ## 5. Beyond the paper
 #
-# *Expected prefixes*, in the tables above: the loss is linear in the reach, so its mean over all
-# prefixes that may be drawn is the same loss at the expected reach. It takes the noise of sampling
-# out of the gradient; in the toy, seeds fail all the same. At full size a step costs more on a CPU,
-# since no two latents share a reach (section 4).
+# The tables above have rows with *expected prefixes*. The loss is linear in the reach, so its mean
+# over all prefixes that could be drawn is the same loss at the expected reach. This removes the
+# noise of sampling from the gradient, but on the toy as many seeds fail. At full size a step takes
+# longer on a CPU, since no two latents share a reach (section 4).
 #
 # ### The refit
 #
-# Hedging costs reconstruction that a finished SAE need not pay: with the encoder fixed, the decoder
-# that reconstructs best is a least-squares problem (`matryoshka/refit.py`). The same latents fire
-# before and after. But a parent's latent fires stronger where a child is active, and no decoder can
-# undo that. *Refit both* keeps only where latents fire: each is to stand for what it adds wherever
-# it fires, and its encoder is fitted to that by least squares, too.
+# Hedging costs reconstruction, and a finished SAE can win that back. With the encoder fixed,
+# finding the decoder that reconstructs best is a least-squares problem (`matryoshka/refit.py`). The
+# same latents fire before and after. But a parent's latent fires more strongly while a child is
+# active, and no decoder can undo that. *Refit both* keeps only the information on which samples
+# each latent fires. Each latent gets the direction that it adds on those samples, and its encoder
+# is fitted to that by least squares, too.
 
 # %%
 figure(report.draw_refits, alt="Best cosines by kind of feature before and after the refits")
@@ -301,12 +317,13 @@ text(
 )
 
 # %% [markdown]
-# Means over seeds; starred columns over the seeds whose Matryoshka SAE had 20/20 as trained: the
-# largest FVU, how many have all features over 0.95 and 0.99, and the lowest best cosine of all. In
-# those, refitting both pays back next to all of what Matryoshka costs. The refits leave the vanilla
-# SAE's directions where they are: what absorption has done lies in which latents fire. They mend no
-# failed seed, and count fewer clean features in some of them. On the stand-in (section 3) refitting
-# both does harm: there, whether a latent fires is not a half-space that least squares finds.
+# The other columns are means over all seeds. Starred columns are over the seeds whose Matryoshka
+# SAE had 20/20 as trained: the largest FVU, how many have all features over 0.95 and 0.99, and the
+# lowest best cosine of any feature. In these seeds, refitting both wins back nearly all of what
+# Matryoshka costs. The refits leave the vanilla SAE's directions unchanged, because absorption
+# shows in which latents fire, and refits keep that. They repair no failed seed, and leave fewer
+# features clean in some of them. On the stand-in (section 3) refitting both does harm: there the
+# samples on which a latent fires are not a half-space that least squares could find.
 
 # %%
 figure(
@@ -316,9 +333,10 @@ figure(
 # %% [markdown]
 # ### Harder trees
 #
-# Three levels deep, children of uneven frequency, activations that are not 0 or 1, and 20 features
-# in 14 dimensions, which cannot be orthogonal. Clean features at 0.9 and FVU, means over seeds;
-# *all 20* counts Matryoshka seeds.
+# Four variants of the toy are harder: a tree three levels deep, children of uneven frequency,
+# activations that are not just 0 or 1, and 20 features in 14 dimensions, which cannot be
+# orthogonal. The table has the number of clean features at 0.9 and the FVU, as means over seeds.
+# *All 20* counts Matryoshka seeds.
 
 # %%
 for name in tables.TREES:
@@ -328,43 +346,46 @@ text(tables.trees)
 # %% [markdown]
 # ### Does it recover the tree?
 #
-# A parent is a latent of an earlier place that fires wherever its child does; the forest of latents
-# is held against the true tree.
+# A latent's parent is an earlier latent that fires on nearly all of its samples and on others. The
+# resulting forest of latents is compared with the true tree.
 
 # %%
 text(tables.edges)
 
 # %% [markdown]
-# So the toy's result depends on the toy's tree. With graded activations it holds in every seed.
-# With three levels, Matryoshka SAEs recover fewer features than vanilla ones; with uneven children
-# they recover more, in too few dimensions hardly more, and far from all. Restarts, which never
-# failed on the paper's tree, make none of these succeed; nor does refitting both, which made every
-# success there next to perfect. In the seeds of the three-level tree that were looked at, latents
-# fire where a parent is active without its children, once a level: what costs one latent in failed
-# seeds of the paper's tree costs several here. Where features are not binary, refitting both lets
-# the *vanilla* SAE find most of the children: its parents' latents do fire beside their children
-# there, only weaker, and strengths are what is refitted.
+# So the toy's result depends on its tree. If activations are graded, it holds in every seed. With
+# three levels, Matryoshka SAEs recover fewer features than vanilla ones. With uneven children they
+# recover more, and in 14 dimensions hardly more, but far from all. Restarts never failed on the
+# paper's tree, but make none of these three succeed. Neither does refitting both, which made every
+# success on the paper's tree nearly perfect. In the seeds of the three-level tree that were looked
+# at, some latent at each level fires where a parent is active without its children. In failed seeds
+# of the paper's tree this costs one latent, here several. If activations are graded, refitting both
+# lets the *vanilla* SAE find most of the children: there its parents' latents do fire beside their
+# children, only more weakly, and a refit corrects strengths.
 #
 # ### Training that does not hedge
 #
-# Half of the steps with the encoder tied to the decoder's directions and no prefixes; then the
-# encoder is free and learns from the prefixes, the decoder from the full reconstruction. It finds
-# the trees above, but the one in 14 dimensions.
+# In the first half of the steps, the encoder is tied to the decoder's directions and there are no
+# prefixes. In the second half, the encoder is free and learns from the prefixes, while the decoder
+# still learns from the full reconstruction. This finds all features of the trees above in all seeds
+# or, with three levels, in most of them, but not in 14 dimensions.
 
 # %%
 text(made_by("toy/unhedged.json", "train_toy.py"), tables.unhedged)
 
 # %% [markdown]
-# There the true dictionary is no optimum of the loss: with the best encoder for it, the loss is
-# higher than where training ends, and descending from it loses features (docs/toy.md).
+# In 14 dimensions the true dictionary is not an optimum of the loss. Even with the best encoder for
+# it, the loss is higher than where training ends, and descent from it loses features
+# (`docs/toy.md`).
 
 # %%
 text(tables.at_the_truth)
 
 # %% [markdown]
-# ### A thousand known features
+# ### Two thousand known features
 #
-# SynthSAEBench at a small size, beside SAELens's own training on the same samples (docs/synth.md).
+# This is SynthSAEBench at a small size, beside SAELens's own training on the same samples
+# (`docs/synth.md`).
 
 # %%
 text(tables.synth)
@@ -373,16 +394,16 @@ text("SAELens's learning rates:", tables.synth_lrs)
 # %% [markdown]
 # ## 6. Limits
 #
-# - The real TinyModel run has not been made here, nor has anything run on Modal. The stand-in is a
-#   small model, with SAEs trained for many passes over little text; the write-up makes one pass
-#   over 30 million tokens.
-# - "Clean" is a cosine over 0.9, the write-up's threshold. At 0.95 the hedged features of a
-#   Matryoshka SAE are not clean, until they are refitted.
-# - In the toy neither SAE reaches its target L0: the sparsity weight has decayed to almost nothing
-#   by the end, as in the original. The target, 1.2338, is above the tree's true L0 of 1.12.
-# - The recipe that never failed did so on one tree. On three of the four harder ones it recovers
-#   all features in no seed.
-# - The account of why seeds fail was read off failed seeds, not shown by an intervention other than
-#   the restarts themselves.
-# - The concepts are word lists. Their absorption says how one latent a concept would do, not what
-#   the model's own concepts are.
+# - SAEs of the real TinyModel have not been trained here, and nothing has been run on Modal. The
+#   stand-in is a small model, and its SAEs make many passes over little text; the write-up makes
+#   one pass over 30 million tokens.
+# - "Clean" means a cosine over 0.9, the write-up's threshold. At 0.95 most hedged features of a
+#   Matryoshka SAE are not clean until they are refitted.
+# - On the toy neither SAE reaches its target L0. By the end the sparsity weight has decayed to
+#   almost nothing, as in the original. The target, 1.2338, is above the tree's true L0 of 1.12.
+# - Restarts never failed on the paper's tree. On three of the four harder ones they recover all
+#   features in no seed.
+# - The explanation of why seeds fail was read off failed seeds. No intervention but the restarts
+#   themselves has tested it.
+# - The concepts are word lists. Their absorption tells how well one latent for each concept would
+#   do, not what the model's own concepts are.

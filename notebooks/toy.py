@@ -17,13 +17,13 @@ def failures(results: dict[str, Any]) -> str:
     lost = ", ".join(f"{kind} {sum(run['lost'][kind] for run in runs)}" for kind in kinds)
     found = (
         f"**{len(short)} of {len(runs)}** Matryoshka seeds recover fewer than all features. Lost "
-        f"by kind, over all seeds: {lost}."
+        f"features by kind, over all seeds: {lost}."
     )
     if not short or not whole:
         return found
     return (
-        f"{found} Their FVU is {min(short):.4f} to {max(short):.4f}, that of the others "
-        f"{min(whole):.4f} to {max(whole):.4f}."
+        f"{found} The FVU of these seeds is {min(short):.4f} to {max(short):.4f}, that of the "
+        f"others {min(whole):.4f} to {max(whole):.4f}."
     )
 
 
@@ -37,6 +37,6 @@ def told_apart() -> str:
     ]
     p = scipy.stats.fisher_exact([[k, n - k] for k in counts]).pvalue
     return (
-        f"20/20 in {counts[0]} of {n} seeds with none of the defects, in {counts[1]} with all "
-        f"three: Fisher's exact test, two-sided, p = {p:.2f}."
+        f"{counts[0]} of {n} seeds have 20/20 with none of the defects, and {counts[1]} with all "
+        f"three. Fisher's exact test, two-sided, gives p = {p:.2f}."
     )
