@@ -44,7 +44,7 @@ class StandIn:
         seeds = list(zip(*self.runs.values(), strict=True))
         best = Counter(min(runs, key=lambda run: run["fvu"])["sae"] for runs in seeds)
         counts = [f"{sae} in **{n} of {len(seeds)}** seeds" for sae, n in best.most_common()]
-        return f"The lowest FVU is that of {', '.join(counts)}."
+        return f"The SAE with the lowest FVU is {', '.join(counts)}."
 
     def by_prefix(self) -> str:
         """FVU from the first latents alone, for some of the prefixes evaluated."""

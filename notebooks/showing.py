@@ -125,8 +125,9 @@ def with_todays_names(config: dict[str, Any], program: str) -> dict[str, Any]:
     if "target_l0s" in known and "target_l0" in recorded:
         recorded.setdefault("target_l0s", [recorded["target_l0"]])
         del recorded["target_l0"]
-    if str(recorded.get("tree", "")).startswith("trees/"):
-        recorded["tree"] = f"studies/{recorded['tree']}"
+    tree = f"studies/trees/{Path(str(recorded.get('tree'))).name}"  # a kept file has its name alone
+    if (tables.ROOT / tree).is_file():
+        recorded["tree"] = tree
     return recorded
 
 

@@ -116,6 +116,7 @@ def test_each_command_shown_gives_the_settings_of_its_file(name):
         assert any(f"- `{shown}`" in text for text in markdown(COMMITTED)), AGAIN
         flags = shlex.split(shown.removeprefix(f"python {program}"))
         config = vars(parse(showing.CONFIGS[program], "", flags))
+        assert (tables.ROOT / config.get("tree", "tree.json")).is_file(), shown
         recorded = showing.with_todays_names(source["config"], program)
         for key in recorded.keys() & config.keys() - showing.NOT_SHOWN - {"n_latents"}:
             assert showing.list_of(config[key]) == recorded[key], (name, key)
