@@ -1,12 +1,12 @@
 """The toy comparison: a Matryoshka SAE recovers a tree of features, a vanilla one does not.
 
-Samples come from a tree of 20 features whose directions are known. For each seed a Matryoshka SAE
+Samples come from a tree of 20 features whose directions are known. For each seed, a Matryoshka SAE
 and a vanilla one (the same, with one prefix) are trained on the same batches from the same
-initialisation. A feature counts as clean where some latent's decoder direction has a cosine over
-0.9 with it. Seeds are trained together, as stacks of SAEs; see matryoshka/trainer.py.
+initialisation. A feature counts as clean if some latent's decoder direction has a cosine over 0.9
+with it. The SAEs of several seeds are trained together, as a stack; see matryoshka/trainer.py.
 """
 
-if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback; `main_guard` ends this
+if __name__ == "__main__":  # no traceback after Ctrl-C while torch is imported; see `main_guard`
     import signal
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -46,19 +46,17 @@ from matryoshka.trainer_config import TrainerConfig
 from toy_model import STEPS_A_DRAW, FeatureTree, ToyData
 
 RESULTS = "results.json"
-NEW = ".new"  # a folder in --out, where a run is written before it takes the place of another
+NEW = ".new"  # folder in --out where a run's files are written before they replace an earlier run's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(TrainerConfig):
-    """Every setting of the toy comparison; those of the trainer are inherited. The defaults are the
-    write-up's."""
+    """Every setting of the toy comparison. The trainer's settings are inherited, and the defaults
+    are those of the write-up."""
 
     seeds: int = setting(1, "how many seeds; each trains one SAE of every kind")
     seed: int = setting(0, "the first seed")
-    saes: tuple[str, ...] = setting(
-        tuple(KINDS), "which SAEs, each by the name of its kind", alias="sae"
-    )
+    saes: tuple[str, ...] = setting(tuple(KINDS), "the kinds of SAE to train", alias="sae")
     n_steps: int = inherited(TrainerConfig, "n_steps", default=40_000, alias="steps")
     target_l0: float = inherited(TrainerConfig, "target_l0", default=1.2338)
     n_prefixes: int = inherited(
@@ -69,17 +67,19 @@ class Config(TrainerConfig):
     d_model: int = setting(20, "dimensions that the features live in")
     tree: str = setting("tree.json", "file of the feature tree")
     refit: bool = setting(
-        False, "score each SAE with its decoder refitted, too, and with both; see refit.py"
+        False,
+        "also score each SAE with its decoder refitted, and with its encoder and decoder refitted; "
+        "see refit.py",
     )
-    threshold: float = setting(0.9, "cosine over which a feature is clean")
+    threshold: float = setting(0.9, "cosine above which a feature counts as clean")
     n_eval: int = setting(50_000, "held-out samples that an SAE is scored on")
     out: str = setting("runs/toy", "folder for results.json, the SAEs and the figures")
-    overwrite: bool = setting(False, "replace a run of other settings in --out")
-    device: str = setting("cpu", "torch device; auto: the GPU where there is one")
+    overwrite: bool = setting(False, "replace a run in --out even if its settings are others")
+    device: str = setting("cpu", "torch device; auto: the GPU if there is one")
     workers: int = setting(0, "processes that share the seeds on a CPU; 0: one a core")
 
 
-# Settings that may differ between the run in a folder and one that replaces it without --overwrite.
+# Settings that do not change the results: a run that differs in them alone is replaced unasked.
 REPLACEABLE = ("out", "overwrite", "workers")
 REMEDY = "choose another --out, or add --overwrite"
 
@@ -89,13 +89,13 @@ def run(
     trainer_class: type[Trainer] = Trainer,
     report: Callable[[dict[str, Any]], object] | None = None,
 ) -> dict[str, Any]:
-    """Trains and scores the SAEs of every seed; writes results.json, the SAEs and the figures.
+    """Trains and scores the SAEs of every seed. Writes results.json, the SAEs and the figures.
 
-    Returns what results.json holds; `report` is called with it before anything is written, so that
-    a full disk does not take it away. `trainer_class` takes the steps: studies/ablate_toy.py has
-    others. Raises `UserError` where the input is wrong, before anything in `config.out` is touched.
-    After Ctrl-C, or where a stack fails, those that were finished are written, but not over a run
-    of these settings that has more of them.
+    Returns the content of results.json, with which `report` is called before anything is written,
+    so that a full disk cannot lose it. `trainer_class`: studies/ablate_toy.py has others.
+    Raises `UserError` where the input is wrong, before anything in `config.out` is touched. After
+    Ctrl-C, or where a stack of seeds fails, the finished stacks are written, unless `config.out`
+    holds a run of the same settings with more seeds.
     """
     started = time.perf_counter()
     device = pick_device(config.device)
@@ -119,37 +119,40 @@ def run(
                 report(results)
             write(config, data, finished, results)
             return results
-        said = keep_finished(config, data, finished, results)
+        message = keep_finished(config, data, finished, results)
         if isinstance(stopped, UserError):
-            raise UserError(f"{stopped} ({said})" if finished else str(stopped)) from None
-        raise Interrupted(said)
+            raise UserError(f"{stopped} ({message})" if finished else str(stopped)) from None
+        raise Interrupted(message)
 
 
 def keep_finished(
     config: Config, data: ToyData, finished: Sequence[StackResult], results: dict[str, Any]
 ) -> str:
-    """Writes what was finished of a run that was stopped; says how much that is, and where."""
+    """Writes the finished stacks of a run that was stopped. Returns a message on how many seeds
+    are finished, and where they are."""
     n_done = len({entry["seed"] for entry in results["runs"]})
-    said = f"{n_done} of {config.seeds} seeds are finished"
+    message = f"{n_done} of {config.seeds} seeds are finished"
     earlier = recorded(Path(config.out) / RESULTS, "runs") or []
     if len(earlier) > len(results["runs"]) and not config.overwrite:
-        return f"{said}; the earlier run, which has more, is still in {config.out}"
+        return f"{message}; the earlier run, which has more, is still in {config.out}"
     if finished:
         write(config, data, finished, results)
-    return f"{said}, in {config.out}"
+    return f"{message}, in {config.out}"
 
 
-# ------------------------------------------------------------------------ before anything is done
+# -------------------------------------------------------------------------- checks before a run
 
 
 def load_tree(path: str) -> FeatureTree:
-    """The tree in the file `path`, or beside this script where there is no such file."""
+    """The tree in the file `path`. If there is no such file here, it is looked for beside this
+    script."""
     beside = Path(__file__).parent / path
     return FeatureTree.from_json(beside if not Path(path).exists() and beside.exists() else path)
 
 
 def checked(config: Config, tree: FeatureTree) -> Config:
-    """`config` with n_latents and workers filled in. Raises `UserError` where it is impossible."""
+    """`config` with n_latents and workers filled in. Raises `UserError` where a setting is
+    impossible."""
     require_positive(config, "seeds", "batch_size", "d_model", "n_eval")
     require_not_negative(config, "seed", "n_latents", "workers")
     check_names(config.saes)
@@ -169,15 +172,21 @@ def checked(config: Config, tree: FeatureTree) -> Config:
 
 
 def require_memory(config: Config, n_features: int) -> None:
-    """Raises `UserError` naming the setting that takes more memory than this machine has."""
-    n_saes, wide = len(config.saes), config.d_model + n_features
-    size = 4 * config.n_latents * config.d_model * n_saes  # of an SAE's W_dec, for every kind
-    n_scoring = min(config.workers, config.seeds)  # each has its samples, and FVU's in float64
-    needed = {  # bytes at least, of float32, where all else is small
-        "n_latents" if config.n_latents > config.d_model else "d_model": 10 * size,
-        "batch_size": 4 * STEPS_A_DRAW * config.batch_size * wide,
-        "n_eval": n_scoring * config.n_eval * (4 * (wide + config.n_latents) + 24 * config.d_model),
-        "seeds": 2 * size * config.seeds,
+    """Raises `UserError` where a setting takes more memory than this machine has, and names it.
+
+    It knows a lower bound: the bytes of the large tensors, float32 except in FVU, whose three are
+    float64.
+    """
+    d_sample = config.d_model + n_features  # of x and features
+    W_dec_bytes = 4 * config.n_latents * config.d_model * len(config.saes)  # of every kind's SAE
+    n_scoring = min(config.workers, config.seeds)  # processes, each with samples of its own
+    sample_bytes = 4 * (d_sample + config.n_latents) + 3 * 8 * config.d_model  # in scoring
+    needed = {  # bytes, by the setting that is to blame
+        # W_enc and W_dec as parameters, gradients, Adam's two moments, and a copy
+        "n_latents" if config.n_latents > config.d_model else "d_model": 10 * W_dec_bytes,
+        "batch_size": 4 * STEPS_A_DRAW * config.batch_size * d_sample,
+        "n_eval": n_scoring * config.n_eval * sample_bytes,
+        "seeds": 2 * W_dec_bytes * config.seeds,  # the trained SAEs
     }
     for name, n_bytes in needed.items():
         if n_bytes > _memory():
@@ -189,7 +198,7 @@ def require_memory(config: Config, n_features: int) -> None:
 
 
 def _memory() -> int:
-    """Bytes of this machine's memory; a terabyte where the system does not say."""
+    """The bytes of this machine's memory, or a terabyte where the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not a Unix
@@ -197,8 +206,8 @@ def _memory() -> int:
 
 
 def claim(config: Config) -> None:
-    """Raises `UserError` where the folder holds another run and nobody asked to overwrite it, or
-    where a folder is in the place of a file. Says so where it holds the same run."""
+    """Raises `UserError` where `config.out` holds another run and `config.overwrite` is false, or
+    where a folder has the name of a file to be written."""
     out = Path(config.out)
     for name in files_of(config):
         if (out / name).is_dir():
@@ -209,28 +218,28 @@ def claim(config: Config) -> None:
 
 
 def require_same_run(path: Path, config: Any) -> None:
-    """Says on stderr where a run's file `path` is of the same settings, and will be replaced.
-
-    Raises `UserError` where it is of others, and `config.overwrite` is false.
+    """Raises `UserError` where the results in the file `path` are of other settings, and
+    `config.overwrite` is false. Where they are of the same, says on stderr that they are replaced.
     """
     if config.overwrite or not path.exists():
         return
     found = recorded(path, "config")
     if found is None:
-        raise UserError(f"{path} is no results of this script: {REMEDY}")
+        raise UserError(f"{path} was not written by this script: {REMEDY}")
     for name, asked in json.loads(json.dumps(dataclasses.asdict(config))).items():
         if name not in REPLACEABLE and found.get(name) != asked:
-            of = "of an earlier version"
+            which = "of an earlier version"  # one that did not have this setting
             if name in found:
-                of = f"with --{as_flag(name)} {shown(found[name])}"
+                which = f"with --{as_flag(name)} {shown(found[name])}"
             raise UserError(
-                f"{path.parent} holds a run {of}, not --{as_flag(name)} {shown(asked)}: {REMEDY}"
+                f"{path.parent} holds a run {which}, not --{as_flag(name)} {shown(asked)}: {REMEDY}"
             )
     print(f"{path.parent} holds a run of these settings, which is replaced", file=sys.stderr)
 
 
 def recorded(path: Path, key: str) -> Any:
-    """What a results.json has at `key`, "config" or "runs"; None where that is not what it is."""
+    """The value of `key`, "config" or "runs", in the results.json at `path`. None if the file
+    cannot be read or is not a results.json."""
     kinds = {"config": dict, "runs": list}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))[key]
@@ -240,28 +249,29 @@ def recorded(path: Path, key: str) -> Any:
 
 
 def saes_in(out: Path) -> list[Path]:
-    """The files of a folder that this script would take for SAEs of its own."""
+    """The files in a folder that are named as this script names SAEs."""
     return [path for path in out.glob("[!.]*_seed*.safetensors") if path.is_file()]
 
 
 def files_of(config: Config) -> list[str]:
-    """The names of all files that a run writes."""
-    names = [name + how for how in ("", *REFITS) for name in config.saes]
+    """The names of all files that a run may write."""
+    names = [name + refit for refit in ("", *REFITS) for name in config.saes]
     seeds = range(config.seed, config.seed + config.seeds)
     saes = [file_name(name, seed) for name in names for seed in seeds]
     return [RESULTS, *figures_of(config.seeds), *saes]
 
 
 def file_name(sae: str, seed: int) -> str:
-    """Of an SAE's file: "matryoshka, refit both" -> "matryoshka_refit_both_seed0.safetensors"."""
+    """The name of an SAE's file: that of "matryoshka, refit both" and seed 0 is
+    "matryoshka_refit_both_seed0.safetensors"."""
     return f"{sae.replace(',', '').replace(' ', '_')}_seed{seed}.safetensors"
 
 
-# ------------------------------------------------------------------------------- what it leaves
+# ------------------------------------------------------------------------------ what a run writes
 
 
 def results_of(config: Config, finished: Sequence[StackResult], seconds: float) -> dict[str, Any]:
-    """What results.json holds."""
+    """The content of results.json, for the finished stacks."""
     entries = (entry for result in finished for entry in result.runs)
     return {
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
@@ -274,12 +284,12 @@ def results_of(config: Config, finished: Sequence[StackResult], seconds: float) 
 def write(
     config: Config, data: ToyData, finished: Sequence[StackResult], results: dict[str, Any]
 ) -> None:
-    """Writes the SAEs, the figures and results.json into `config.out`, in place of the run that was
-    there. Raises `UserError` where a file cannot be written: then that run is still there, whole.
+    """Writes the SAEs, the figures and results.json to `config.out`, in place of an earlier run.
+    Raises `UserError` where a file cannot be written. Then the earlier run is still there, whole.
     """
     out = Path(config.out)
     new = out / NEW
-    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(new, ignore_errors=True)  # a process that was killed may have left it
     try:
         make_folder(new)
         for result in finished:
@@ -287,7 +297,8 @@ def write(
                 write_atomically(new / file_name(entry["sae"], entry["seed"]), sae.save)
         draw(dataclasses.replace(config, out=str(new)), data, finished)
         write_json(new / RESULTS, results)
-        (out / RESULTS).unlink(missing_ok=True)  # until the files beside it are the new run's
+        # from here until the end, no results.json describes the mixture of old and new files
+        (out / RESULTS).unlink(missing_ok=True)
         for path in (out / SEEDS_FIGURE, *saes_in(out)):
             if not (new / path.name).exists():
                 path.unlink(missing_ok=True)

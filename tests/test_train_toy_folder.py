@@ -87,7 +87,7 @@ def test_overwrite_leaves_nothing_of_the_run_that_was_there(tmp_path):
 @pytest.mark.parametrize("content", ["precious", "{}", "[1]", '{"config": 3}', "\x00"])
 def test_a_results_file_of_something_else_is_not_overwritten(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(UserError, match=r"results\.json is no results of this script: choose"):
+    with pytest.raises(UserError, match=r"results\.json was not written by this script: choose"):
         short_run_in(tmp_path)
     assert (tmp_path / "results.json").read_text() == content
     short_run_in(tmp_path, overwrite=True)
