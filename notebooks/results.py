@@ -374,7 +374,7 @@ text(tables.edges)
 text(made_by("toy/unhedged.json", "train_toy.py"), tables.unhedged)
 
 # %% [markdown]
-# In 14 dimensions the true dictionary is not an optimum of the loss. Even with the best encoder for
+# In 14 dimensions the true dictionary is not an optimum of the loss. With an encoder trained for
 # it, the loss is higher than where training ends, and descent from it loses features
 # (`docs/toy.md`).
 

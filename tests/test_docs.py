@@ -82,7 +82,9 @@ def lines_of_code(text):
 
 def commands():
     """(module, flags) of every command line of a script that a page shows, some of them twice."""
-    pattern = re.compile(r"(?:^|&& )\s*(?:python|modal run) (?:-m )?([\w.]+)( [^#&|\n]*)?")
+    pattern = re.compile(
+        r"(?:^|&& )\s*(?:[A-Z_]+=\d+ )?(?:python|modal run) (?:-m )?([\w.]+)( [^#&|\n]*)?"
+    )
     for page, text in PAGES.items():
         for line in lines_of_code(text):
             for name, flags in pattern.findall(line):
@@ -132,6 +134,18 @@ def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", PAGES[page]):
         if not target.startswith("http"):
             assert (path.parent / target).exists(), target
+
+
+def anchors(text):
+    """What links to a page's headings end with, as GitHub makes it of them."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_headings(page):
+    for target, anchor in re.findall(r"\]\(([\w./-]*)#([^)]+)\)", PAGES[page]):
+        assert anchor in anchors(PAGES[target.split("/")[-1] or page]), f"{target}#{anchor}"
 
 
 @pytest.mark.parametrize("page", PAGES)
