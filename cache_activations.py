@@ -1,4 +1,4 @@
-"""Caches on disk the activations of a language model on text, or your own arrays of activations.
+"""Caches the activations of a language model on text, or your own arrays, in a folder.
 
     python cache_activations.py --tokens 30_000_000 --layer 3 --out cache/train
     python cache_activations.py --model gpt2 --layer 6 --dataset roneneldan/TinyStories

@@ -91,7 +91,7 @@ class Config:
     )
     n_tokens: int = setting(100_000, "most tokens to measure the cross-entropy on")
     concepts: str | None = setting(
-        None, "JSON file of concepts, each a set of words; default: matryoshka/concepts.json"
+        None, "JSON file of concepts, sets of words or token ids; default: matryoshka/concepts.json"
     )
     min_precision: float = setting(
         0.8,
@@ -175,8 +175,8 @@ def run(
 ) -> dict[str, Any]:
     """Scores the SAEs of `config.run`; writes evaluation.json and the figures to `config.out`.
 
-    Returns what evaluation.json holds; calls `show` with it first, so that a full disk does not
-    lose it. Raises `UserError` where the input is wrong or the results cannot be written.
+    Returns what evaluation.json holds. Calls `show` with it before writing, so that it is not lost
+    if the disk is full. Raises `UserError` if the input is wrong or the results cannot be written.
     """
     device = pick_device(config.device)
     inputs = read_inputs(config, device)

@@ -47,7 +47,7 @@ class Config:
     from_: Literal["saelens", "dictionary-learning", "sparsify"] | None = setting(
         None, "format that --sae must be in (default: whichever it is in)", flag="from"
     )
-    out: str = setting(help="where to write: a folder, or a file for --to matryoshka")
+    out: str = setting(help="where to write: a folder, or a file in this project's format")
     cache: str | None = setting(
         None, "cache of activations to compare the two SAEs on; default: Gaussian noise"
     )

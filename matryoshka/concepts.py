@@ -61,7 +61,7 @@ def load_concepts(path: Path = CONCEPTS) -> dict[str, Concept]:
 
 
 def _concept(of: Mapping[str, Any]) -> Concept:
-    """A concept of the file. Raises TypeError where words or ids are not in a list."""
+    """A concept of the file. Raises TypeError if its words or ids are not in a list."""
     words, ids = of.get("words", []), of.get("ids", [])
     if not (isinstance(words, list) and isinstance(ids, list)):  # list("dog") would be 3 words
         raise TypeError('"words" and "ids" must be lists')
@@ -110,14 +110,14 @@ def ids_of_word(word: str, tokenize: Tokenize) -> set[int]:
 def membership(concepts: Mapping[str, Sequence[int]], d_vocab: int) -> Tensor:
     """Which token ids are in which concept: bool [n_concepts, d_vocab].
 
-    Raises `UserError` where a token id is not in the vocabulary.
+    Raises `UserError` if a token id is not in the vocabulary.
     """
     members = torch.zeros(len(concepts), d_vocab, dtype=torch.bool)
     for row, (name, ids) in zip(members, concepts.items(), strict=True):
         for i in ids:
             if not 0 <= i < d_vocab:
                 raise UserError(
-                    f"concept {name!r}: token id {i} is out of the vocabulary, 0 to {d_vocab - 1}"
+                    f"concept {name!r}: token id {i} is not in the vocabulary, 0 to {d_vocab - 1}"
                 )
         row[list(ids)] = True
     return members

@@ -116,8 +116,8 @@ def forest(pairs: Pairs, level: Tensor, threshold: float = THRESHOLD) -> Tensor:
     """Each latent's parent: int64 [n_latents], -1 if it has none.
 
     Of the latents that `may_be_parent` and whose excess is at least `threshold`, the parent is the
-    one with the largest `overlap`. In a chain of three this is the middle one, not the most general
-    one. level: int64 [n_latents].
+    one with the largest `overlap`. In a chain of three, the most specific latent therefore gets the
+    middle one and not the most general one. level: int64 [n_latents].
     """
     eligible = may_be_parent(pairs, level) & (excess(pairs) >= threshold)
     return best_parent(overlap(pairs), eligible)

@@ -52,7 +52,7 @@ def test_ids_are_read(tmp_path):
 
 @pytest.mark.parametrize("bad", [-1, 4])
 def test_ids_out_of_the_vocabulary_are_refused(bad):
-    with pytest.raises(UserError, match=f"'b': token id {bad} is out of the vocabulary, 0 to 3"):
+    with pytest.raises(UserError, match=f"'b': token id {bad} is not in the vocabulary, 0 to 3"):
         membership({"a": [0], "b": [1, bad]}, 4)
 
 

@@ -375,7 +375,7 @@ def test_the_published_figures_are_of_these_defaults():
 def test_concepts_of_another_vocabulary_are_refused(made, tmp_path, ids):
     (tmp_path / "concepts.json").write_text(json.dumps({"concepts": {"a": {"ids": ids}}}))
     config = config_for(made, tmp_path / "out", concepts=str(tmp_path / "concepts.json"))
-    assert f"token id {ids[-1]} is out of the vocabulary" in refused(config)
+    assert f"token id {ids[-1]} is not in the vocabulary" in refused(config)
 
 
 def test_a_model_or_cache_that_does_not_fit_is_refused(made, tmp_path):
