@@ -21,7 +21,7 @@ from matryoshka.cache_reader import ActivationCache
 from matryoshka.command_line import main_guard, parse, pick_device, require_not_negative, setting
 from matryoshka.contexts import Text
 from matryoshka.errors import CannotWrite, UserError
-from matryoshka.evaluation_inputs import NO_MODEL, Asked, is_of_model, load_model_of
+from matryoshka.evaluation_inputs import NO_MODEL, ModelSettings, is_of_model, load_model_of
 from matryoshka.example_files import FOLDER, examples_of
 from matryoshka.files import make_folder
 from matryoshka.language_models import LanguageModel, load_language_model
@@ -161,7 +161,9 @@ def load_model(
     Raises `UserError` if it is not the model that the cache was made with.
     """
     if is_of_model(cache):
-        return load_model_of(cache, Asked(config.model, tokenizer=config.tokenizer), device)[0]
+        return load_model_of(
+            cache, ModelSettings(config.model, tokenizer=config.tokenizer), device
+        )[0]
     if config.model in (None, NO_MODEL):
         return None
     model = load_language_model(config.model, device=device, tokenizer=config.tokenizer)

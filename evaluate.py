@@ -34,7 +34,7 @@ from matryoshka.concepts import CONCEPTS, Resolved, load_concepts, membership
 from matryoshka.environment import environment
 from matryoshka.errors import UserError
 from matryoshka.evaluation_inputs import (
-    Asked,
+    ModelSettings,
     concepts_of,
     load_model_of,
     vocabulary_of,
@@ -114,9 +114,9 @@ class Config:
         return Path(self.out or self.run)
 
     @property
-    def asked(self) -> Asked:
+    def model_settings(self) -> ModelSettings:
         """The settings that concern the language model and its text."""
-        return Asked(**{name: getattr(self, name) for name in Asked._fields})
+        return ModelSettings(**{name: getattr(self, name) for name in ModelSettings._fields})
 
 
 class Inputs(NamedTuple):
@@ -147,8 +147,8 @@ def read_inputs(config: Config, device: torch.device) -> Inputs:
     saes = load_saes(config.folder, device, trained)
     cache = ActivationCache(config.cache)
     check_cache(cache, saes, trained)
-    model, no_loss = load_model_of(cache, config.asked, device)
-    concepts, no_absorption = concepts_of(named, cache, model, config.asked)
+    model, no_loss = load_model_of(cache, config.model_settings, device)
+    concepts, no_absorption = concepts_of(named, cache, model, config.model_settings)
     d_vocab = model.d_vocab if model else vocabulary_of(cache, concepts)
     membership(concepts.ids, d_vocab)
     rows = rows_of(cache.recipe, model, config.dataset) if model else None

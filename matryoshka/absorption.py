@@ -134,20 +134,23 @@ def absorption(
     """
     if not concepts:
         return [[] for _ in counted]
-    chosen = [choose_detectors(of.fired, of.hits, of.n_members, min_precision) for _, of in counted]
+    chosen = [
+        choose_detectors(first.fired, first.hits, first.n_members, min_precision)
+        for _, first in counted
+    ]
     counts = [torch.zeros(3, len(concepts), dtype=torch.int64) for _ in counted]
     for batch in cache.sequential(batch_size, counted[0][0].W_dec.device):
-        for (sae, of), detectors, count in zip(counted, chosen, counts, strict=True):
-            second = ~of.first_half[batch.rows]
+        for (sae, first), detectors, count in zip(counted, chosen, counts, strict=True):
+            second = ~first.first_half[batch.rows]
             fires = sae.encode(batch.acts)[second] > 0
-            is_member = of.members[:, batch.tok_ids[second]]
+            is_member = first.members[:, batch.tok_ids[second]]
             count += torch.stack(count_absorbed(fires, is_member, detectors)).cpu()
     return [
         [
-            concept_result(name, i, detectors, int(of.n_members[i]), count[:, i].tolist())
+            concept_result(name, i, detectors, int(first.n_members[i]), count[:, i].tolist())
             for i, name in enumerate(concepts)
         ]
-        for (_, of), detectors, count in zip(counted, chosen, counts, strict=True)
+        for (_, first), detectors, count in zip(counted, chosen, counts, strict=True)
     ]
 
 

@@ -260,12 +260,12 @@ def is_finished(
     shard = finished_shard(folder, rows, recipe)
     path = folder / f"{shard_name(rows[0], recipe)}.json"
     if shard is None:
-        there = read_record(path).shards[0] if os.path.exists(path) else None
-        if there and (there.first_row, there.end_row) != rows:
-            raise other_arrays(folder, f"shard {there.name} ends before row {there.end_row}")
+        found = read_record(path).shards[0] if os.path.exists(path) else None
+        if found and (found.first_row, found.end_row) != rows:
+            raise other_arrays(folder, f"shard {found.name} ends before row {found.end_row}")
         return False
-    found = sha256_of(acts.view(torch.uint8).numpy()), sha256_of(tokens)
-    if found != (shard.acts_sha256, shard.tokens_sha256):
+    checksums = sha256_of(acts.view(torch.uint8).numpy()), sha256_of(tokens)
+    if checksums != (shard.acts_sha256, shard.tokens_sha256):
         raise other_arrays(folder, f"rows {rows[0]} to {rows[1] - 1} differ")
     return True
 

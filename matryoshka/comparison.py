@@ -24,7 +24,7 @@ from matryoshka.cache_format import MANIFEST, read_record
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.command_line import inherited, parser_for, require_positive, setting, table
 from matryoshka.errors import UserError
-from matryoshka.evaluation_inputs import Asked, load_model_of
+from matryoshka.evaluation_inputs import ModelSettings, load_model_of
 from matryoshka.files import make_folder, write_json
 from matryoshka.frontier import is_frontier, lines_of
 from matryoshka.members import members_of
@@ -36,7 +36,7 @@ NAME = r"[A-Za-z0-9][\w.-]{0,63}"
 
 
 @dataclasses.dataclass(frozen=True)
-class OwnConfig:
+class ComparisonConfig:
     """The settings of a comparison that are neither a cache's nor a training's."""
 
     validation_tokens: int = setting(500_000, "activations of the validation split to evaluate on")
@@ -61,13 +61,13 @@ class Comparison:
 
     training: TrainingConfig
     cache: CacheConfig  # of the train split
-    own: OwnConfig
+    config: ComparisonConfig
 
     @property
     def validation(self) -> CacheConfig:
         """The settings of the cache that SAEs are evaluated on."""
-        own = self.own.validation_tokens
-        return dataclasses.replace(self.cache, split="validation", tokens=own)
+        tokens = self.config.validation_tokens
+        return dataclasses.replace(self.cache, split="validation", tokens=tokens)
 
     @functools.cached_property
     def shape(self) -> dict[str, Any]:
@@ -75,14 +75,14 @@ class Comparison:
         of_cache = json.loads(json.dumps(dataclasses.asdict(self.cache)))
         training = {k: v for k, v in self.training.as_json().items() if k not in NOT_SHAPING}
         cache = {k: v for k, v in of_cache.items() if k not in NOT_OF_CACHE}
-        return cache | training | {"validation_tokens": self.own.validation_tokens}
+        return cache | training | {"validation_tokens": self.config.validation_tokens}
 
     @property
     def name(self) -> str:
         """The folder in runs/: --name, or a readable name made from the settings in `shape`."""
         t = self.training
         l0 = "_".join(f"{target:g}" for target in t.targets)
-        return self.own.name or (
+        return self.config.name or (
             f"{self.cache.tokens}tokens-{t.n_latents}x{t.n_prefixes}-l0_{l0[:30]}-"
             f"{t.n_steps}steps-{short_hash(self.shape)}"
         )
@@ -97,11 +97,11 @@ class Comparison:
 
     @property
     def seeds(self) -> range:
-        return range(self.training.seed, self.training.seed + self.own.seeds)
+        return range(self.training.seed, self.training.seed + self.config.seeds)
 
     def check(self) -> None:
         """Raises `UserError` if a setting is impossible, before anything is started."""
-        require_positive(self.own, "validation_tokens", "seeds", "cache_batch_size")
+        require_positive(self.config, "validation_tokens", "seeds", "cache_batch_size")
         self.cache.check()
         check_training(self.training)
         members_of(self.training)
@@ -123,7 +123,7 @@ def flags_of(training: type[TrainingConfig]) -> type:
     """One dataclass with every setting that has a flag: the training's, the cache's, and the
     comparison's own. They are collected from those classes, not listed again."""
     fields: dict[str, Any] = {}
-    classes = ((OwnConfig, ()), (CacheConfig, NOT_OF_CACHE), (training, NOT_OF_TRAINING))
+    classes = ((ComparisonConfig, ()), (CacheConfig, NOT_OF_CACHE), (training, NOT_OF_TRAINING))
     for cls, left_out in classes:
         for field in dataclasses.fields(cls):
             if field.name not in left_out:
@@ -149,23 +149,23 @@ def parse(
     """
     parser = parser_for(flags_of(training), "Flags of the comparison:")
     parser.prog = prog or parser.prog
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             parser.set_defaults(**RECIPES[parser.parse_args(words).recipe])
             values = vars(parser.parse_args(words))
     except SystemExit as stopped:
         if not stopped.code:  # --help
             raise
-        raise UserError(said.getvalue().removeprefix("error: ").strip()) from None
+        raise UserError(stderr.getvalue().removeprefix("error: ").strip()) from None
 
-    def of(cls: type[C], left_out: Sequence[str] = (), **given: Any) -> C:
+    def made(cls: type[C], left_out: Sequence[str] = (), **given: Any) -> C:
         names = [f.name for f in dataclasses.fields(cls) if f.name not in left_out]  # type: ignore[arg-type]
         return cls(**{name: values[name] for name in names if name in values} | given)
 
-    cache = of(CacheConfig, NOT_OF_CACHE, split="train", batch_size=values["cache_batch_size"])
-    trained = of(training, NOT_OF_TRAINING, resume=True)
-    comparison = Comparison(trained, cache, of(OwnConfig))
+    cache = made(CacheConfig, NOT_OF_CACHE, split="train", batch_size=values["cache_batch_size"])
+    trained = made(training, NOT_OF_TRAINING, resume=True)
+    comparison = Comparison(trained, cache, made(ComparisonConfig))
     comparison.check()
     return comparison
 
@@ -196,10 +196,10 @@ def how_to_evaluate(comparison: Comparison, validation: Path, root: Path) -> dic
     evaluation would find that only after all training.
     """
     of_model = ("tokenizer", "trust_remote_code")  # the cache records the model and its revision
-    asked = {name: getattr(comparison.cache, name) for name in of_model}
-    load_model_of(ActivationCache(validation), Asked(**asked), torch.device("cpu"))
+    settings = {name: getattr(comparison.cache, name) for name in of_model}
+    load_model_of(ActivationCache(validation), ModelSettings(**settings), torch.device("cpu"))
     rows = copy_of(comparison.validation, root)
-    return {"cache": str(validation), "dataset": str(rows) if rows.exists() else None, **asked}
+    return {"cache": str(validation), "dataset": str(rows) if rows.exists() else None, **settings}
 
 
 def train_jobs(
@@ -293,7 +293,7 @@ def report(comparison: Comparison, results: Mapping[str, Any]) -> str:
     for sae, of_seeds in by_sae(results["runs"]).items():
         fvu, l0, dead = (np.mean([e[k] for e in of_seeds]) for k in ("fvu", "l0", "dead_share"))
         rows.append([sae, f"{fvu:.4f}", f"{l0:.2f}", f"{dead:.1%}"])
-    n = comparison.own.seeds
+    n = comparison.config.seeds
     title = f"{Path(comparison.cache.dataset).name}, {n} seed{'s' * (n > 1)}, held-out tokens"
     dropped = [
         f"\ndropped, seed {result['seed']}: {why}"

@@ -42,7 +42,7 @@ def load_concepts(path: Path = CONCEPTS) -> dict[str, Concept]:
     """The concepts in a file. Raises `UserError` if it is not in the format of concepts.json."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))["concepts"]
-        concepts = {name: _concept(of) for name, of in content.items()}
+        concepts = {name: _concept(entry) for name, entry in content.items()}
     except OSError as error:
         raise UserError(f"--concepts {path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -60,9 +60,9 @@ def load_concepts(path: Path = CONCEPTS) -> dict[str, Concept]:
     return concepts
 
 
-def _concept(of: Mapping[str, Any]) -> Concept:
+def _concept(entry: Mapping[str, Any]) -> Concept:
     """A concept of the file. Raises TypeError if its words or ids are not in a list."""
-    words, ids = of.get("words", []), of.get("ids", [])
+    words, ids = entry.get("words", []), entry.get("ids", [])
     if not (isinstance(words, list) and isinstance(ids, list)):  # list("dog") would be 3 words
         raise TypeError('"words" and "ids" must be lists')
     return Concept(words, ids)

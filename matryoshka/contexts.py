@@ -82,8 +82,8 @@ def contexts(
         if stop > done:
             acts = strengths(sae, batch.acts)
             at = (
-                torch.from_numpy(of).to(device)
-                for of in (sorted_tokens[done:stop] - begin, columns[done:stop])
+                torch.from_numpy(index).to(device)
+                for index in (sorted_tokens[done:stop] - begin, columns[done:stop])
             )
             found[done:stop] = acts[tuple(at)].float().cpu().numpy()
         done, begin = stop, begin + len(batch.acts)

@@ -31,7 +31,7 @@ N_NOISE = 1024  # inputs to compare SAEs on if no activations are given
 
 def formats_of(path: Path) -> list[str]:
     """Which of FORMATS a folder is in; [] for a file, or a folder without an SAE."""
-    return [name for name, module in FORMATS.items() if path.is_dir() and module.is_one(path)]
+    return [name for name, module in FORMATS.items() if path.is_dir() and module.recognises(path)]
 
 
 def load(path: str | Path, expected: str | None = None) -> SAE:

@@ -58,7 +58,7 @@ ACTIVATIONS = {"AutoEncoderTopK": "topk", "JumpReluAutoEncoder": "jumprelu"} | d
 )
 
 
-def is_one(folder: Path) -> bool:
+def recognises(folder: Path) -> bool:
     """Whether a folder looks like one of dictionary_learning's, even if it is incomplete."""
     return (folder / WEIGHTS).exists()
 

@@ -21,7 +21,7 @@ TOKENS_AT_ONCE = 2**20  # token ids that are read at a time
 NO_CONCEPTS = Resolved({}, 0, [])
 
 
-class Asked(NamedTuple):
+class ModelSettings(NamedTuple):
     """What the command line says about the language model and its text; None: use the cache's."""
 
     model: str | None = None
@@ -38,24 +38,24 @@ def is_of_model(cache: ActivationCache) -> bool:
 
 
 def load_model_of(
-    cache: ActivationCache, asked: Asked, device: torch.device
+    cache: ActivationCache, settings: ModelSettings, device: torch.device
 ) -> tuple[LanguageModel | None, str]:
     """The language model that the cache was made with and "", or None and the reason.
 
     Raises `UserError` if the model cannot be loaded, or its weights are not the cache's.
     """
     if not is_of_model(cache):
-        if asked.model not in (None, NO_MODEL):
+        if settings.model not in (None, NO_MODEL):
             raise UserError(
-                f"--model {asked.model}: {cache.folder} was not made with a language model, and "
+                f"--model {settings.model}: {cache.folder} was not made with a language model, and "
                 "does not say of which layer its activations are: leave --model out"
             )
         return None, "the cache was not made with a language model"
-    if asked.model == NO_MODEL:
+    if settings.model == NO_MODEL:
         return None, f"--model {NO_MODEL} was asked for"
     recipe = cache.recipe
-    name = asked.model or recipe["model"]
-    revision = asked.model_revision
+    name = settings.model or recipe["model"]
+    revision = settings.model_revision
     if revision is None and name == recipe["model"]:
         revision = recipe.get("model_revision")
     try:
@@ -64,8 +64,8 @@ def load_model_of(
             revision,
             recipe.get("model_dtype", "float32"),
             device,
-            asked.trust_remote_code,
-            asked.tokenizer or recipe.get("tokenizer"),
+            settings.trust_remote_code,
+            settings.tokenizer or recipe.get("tokenizer"),
         )
     except UserError as error:
         raise UserError(f"{error}; --model {NO_MODEL} leaves out what needs the model") from None
@@ -95,17 +95,17 @@ def concepts_of(
     concepts: Mapping[str, Concept],
     cache: ActivationCache,
     model: LanguageModel | None,
-    asked: Asked,
+    settings: ModelSettings,
 ) -> tuple[Resolved, str]:
     """The concepts' token ids in the cache's vocabulary and "", or no concepts and the reason.
 
     Raises `UserError` if a concept has words and no ids, and there is no tokenizer.
     """
-    tokenize = tokenizer_of(model, asked)
+    tokenize = tokenizer_of(model, settings)
     has_tokens = is_of_model(cache) or cache.recipe.get("token_ids", False)
     if not has_tokens:
         return NO_CONCEPTS, "the cache has no token ids"
-    if tokenize is None and asked.concepts is None and not is_tiny(cache, model):
+    if tokenize is None and settings.concepts is None and not is_tiny(cache, model):
         return NO_CONCEPTS, "no tokenizer is known (--tokenizer names one)"
     return resolve(concepts, tokenize), ""
 
@@ -118,13 +118,13 @@ def is_tiny(cache: ActivationCache, model: LanguageModel | None) -> bool:
     )
 
 
-def tokenizer_of(model: LanguageModel | None, asked: Asked) -> Tokenize | None:
+def tokenizer_of(model: LanguageModel | None, settings: ModelSettings) -> Tokenize | None:
     """The model's tokenizer, or without a model the one that was asked for, or None."""
     tokenizer: Any = model.tokenizer if model else None
-    if model is None and asked.tokenizer is not None:
+    if model is None and settings.tokenizer is not None:
         from matryoshka.transformers_loading import load_tokenizer
 
-        tokenizer = load_tokenizer(asked.tokenizer, "", {})
+        tokenizer = load_tokenizer(settings.tokenizer, "", {})
     if tokenizer is None:
         return None
 

@@ -44,10 +44,10 @@ def summary(results: Mapping[str, Any]) -> str:
         for run in results["runs"]
     ]
     headers = ["SAE", "FVU", "L0", "dead", "loss recovered", "highest cosine", "absorption"]
-    of = f"tokens of {cache['make']['split']}" if "split" in cache["make"] else "activations"
+    tokens = f"tokens of {cache['make']['split']}" if "split" in cache["make"] else "activations"
     return (
         f"{table(headers, rows)}\n\n"
-        f"{cache['n_tokens']:,} {of}, {HELD_OUT[cache['held_out']]}. {loss_line(results)}\n"
+        f"{cache['n_tokens']:,} {tokens}, {HELD_OUT[cache['held_out']]}. {loss_line(results)}\n"
         f"{norm_line(results)}{threshold_line(results)}"
     )
 
@@ -109,14 +109,14 @@ def concept_table(results: Mapping[str, Any]) -> str:
     """For each concept and SAE: how good the detector is, what it misses, what is absorbed."""
     rows = [
         [
-            of["concept"],
+            concept["concept"],
             run["sae"],
-            of["tokens"],
-            *(_percent(of[key]) for key in ("precision", "recall", "miss_rate", "absorption")),
-            of["specific_latents"],
+            concept["tokens"],
+            *(_percent(concept[key]) for key in ("precision", "recall", "miss_rate", "absorption")),
+            concept["specific_latents"],
         ]
         for concepts in zip(*(run["concepts"] for run in results["runs"]), strict=True)
-        for run, of in zip(results["runs"], concepts, strict=True)
+        for run, concept in zip(results["runs"], concepts, strict=True)
     ]
     headers = ["concept", "SAE", "tokens", "precision", "recall", "missed", "absorbed", "specific"]
     return table(headers, rows)

@@ -43,7 +43,7 @@ def estimate(
     is_cached: whether the train and the validation cache are finished already.
     """
     training, cache = comparison.training, comparison.cache
-    sizes = (cache.tokens, comparison.own.validation_tokens)
+    sizes = (cache.tokens, comparison.config.validation_tokens)
     missing = [0 if is_there else n for n, is_there in zip(sizes, is_cached, strict=True)]
     an_activation = D_MODEL * (4 if cache.dtype == "float32" else 2) + 12
     flops = 1e12 * GPUS[gpu][1] * GPU_SHARE  # a second
@@ -64,7 +64,7 @@ def estimate(
     commits = steps / 60 * (COMMIT + 3 * saes / VOLUME_WRITE)
     reading = cache.tokens * an_activation / min(VOLUME_READ, HASH)
     train = START + reading + steps + commits + EVALUATE
-    n_containers = len(comparison.kinds) * comparison.own.seeds
+    n_containers = len(comparison.kinds) * comparison.config.seeds
     counting = START + sum(missing) / TOKENS_A_ROW / READ_ROWS
     cached = sum(many * seconds for many, seconds in zip(containers, caching, strict=True))
     return {
@@ -85,7 +85,7 @@ def plan_text(
 ) -> str:
     """The estimate in three lines."""
     e = estimate(comparison, gpu, workers, is_cached)
-    n_containers = len(comparison.kinds) * comparison.own.seeds
+    n_containers = len(comparison.kinds) * comparison.config.seeds
     n_caching = sum(caching_containers(workers, is_cached))
     first = f"{n_caching} {gpu} cache, then " if n_caching else ""
     is_there = ["is cached already" if there else "is not cached yet" for there in is_cached]

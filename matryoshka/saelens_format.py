@@ -40,7 +40,7 @@ ARCHITECTURES = {"relu": "standard", "jumprelu": "jumprelu", "batchtopk": "jumpr
 IN_TRAINING = ("batchtopk", "matryoshka_batchtopk")
 
 
-def is_one(folder: Path) -> bool:
+def recognises(folder: Path) -> bool:
     """Whether a folder is one of SAELens's, perhaps with files missing."""
     return (folder / WEIGHTS).exists()
 

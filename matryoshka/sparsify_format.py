@@ -21,7 +21,7 @@ TENSORS = {
 }
 
 
-def is_one(folder: Path) -> bool:
+def recognises(folder: Path) -> bool:
     """Whether a folder is one of sparsify's."""
     return (folder / WEIGHTS).exists() and (folder / CONFIG).exists()
 

@@ -34,7 +34,7 @@ def test_every_flag_reaches_its_script_and_no_two_are_one() -> None:
     of_cache = {f.name for f in dataclasses.fields(CacheConfig)} - {*parts.NOT_OF_CACHE}
     of_training = {f.name for f in dataclasses.fields(Config)} - {*parts.NOT_OF_TRAINING}
     assert "members" in of_training
-    own = {f.name for f in dataclasses.fields(parts.OwnConfig)}
+    own = {f.name for f in dataclasses.fields(parts.ComparisonConfig)}
     assert not of_cache & of_training
     assert not own & (of_cache | of_training)
     flags = {f.name for f in dataclasses.fields(parts.flags_of(Config))}
