@@ -1,14 +1,14 @@
-"""TinyModel: its forward pass up to a residual layer, and its weights.
+"""TinyModel: a small language model, its activations, and how its weights are loaded.
 
-A transformer of the plainest kind, trained on TinyStories (N. Nabeshima; 4 layers, d_model 768,
-16 heads, 10,000 tokens). There is no LayerNorm anywhere:
+It is a transformer without LayerNorm, trained on TinyStories (N. Nabeshima; 4 layers, d_model 768,
+16 heads, 10,000 tokens):
 
     x = embed[tok_ids] + pos_embed
-    x = x + attn(x),  x = x + mlp(x)     once a block
+    x = x + attn(x),  x = x + mlp(x)     in each block
     log-probabilities = log_softmax(x W_head + b_head)
 
-The residual stream at layer L is the input of block L, blocks counted from 0; at L = n_layers it
-is what the head reads. Shapes are read off the weights, so any state dict of these names loads.
+The residual stream at layer L is the input of block L, counted from 0; at L = n_layers it is the
+input of the head. Sizes are taken from the weights' shapes, so weights of other sizes load, too.
 """
 
 import functools
@@ -30,27 +30,27 @@ from matryoshka.errors import UserError
 from matryoshka.sites import Replace, Site, check_site
 
 WEIGHTS_FILE = "tiny_model.pt"
-BEGIN, PAD = 9996, 9998  # of its 10,000 token ids: what rows begin with, and are filled up with
-HASHED_AT_ONCE = 2**24  # values: a copy of all of a large model's weights in float32 may not fit
+BEGIN, PAD = 9996, 9998  # the token ids that a row begins with, and that it is padded with
+HASHED_AT_ONCE = 2**24  # values; a float32 copy of all weights of a large model may not fit
 SPECIAL_TEXTS = {BEGIN: "[BEGIN]", 9997: "[END]", PAD: "[PAD]", 9999: "[UNK]"}
 
 
 class Linear(nn.Linear):
-    """A linear map whose values are always loaded: none are drawn, which takes seconds."""
+    """A linear map that is not initialized, because its values are loaded: that saves seconds."""
 
     def reset_parameters(self) -> None:
-        pass
+        """Does nothing."""
 
 
 class Embedding(nn.Embedding):
-    """As `Linear`, for an embedding."""
+    """An embedding that is not initialized, like `Linear`."""
 
     def reset_parameters(self) -> None:
-        pass
+        """Does nothing."""
 
 
 class Attention(nn.Module):
-    """Causal attention, scaled by 1/sqrt(d_head). Q, K and V have no bias, O has one."""
+    """Causal attention, scaled by 1/sqrt(d_head). Q, K and V have no biases; O has one."""
 
     def __init__(self, d_model: int, n_heads: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Read in, ReLU, write out."""
+    """The MLP: a linear map, ReLU, and another linear map."""
 
     def __init__(self, d_model: int, d_mlp: int) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP, each added to the stream that it reads."""
+    """Attention and then the MLP; the output of each is added to the stream."""
 
     def __init__(self, d_model: int, n_heads: int, d_mlp: int) -> None:
         super().__init__()
@@ -101,15 +101,15 @@ class Block(nn.Module):
 
 
 class TinyModel(nn.Module):
-    """The whole model. Make it with `from_pretrained`: `TinyModel(...)` has shapes, no values.
+    """The whole model, a `language_models.LanguageModel`.
 
-    It is a `language_models.LanguageModel`. Rows can be padded at their end only, where no other
-    position sees the padding.
+    Make it with `from_pretrained`; `TinyModel(...)` has shapes but no values. Rows can only be
+    padded at their end, where no real position attends to padding.
     """
 
     has_head = stream_is_all = True
     tokenizer = None  # the weights come without one
-    texts: Sequence[str] = ()  # of token ids: see `tiny_tokens.load_texts`
+    texts: Sequence[str] = ()  # the text of each token id: see `tiny_tokens.load_texts`
     begin_id, pad_id = BEGIN, PAD
     special_ids = frozenset({BEGIN, PAD})
 
@@ -121,7 +121,7 @@ class TinyModel(nn.Module):
             raise UserError(f"n_heads is {n_heads}: it must divide the weights' d_model, {d_model}")
         self.d_model, self.n_layers, self.n_heads = d_model, n_layers, n_heads
         self.d_vocab, self.max_seq_len = d_vocab, max_seq_len
-        with torch.device("meta"):  # shapes only: unloaded weights cannot be run by mistake
+        with torch.device("meta"):  # shapes only, so that it cannot be run without weights
             self.embed = Embedding(d_vocab, d_model)
             self.pos_embed = nn.Parameter(torch.empty(1, max_seq_len, d_model))
             self.torso = nn.ModuleList(Block(d_model, n_heads, d_mlp) for _ in range(n_layers))
@@ -135,13 +135,13 @@ class TinyModel(nn.Module):
         device: str | torch.device = "cpu",
         n_heads: int = 16,
     ) -> "TinyModel":
-        """The model whose weights are in a file, in a folder, or in a repo on the hub.
+        """Loads the model from a file, a folder or a repo on the hub.
 
-        `name_or_path`: a `.pt` or `.safetensors` file, a folder or a hub repo that holds
-        `tiny_model.pt`; `revision`: the hub repo's branch, tag or commit. Every shape but the
-        number of heads can be read off the weights. They are run in float32, whatever they are
-        stored in, and ask for no gradient. Raises `UserError` where there are no weights there,
-        the hub does not answer, or names or shapes are not a TinyModel's.
+        `name_or_path`: a `.pt` or `.safetensors` file, or a folder or hub repo that has
+        `tiny_model.pt`. `revision`: the hub repo's branch, tag or commit. All sizes are taken from
+        the weights' shapes, except the number of heads. Weights are converted to float32, and do
+        not require gradients. Raises `UserError` if there are no weights, the hub cannot be
+        reached, or names or shapes are not those of a TinyModel.
         """
         path = locate_weights(name_or_path, revision)
         return cls.from_state_dict(read_weights(path), str(name_or_path), n_heads).to(device)
@@ -150,18 +150,18 @@ class TinyModel(nn.Module):
     def from_state_dict(
         cls, state: dict[str, Tensor], source: str = "state dict", n_heads: int = 16
     ) -> "TinyModel":
-        """The model with these weights, as float32. Raises `UserError` naming `source`."""
+        """Makes the model with these weights, in float32. Raises `UserError`, naming `source`."""
         shapes = check_weights(state, source)
         model = cls(n_heads=n_heads, **shapes)
-        # .clone(): the hub's file must not be changed through this model, nor one model by another
+        # .clone(): a change of this model must not change the file, or another model of `state`.
         weights = {name: tensor.to(torch.float32).clone() for name, tensor in state.items()}
         model.load_state_dict(weights, assign=True)
         return model.eval().requires_grad_(False)
 
     def embed_tokens(self, tok_ids: Tensor) -> Tensor:
-        """[batch, seq] token ids to the residual stream at layer 0, [batch, seq, d_model].
+        """The residual stream at layer 0, [batch, seq, d_model], from token ids [batch, seq].
 
-        Raises `UserError` for a sequence longer than the positions that the model has.
+        Raises `UserError` if seq is above `max_seq_len`.
         """
         seq = tok_ids.shape[1]
         if seq > self.max_seq_len:
@@ -171,20 +171,20 @@ class TinyModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.pos_embed.device
 
     def text_of(self, tok_id: int) -> str:
-        """The name of a special token, else its text, or the id itself where `texts` has none."""
+        """The name of a special token, or else the text in `texts`, or else the id as text."""
         text = self.texts[tok_id] if 0 <= tok_id < len(self.texts) else ""
         return SPECIAL_TEXTS.get(tok_id, text or str(tok_id))
 
     def residual(self, tok_ids: Tensor, layer: int, is_real: Tensor | None = None) -> Tensor:
-        """The residual stream at `layer`, [batch, seq, d_model]: only blocks before it are run.
+        """The residual stream at `layer`, [batch, seq, d_model]. Only the blocks before it are run.
 
-        `tok_ids`: integers, [batch, seq], in 0..d_vocab-1 (not checked here: on a GPU that would
-        be a stall a call). Raises `UserError` for a layer or a length that the model has not, and
-        where padding, False in `is_real`, comes before a token.
+        `tok_ids`: integers [batch, seq], from 0 to d_vocab - 1 (not checked, because on a GPU each
+        check would wait for it). Raises `UserError` for a layer or a length that the model does not
+        have, and if padding, False in `is_real`, comes before a token.
         """
         self.check_layer(layer)
         require_padded_at_end(is_real)
@@ -196,8 +196,8 @@ class TinyModel(nn.Module):
     def forward_from(self, residual: Tensor, layer: int, is_real: Tensor | None = None) -> Tensor:
         """Log-probabilities, [batch, seq, d_vocab], from the residual stream at `layer`.
 
-        A reconstruction in the residual's place, [batch, seq, d_model], is how one asks what an
-        SAE costs the model. Raises `UserError` as `residual` does.
+        With an SAE's reconstruction as `residual` [batch, seq, d_model], they show how much the SAE
+        costs the model. Raises `UserError` as the method `residual` does.
         """
         self.check_layer(layer)
         require_padded_at_end(is_real)
@@ -209,8 +209,10 @@ class TinyModel(nn.Module):
     def activations(
         self, tok_ids: Tensor, layer: int, site: Site, is_real: Tensor | None = None
     ) -> Tensor:
-        """The activations at a site of `layer`, [batch, seq, d_model]; no more is run than it
-        needs. Raises `UserError` as `residual` does, and for a site that is none."""
+        """The activations at a site of `layer`, [batch, seq, d_model].
+
+        The forward pass stops there. Raises `UserError` as `residual` does, and for unknown sites.
+        """
         self.check_site(layer, site)
         if site == "resid_post":
             return self.residual(tok_ids, layer + 1, is_real)
@@ -233,8 +235,10 @@ class TinyModel(nn.Module):
         replace: Replace,
         is_real: Tensor | None = None,
     ) -> Tensor:
-        """Log-probabilities, [batch, seq, d_vocab], with `replace(acts)` where a site's activations
-        [batch, seq, d_model] were. Raises `UserError` as `activations` does."""
+        """Log-probabilities, [batch, seq, d_vocab], if `replace(acts)` replaces the activations.
+
+        acts, at a site of `layer`, are [batch, seq, d_model]. Raises `UserError` as `activations`.
+        """
         self.check_site(layer, site)
         if site == "resid_post":
             return self.log_probs_with(tok_ids, layer + 1, "resid_pre", replace, is_real)
@@ -254,19 +258,19 @@ class TinyModel(nn.Module):
         return self.forward_from(self.embed_tokens(tok_ids), layer=0)
 
     def check_layer(self, layer: int) -> None:
-        """Raises `UserError` unless the model has a residual stream at `layer`."""
+        """Raises `UserError` if the model does not have a residual stream at `layer`."""
         self.check_site(layer, "resid_pre")
 
     def check_site(self, layer: int, site: str) -> None:
-        """Raises `UserError` unless the model has this site at this layer."""
+        """Raises `UserError` if the model does not have this site at this layer."""
         check_site(layer, site, self.n_layers)
 
     @functools.cached_property
     def weights_hash(self) -> str:
-        """SHA-256 of names, shapes and float32 values, sorted by name: 64 hex digits.
+        """SHA-256 of the weights' names, shapes and float32 values, by name: 64 hex digits.
 
-        The same weights have the same hash in whichever format or precision they were stored.
-        Computed once: weights changed afterwards keep the old one.
+        It does not depend on the file's format. It is computed once, and does not change if the
+        weights are changed afterwards.
         """
         return hash_of(self.state_dict())
 
@@ -282,13 +286,13 @@ def hash_of(weights: Mapping[str, Tensor]) -> str:
 
 
 def require_padded_at_end(is_real: Tensor | None) -> None:
-    """Raises `UserError` where a token follows padding: is_real is bool [batch, seq], or None."""
+    """Raises `UserError` if a token follows padding. is_real: bool [batch, seq], or None."""
     if is_real is not None and bool((is_real[:, 1:] & ~is_real[:, :-1]).any()):
-        raise UserError("rows of TinyModel can be padded at their end only")
+        raise UserError("rows of TinyModel can only be padded at their end")
 
 
 def locate_weights(name_or_path: str | Path, revision: str | None) -> Path:
-    """The weights' file on this machine, downloaded if it is the hub's. Raises `UserError`."""
+    """The path of the file of weights; downloads it if it is on the hub. Raises `UserError`."""
     path, name = Path(name_or_path), str(name_or_path)
     if os.path.isdir(path):
         if not os.path.isfile(path / WEIGHTS_FILE):
@@ -300,10 +304,10 @@ def locate_weights(name_or_path: str | Path, revision: str | None) -> Path:
         raise UserError(f"there are no weights at {name}: no such file, and no hub repo's name")
     try:
         return Path(huggingface_hub.hf_hub_download(name, WEIGHTS_FILE, revision=revision))
-    # The client lets a dozen unrelated classes through, its own and its HTTP library's.
+    # The client raises errors of many classes, its own and those of its HTTP library.
     except Exception as error:
         at = f" at revision {revision}" if revision else ""
-        reason = f"{type(error).__name__}: {error}"[:200]  # a full disk, a home that is read-only
+        reason = f"{type(error).__name__}: {error}"[:200]  # such as a full disk
         raise UserError(
             f"cannot get {WEIGHTS_FILE} of {name}{at} from the Hugging Face hub ({reason}); to use "
             f"a local copy, give the path of its {WEIGHTS_FILE} instead of the name"
@@ -311,7 +315,7 @@ def locate_weights(name_or_path: str | Path, revision: str | None) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors or .pt file; no code in it is run. Raises `UserError`."""
+    """Reads the state dict in a .safetensors or .pt file; runs no code. Raises `UserError`."""
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -332,15 +336,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def expected_shapes(
     d_model: int, n_layers: int, d_mlp: int, d_vocab: int, max_seq_len: int
 ) -> dict[str, list[int]]:
-    """Every name in a TinyModel's state dict, with its shape."""
+    """The name and the shape of every tensor in a TinyModel's state dict."""
     model = TinyModel(d_model, n_layers, 1, d_mlp, d_vocab, max_seq_len)
     return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def check_weights(state: dict[str, Tensor], source: str) -> dict[str, int]:
-    """`TinyModel`'s arguments but n_heads, read off the weights. Raises `UserError`.
+    """The arguments of `TinyModel` except n_heads, from the weights' shapes.
 
-    The message says which tensor is wrong, what was expected and what was found.
+    Raises `UserError` that says which tensor is wrong, what was expected and what was found.
     """
 
     def size(name: str, ndim: int, axis: int) -> int:
@@ -357,7 +361,7 @@ def check_weights(state: dict[str, Tensor], source: str) -> dict[str, int]:
         "d_model": size("embed.weight", 2, 1),
         "max_seq_len": size("pos_embed", 3, 1),
         "d_mlp": size("torso.0.mlp.read_in.weight", 2, 0),
-        # No more blocks than names: a stray torso.99999999 is a wrong name, not a huge model.
+        # A limit, so that a wrong name such as torso.99999999 does not make a huge model.
         "n_layers": min(len(state), 1 + max((int(b) for b in blocks if b.isdecimal()), default=0)),
     }
     if min(shapes.values()) < 1:

@@ -1,7 +1,7 @@
-"""The texts of TinyModel's token ids, which its weights come without.
+"""The texts of TinyModel's token ids, which are not part of its weights.
 
-The PyPI package tinymodel holds `ts_tok_ids_to_neo.pt`, a tensor of the id that each token has in
-the vocabulary of GPT-Neo, which is GPT-2's. That vocabulary, `vocab.json`, is read from beside it
+The PyPI package tinymodel has `ts_tok_ids_to_neo.pt`, a tensor with the id of each token in the
+vocabulary of GPT-Neo, which is GPT-2's. This vocabulary, `vocab.json`, is read from the same folder
 or from GPT-2's repo on the hub.
 """
 
@@ -13,14 +13,15 @@ import torch
 
 from matryoshka.errors import UserError
 
-VOCABULARY = "vocab.json"  # token to id; a space is written as U+0120
-GPT2 = "openai-community/gpt2"  # on the hub
+VOCABULARY = "vocab.json"  # from tokens to ids; a space is written as U+0120
+GPT2 = "openai-community/gpt2"  # its name on the hub
 
 
 def load_texts(path: Path) -> list[str]:
-    """The text of each of TinyModel's ids, the space before it included; "" of special tokens.
+    """The text of each of TinyModel's token ids, with its leading space; "" for special tokens.
 
-    path: `ts_tok_ids_to_neo.pt`. Raises `UserError` where it is none, or there is no vocabulary.
+    path: `ts_tok_ids_to_neo.pt`. Raises `UserError` if it cannot be read, or GPT-2's vocabulary
+    cannot be found.
     """
     try:
         gpt2_ids = torch.load(path, weights_only=True).tolist()
@@ -29,7 +30,7 @@ def load_texts(path: Path) -> list[str]:
         return [decode(tokens[i]) if i in tokens else "" for i in gpt2_ids]
     except UserError:
         raise
-    except Exception as error:  # torch.load's are of many classes
+    except Exception as error:  # torch.load raises errors of many classes
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
         raise UserError(
             f"--tokenizer {path} cannot be read ({reason}): expected ts_tok_ids_to_neo.pt of the "
@@ -38,22 +39,22 @@ def load_texts(path: Path) -> list[str]:
 
 
 def vocabulary_beside(path: Path) -> Path:
-    """GPT-2's vocabulary in the folder of `path`, else the hub's, downloaded. Raises `UserError`"""
+    """GPT-2's vocabulary in the folder of `path`, or else downloaded. Raises `UserError`."""
     beside = path.parent / VOCABULARY
     if beside.is_file():
         return beside
     try:
         return Path(huggingface_hub.hf_hub_download(GPT2, VOCABULARY))
-    except Exception as error:  # of many classes
+    except Exception as error:  # the client raises errors of many classes
         raise UserError(
-            f"there is no {VOCABULARY} beside {path}, and {GPT2} on the hub gives none "
-            f"({type(error).__name__}): put GPT-2's there"
+            f"there is no {VOCABULARY} beside {path}, and it could not be downloaded from {GPT2} "
+            f"({type(error).__name__}): put GPT-2's {VOCABULARY} there"
         ) from None
 
 
 def decode(token: str) -> str:
-    """The text of one of GPT-2's tokens. A part of a character is U+FFFD."""
-    from tokenizers import decoders  # only here: it comes with transformers
+    """The text of one of GPT-2's tokens; U+FFFD for a part of a character."""
+    from tokenizers import decoders  # imported here because only `transformers` brings it
 
     text: str = decoders.ByteLevel().decode([token])
     return text

@@ -1,8 +1,8 @@
-"""Rows of token ids: read from a folder or from the Hugging Face hub, checked, and counted.
+"""Reads rows of token ids from a folder or from the Hugging Face hub, checks and counts them.
 
-A dataset is a file `SPLIT.jsonl` with one row of token ids a line, {"tok_ids": [...]}, all of one
-length. Rows are counted from 0, and blank lines are no rows. A dataset in a folder is read by this
-module alone: its name is not a pattern, and nothing is written elsewhere.
+A dataset is a file `SPLIT.jsonl` in which each line is a row of token ids, {"tok_ids": [...]}; all
+rows have the same length. Rows are counted from 0; blank lines do not count. A dataset in a folder
+is read without the library `datasets`, which would read the name as a pattern and write copies.
 """
 
 import dataclasses
@@ -23,21 +23,21 @@ from matryoshka.tiny_model import BEGIN, PAD
 
 @dataclasses.dataclass(frozen=True)
 class TokenRows:
-    """The rows of one split of a dataset: a folder with `SPLIT.jsonl`, or a dataset on the hub."""
+    """The rows of one split of a dataset, which is a folder with `SPLIT.jsonl` or on the hub."""
 
     dataset: str
     split: str = "train"
-    revision: str | None = None  # of a dataset on the hub: a branch, tag or commit
+    revision: str | None = None  # the branch, tag or commit of a dataset on the hub
 
     @property
     def file(self) -> Path:
-        """Where the rows are, below the folder or the hub's name."""
+        """The file of the rows, in the folder or the hub's dataset."""
         return Path(self.dataset) / f"{self.split}.jsonl"
 
     def identity(self) -> dict[str, Any]:
-        """What tells these rows from others: names, and of a local file its size and checksum.
+        """What distinguishes these rows from others: names, and a local file's size and checksum.
 
-        Raises `UserError` where the file cannot be read.
+        Raises `UserError` if the file cannot be read.
         """
         is_local = os.path.isfile(self.file)
         return {
@@ -51,11 +51,12 @@ class TokenRows:
     def read(
         self, start: int, end: int | None, d_vocab: int, block_size: int = 1024
     ) -> Iterator[np.ndarray]:
-        """Token ids of rows `start` up to `end` (None: all), `block_size` rows at a time.
+        """Yields the token ids of rows `start` to `end` - 1 (None: to the end), int64 [n, seq].
 
-        Yields int64 [n, seq]; ends early where the dataset does. Raises `UserError` naming the
-        file and the row where there is no `tok_ids`, a row is not as long as the first that was
-        read, or an id is not below `d_vocab`; `ValueError` where `start` and `end` are no range.
+        A block has `block_size` rows. If the dataset has fewer rows than `end`, it ends early.
+        Raises `UserError`, which names the file and the row, if there is no `tok_ids`, if a row has
+        another length than the first one read, or if an id is not below `d_vocab`. Raises
+        `ValueError` if `start` and `end` are not a range.
         """
         whole_number("start", start, 0)
         rows = self._parsed_rows(start, block_size)
@@ -66,7 +67,7 @@ class TokenRows:
             yield np.stack(block)
 
     def _checked_rows(self, rows: Iterator[Any], start: int, d_vocab: int) -> Iterator[np.ndarray]:
-        """The token ids of `rows`, int64 [seq] each; the first of them is row `start`."""
+        """Yields the token ids of `rows`, each int64 [seq]; the first of them is row `start`."""
         seq = None
         for i, row in enumerate(rows, start):
             ids = _token_ids(row, f"{self.file} row {i}", d_vocab)
@@ -78,7 +79,7 @@ class TokenRows:
             yield ids
 
     def _parsed_rows(self, start: int, block_size: int) -> Iterator[Any]:
-        """The rows from `start` on, unchecked. Raises `UserError` where there is no dataset."""
+        """Yields the rows from `start` on, unchecked. Raises `UserError` if there is no dataset."""
         if os.path.isdir(self.dataset):
             if not os.path.isfile(self.file):
                 raise UserError(f"dataset folder {self.dataset} holds no {self.split}.jsonl")
@@ -88,7 +89,7 @@ class TokenRows:
         raise UserError(f"--dataset {self.dataset} is no folder here, and no hub dataset's name")
 
     def _local_rows(self, start: int) -> Iterator[Any]:
-        """What the file's lines hold that are not blank, from the `start`-th on."""
+        """Yields the contents of the file's lines that are not blank, from row `start` on."""
         row = 0
         try:
             with self.file.open("rb") as lines:
@@ -106,8 +107,8 @@ class TokenRows:
             ) from None
 
     def _hub_rows(self, start: int, block_size: int) -> Iterator[Any]:
-        """The rows of a dataset on the hub from `start` on, as they arrive."""
-        import datasets  # only here: it takes seconds, and needs a home that it can write to
+        """Yields the rows of a dataset on the hub from `start` on, while they are downloaded."""
+        import datasets  # imported here: it takes seconds, and needs a home that it can write to
 
         try:
             stream = datasets.load_dataset(
@@ -119,9 +120,9 @@ class TokenRows:
             ).skip(start)
             for block in stream.with_format("arrow").iter(batch_size=block_size):
                 yield from block.to_pylist()
-        # Its errors come from a dozen libraries and share no class.
+        # Its errors come from many libraries and have no common class.
         except Exception as error:
-            cause = error.__cause__ or error  # it wraps what went wrong in "an error occurred"
+            cause = error.__cause__ or error  # its own message is only "an error occurred"
             reason = f"{type(cause).__name__}: {cause}"[:200]
             raise UserError(
                 f"cannot get {self.file} from the Hugging Face hub ({reason}); to use a local "
@@ -130,6 +131,7 @@ class TokenRows:
 
 
 def _sha256(file: Path) -> str:
+    """The SHA-256 of a file in hexadecimal. Raises `UserError` if it cannot be read."""
     try:
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
@@ -138,7 +140,7 @@ def _sha256(file: Path) -> str:
 
 
 def _token_ids(row: Any, where: str, d_vocab: int) -> np.ndarray:
-    """The token ids of one row, int64 [seq]. Raises `UserError` that begins with `where`."""
+    """The checked token ids of one row, int64 [seq]. Raises `UserError`, beginning with `where`."""
     if not isinstance(row, dict):
         raise UserError(f'{where}: a {type(row).__name__}, expected {{"tok_ids": [...]}}')
     ids = row.get("tok_ids")
@@ -161,8 +163,10 @@ def _token_ids(row: Any, where: str, d_vocab: int) -> np.ndarray:
 
 
 def kept_positions(rows: np.ndarray, keep_begin: bool) -> np.ndarray:
-    """Which positions of `rows` [n, seq] are cached, bool [n, seq]: not [PAD], and [BEGIN] only if
-    asked for."""
+    """Which positions of `rows` [n, seq] are cached: bool [n, seq].
+
+    [PAD] never is, and [BEGIN] only if `keep_begin`.
+    """
     kept: np.ndarray = rows != PAD
     return kept if keep_begin else kept & (rows != BEGIN)
 
@@ -170,10 +174,10 @@ def kept_positions(rows: np.ndarray, keep_begin: bool) -> np.ndarray:
 def count_rows(
     token_rows: TokenRows, n_tokens: int, keep_begin: bool, d_vocab: int
 ) -> tuple[int, int]:
-    """How many of the first rows hold `n_tokens` activations, and how many they hold.
+    """How many rows it takes to get `n_tokens` activations, and how many activations they have.
 
-    The second number is below `n_tokens` where the dataset ends earlier. Reads those rows, so that
-    a bad one is found before a model has run. Raises `UserError` if there is nothing to cache.
+    The second number is below `n_tokens` if the dataset ends earlier. This reads the rows, so a bad
+    one is found before a model has run. Raises `UserError` if there is nothing to cache.
     """
     n_rows = n_found = 0
     for rows in token_rows.read(0, None, d_vocab):

@@ -1,13 +1,15 @@
-"""What each latent fires on, in one pass over a cache: its strongest tokens, a sample, a histogram.
+"""Collects what each latent fires on: its strongest tokens, a random sample, and a histogram.
 
-An activation here is a_j ||d_j|| / s: how long the vector is that latent j adds to the
-reconstruction, in the units of the data. It stays the same whatever the length of a decoder row.
+An activation here is a_j ||d_j|| / s, the length of the vector that latent j adds to the
+reconstruction, in the units of the data. It does not depend on how an SAE divides this length
+between encoder and decoder.
 
-Memory grows with the number of latents, not of tokens. The strongest tokens are found by merging
-each batch with those kept so far. The sample of a latent is the firings of the lowest keys, where
-a firing's key is a hash of the seed, the token and the latent: a uniform sample that depends
-neither on the batches nor on their order. A histogram's bins are as wide as a power of two, and
-two of them are made one where a larger activation asks for it.
+One pass over a cache is enough, with memory that grows with the number of latents but not of
+tokens. The strongest tokens are found by merging each batch with those kept so far. A firing's key
+is a hash of the seed, the token and the latent; a latent's sample is its firings with the lowest
+keys. This is a uniform sample that depends neither on the batches nor on their order. The width of
+a histogram's bins is a power of two; for a larger activation, it is doubled and pairs of bins are
+merged.
 """
 
 from typing import NamedTuple
@@ -23,9 +25,9 @@ from matryoshka.hierarchy import Pairs
 from matryoshka.pair_sums import MAX_LATENTS, Firings, PairSums
 from sae import SAE
 
-N_TOP, TOP_A_ROW = 20, 2  # strongest tokens that are kept, and how many of them from one row
+N_TOP, TOP_A_ROW = 20, 2  # strongest tokens that are kept, and the most of them from one row
 N_SAMPLE = 100  # firings in a latent's sample
-N_QUANTILES, N_A_QUANTILE = 10, 5
+N_QUANTILES, N_A_QUANTILE = 10, 5  # quantiles of activations, and examples of each
 N_BINS = 64
 BATCH_SIZE = 4096  # activations encoded at once
 
@@ -33,9 +35,9 @@ Array = np.ndarray
 
 
 class Examples(NamedTuple):
-    """What was collected of one SAE on one cache. A token is a number: its place in the cache.
+    """What was collected about one SAE on one cache. A token is a number, its index in the cache.
 
-    Where a latent fired on fewer, its lists end with tokens of -1 and activations of 0.
+    If a latent fires too seldom to fill a list, the list ends with tokens -1 and activations 0.
     """
 
     n_tokens: int
@@ -46,9 +48,9 @@ class Examples(NamedTuple):
     top_values: Array  # float32 [n_latents, N_TOP]
     sample_tokens: Array  # int64 [n_latents, N_SAMPLE], in random order
     sample_values: Array  # float32 [n_latents, N_SAMPLE]
-    histogram: Array  # int64 [n_latents, N_BINS]: activations from bin k's k * width up
-    bin_width: Array  # float32 [n_latents], a power of two; 0 where a latent never fires
-    token_counts: Array  # int64 [highest token id + 1], of the whole cache
+    histogram: Array  # int64 [n_latents, N_BINS]: bin k counts from k to (k + 1) times the width
+    bin_width: Array  # float32 [n_latents], a power of two; 0 if the latent never fires
+    token_counts: Array  # int64 [highest token id + 1]: how often each id is in the cache
 
 
 class Collector:
@@ -66,7 +68,7 @@ class Collector:
         self.token_counts = np.zeros(0, dtype=np.int64)
 
     def add(self, firings: Firings, tok_ids: Tensor, rows: Tensor) -> None:
-        """Adds a batch, its token ids and the dataset's rows: int64 [n] each."""
+        """Adds a batch's firings, its token ids, and its rows in the dataset: int64 [n] each."""
         latent, value = firings.latent, firings.value
         token, row = firings.token + self.n_tokens, rows.cpu().numpy()[firings.token]
         self.fired += np.bincount(latent, minlength=self.n_latents)
@@ -94,7 +96,7 @@ class Collector:
         self.token_counts = counts
 
     def examples(self) -> Examples:
-        """What was collected."""
+        """The collected examples."""
         never = self.exponent == _NO_BINS
         self.top.merge()
         self.sample.merge()
@@ -117,7 +119,7 @@ _NO_BINS = -1000  # the exponent of a latent that has not fired
 
 
 class _Some(NamedTuple):
-    """Some firings, [n] each; those of a lower key come first."""
+    """Some firings, arrays [n]; a lower key is better."""
 
     latent: Array
     key: Array
@@ -130,10 +132,10 @@ class _Some(NamedTuple):
 
 
 class _Kept:
-    """For each latent the `size` firings of the lowest keys so far, lowest first; where `a_row` is
-    not 0, no more than that many of them from one row.
+    """Keeps, for each latent, the `size` firings with the lowest keys so far, lowest first.
 
-    New ones wait until they are as many as those kept, since merging takes long.
+    If `a_row` is not 0, at most that many are from the same row. Because merging takes long, new
+    firings are only merged when they are as many as those kept.
     """
 
     def __init__(self, n_latents: int, size: int, a_row: int):
@@ -146,19 +148,20 @@ class _Kept:
         self.waiting: list[_Some] = []
 
     def add(self, new: _Some) -> None:
-        """Adds those that may be among the lowest. Tokens must rise from one call to the next."""
+        """Adds those that may be among the lowest. Tokens must increase from call to call."""
         self.waiting.append(new.take(new.key < self.key[new.latent, -1]))
         if sum(len(some.latent) for some in self.waiting) > self.key.size:
             self.merge()
 
     def merge(self) -> None:
-        """Keeps the lowest of what is kept and what waits."""
+        """Merges the waiting firings with those kept."""
         held = self.key < np.inf
         latent = np.nonzero(held)[0]
         kept = _Some(latent, *(of[held] for of in (self.key, self.token, self.value, self.row)))
         every = _Some(*map(np.concatenate, zip(kept, *self.waiting, strict=True)))
         self.waiting = []
-        # Tokens rise in what waits, and sorting is stable: of equal keys the first token wins.
+        # Waiting firings are in the order of tokens, and sorting is stable: of equal keys, the
+        # first token is kept.
         if self.a_row:
             every = every.take(np.lexsort((every.key, every.row, every.latent)))
             every = every.take(_place_in_group(every.latent, every.row) < self.a_row)
@@ -172,7 +175,7 @@ class _Kept:
 
 
 def _place_in_group(*columns: Array) -> Array:
-    """Each item's place among those of equal `columns`, which lie together: int64 [n]."""
+    """Each item's index in its group, int64 [n]. A group is adjacent items with equal `columns`."""
     n = len(columns[0])
     begins = np.zeros(n, dtype=bool)
     begins[:1] = True
@@ -182,9 +185,9 @@ def _place_in_group(*columns: Array) -> Array:
 
 
 def _keys(seed: int, latent: Array, token: Array) -> Array:
-    """A number in [0, 1) a firing, a hash of the three: float64 [n].
+    """A number in [0, 1) for each firing, a hash of seed, latent and token: float64 [n].
 
-    The mixing function is that of SplitMix64 (Steele, Lea, Flood 2014).
+    The hash function is SplitMix64's (Steele, Lea, Flood 2014).
     """
     z = token.astype(np.uint64) << np.uint64(24)
     z = (z ^ latent.astype(np.uint64)) + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
@@ -195,7 +198,7 @@ def _keys(seed: int, latent: Array, token: Array) -> Array:
 
 
 def _halved(counts: Array, times: int) -> Array:
-    """A histogram [N_BINS] with pairs of bins made one, `times` times."""
+    """A histogram [N_BINS] in which pairs of bins are merged, `times` times."""
     for _ in range(min(times, N_BINS.bit_length())):
         counts = np.concatenate([counts.reshape(-1, 2).sum(1), np.zeros(N_BINS // 2, np.int64)])
     return counts
@@ -205,13 +208,13 @@ def _halved(counts: Array, times: int) -> Array:
 
 
 def lengths_added(sae: SAE) -> Tensor:
-    """||d_j|| / s, [n_latents]: the length of what a latent adds at an activation of 1."""
+    """||d_j|| / s, [n_latents]: the length of what each latent adds if its activation is 1."""
     lengths: Tensor = sae.W_dec.norm(dim=1) / sae.scale
     return lengths
 
 
 def strengths(sae: SAE, x: Tensor) -> Tensor:
-    """x [n, d_model] -> a_j ||d_j|| / s, [n, n_latents]: the length of what each latent adds."""
+    """a_j ||d_j|| / s, [n, n_latents], the length of what each latent adds. x: [n, d_model]."""
     return sae.encode(x).mul_(lengths_added(sae))
 
 
@@ -219,10 +222,10 @@ def strengths(sae: SAE, x: Tensor) -> Tensor:
 def collect(
     sae: SAE, cache: ActivationCache, seed: int = 0, device: torch.device | str = "cpu"
 ) -> tuple[Examples, Pairs | None]:
-    """Examples of every latent, and how latents fire together: one pass over the cache.
+    """Collects examples of every latent, and how pairs of latents fire together, in one pass.
 
-    The pairs are None over `MAX_LATENTS` latents. Raises `UserError` where the cache's width is
-    not the SAE's, where it holds no activations, or where one is not finite.
+    The pairs are None if there are more than `MAX_LATENTS` latents. Raises `UserError` if the
+    cache's width is not the SAE's, if it has no activations, or if one is not finite.
     """
     if cache.d_model != sae.d_model:
         raise UserError(
@@ -249,8 +252,9 @@ def collect(
 def quantile_examples(examples: Examples, latent: int) -> list[list[tuple[int, float]]]:
     """Up to N_A_QUANTILE firings (token, activation) from each quantile of a latent's activation.
 
-    The quantiles, lowest first, are those of its sample, which is all of its firings where there
-    are no more than N_SAMPLE. Those of a quantile are the first of the sample: at random.
+    The quantiles, lowest first, are those of the latent's sample, which has all of its firings if
+    there are no more than N_SAMPLE. A quantile's firings are its first ones in the sample, whose
+    order is random.
     """
     tokens, values = examples.sample_tokens[latent], examples.sample_values[latent]
     n = int((tokens >= 0).sum())

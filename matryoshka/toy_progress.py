@@ -1,4 +1,4 @@
-"""How far the toy's training is: a count that processes share, and a line of figures."""
+"""The progress of the toy's training: steps done, in memory that processes share, and figures."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,32 +8,34 @@ import numpy as np
 
 
 class Progress:
-    """Where training stands, in memory that processes share: steps done, then what to show."""
+    """The progress of training, in memory that processes share: steps done, and latest figures."""
 
     FIGURES = ("l0", "fvu", "sparsity_weight")
 
     def __init__(self, context: Any, names: Sequence[str]):
-        """context: of `multiprocessing`; names: the kinds of SAE that are trained."""
+        """context: a context of `multiprocessing`; names: the kinds of SAE that are trained."""
         self.names = tuple(names)
         self.stop = context.Event()
         self.steps = context.Value("q", 0)
         self.latest = context.Array("d", [math.nan] * len(names) * len(self.FIGURES))
 
     def advance(self, steps: int) -> None:
-        """Counts steps of a stack as done. Raises `KeyboardInterrupt` where all is to stop."""
+        """Adds to the steps done. Raises `KeyboardInterrupt` if `stop` is set."""
         if self.stop.is_set():
             raise KeyboardInterrupt
         with self.steps.get_lock():
             self.steps.value += steps
 
     def show(self, record: Mapping[str, np.ndarray]) -> None:
-        """Shows the first seed of a stack, whose SAEs stand as in `record`."""
+        """Sets the latest figures to those of a stack's first seed. record: the stack's metrics."""
         of_first = [record[what].reshape(len(self.names), -1)[:, 0] for what in self.FIGURES]
         self.latest[:] = np.transpose(of_first).ravel().tolist()
 
     def text(self, width: int) -> str:
-        """The latest figures of every SAE, all of them or as many as fit in `width` characters; ""
-        where there are none yet."""
+        """The latest figures of every SAE; fewer figures if they do not fit in `width` characters.
+
+        "" if there are none yet.
+        """
         rows = np.array(self.latest[:]).reshape(len(self.names), -1)
         if np.isnan(rows).any():
             return ""

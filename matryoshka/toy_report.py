@@ -1,4 +1,4 @@
-"""What the toy ends with: its tables, and its figures."""
+"""The tables and the figures that the toy's script ends with."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,20 +17,23 @@ from matryoshka.toy_stack import (
     matched_views,
 )
 
-if TYPE_CHECKING:  # scripts import this module, which needs them for its annotations alone
+if TYPE_CHECKING:  # for annotations only, because these scripts import this module
     from toy_model import ToyData
     from train_toy import Config
 
 N_DRAWN = 200  # held-out samples in the figure of activations
 N_COUNTS = 3  # numbers of clean features in a cell of the table
-EDGES = ("found", "wrong", "missing")  # of `hierarchy.tree_edges`
+EDGES = ("found", "wrong", "missing")  # the counts of `hierarchy.tree_edges`
 FIGURES = ("activations.png", "decoder_cosines.png", "encoder_cosines.png", "curves.png")
-SEEDS_FIGURE = "seeds.png"  # where there are several
+SEEDS_FIGURE = "seeds.png"  # drawn if there are several seeds
 
 
 def summary(results: Mapping[str, Any]) -> str:
-    """The tables of a run in 80 columns: the write-up's, then means a seed of what was found and
-    lost, then the tree's edges. An SAE a row, as mean and spread over seeds."""
+    """The tables of a run, in 80 columns; a row is an SAE.
+
+    The first is the write-up's, the second has the mean numbers of features that a seed found and
+    lost, and the third has the tree's edges.
+    """
     threshold = results["config"]["threshold"]
     n_seeds = len({run["seed"] for run in results["runs"]})
     seeds = f"{n_seeds} seeds" if n_seeds > 1 else f"seed {results['runs'][0]['seed']}"
@@ -53,13 +56,14 @@ def summary(results: Mapping[str, Any]) -> str:
 
 
 def _spread(runs: Sequence[Mapping[str, Any]], key: str, digits: int) -> str:
+    """The mean of `key` over seeds; with several seeds, also its standard deviation."""
     values = np.array([run[key] for run in runs])
     mean = f"{values.mean():.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):.{digits}f}"
 
 
 def _counts(runs: Sequence[Mapping[str, Any]]) -> str:
-    """How many features are clean, in how many seeds: "20 in 88, 16 in 12"."""
+    """How many seeds have how many clean features: "20 in 88, 16 in 12"."""
     counts = Counter(run["clean_features"] for run in runs)
     if len(runs) == 1:
         return str(*counts)
@@ -70,6 +74,7 @@ def _counts(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _means(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The second table's cells: clean features, lost features by kind, and absorption."""
     clean = [np.mean([run["clean_at"][str(t)] for run in runs]) for t in THRESHOLDS]
     lost = [np.mean([run["lost"][kind] for run in runs]) for kind in FEATURE_KINDS]
     rates = [rate for run in runs for rate in run["absorption"] if rate is not None]
@@ -78,6 +83,7 @@ def _means(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _edges(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The third table's cells: mean counts of edges, and how many seeds have the whole tree."""
     counts = [run["edges"] for run in runs]
     whole = sum(is_whole_tree(run) for run in runs)
     means = [f"{np.mean([count[what] for count in counts]):.2f}" for what in EDGES]
@@ -90,8 +96,8 @@ def is_whole_tree(run: Mapping[str, Any]) -> bool:
 
 
 def share(count: int, n: int) -> str:
-    """A count over seeds with its exact 95% interval (Clopper and Pearson): 88 of 100 (80-94%)."""
-    from scipy.special import betaincinv  # only here: workers have no use for it
+    """A count of seeds with its exact 95% interval (Clopper and Pearson): 88 of 100 (80-94%)."""
+    from scipy.special import betaincinv  # imported here because workers do not need it
 
     low = betaincinv(count, n - count + 1, 0.025) if count else 0.0
     high = betaincinv(count + 1, n - count, 0.975) if count < n else 1.0
@@ -104,8 +110,8 @@ def figures_of(n_seeds: int) -> list[str]:
 
 
 def draw(config: "Config", data: "ToyData", finished: Sequence[StackResult]) -> None:
-    """The figures: the first seed's activations and cosines, every seed's curves and features."""
-    from matryoshka import plots  # only here: matplotlib takes a second, and workers draw nothing
+    """Draws the figures: activations and cosines of the first seed, curves and features of all."""
+    from matryoshka import plots  # imported here: matplotlib takes a second, and workers draw none
 
     activations, of_decoder, of_encoder, curves = (Path(config.out) / name for name in FIGURES)
     first = finished[0]
@@ -131,7 +137,7 @@ def draw(config: "Config", data: "ToyData", finished: Sequence[StackResult]) -> 
 def _curves_by_name(
     names: Sequence[str], finished: Iterable[StackResult]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """An SAE's curves: [n_seeds, n_records] each."""
+    """For each SAE, its curves, each [n_seeds, n_records]."""
     parts = [
         {what: np.split(one.curves[what], len(names), axis=1) for what in Progress.FIGURES}
         for one in finished

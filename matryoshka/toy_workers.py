@@ -1,4 +1,4 @@
-"""The toy's seeds in stacks, trained side by side in processes, with one progress bar for all."""
+"""Trains the toy's seeds, in stacks, in several processes at once, with one progress bar."""
 
 import concurrent.futures.process
 import math
@@ -18,20 +18,21 @@ from matryoshka.toy_progress import Progress
 from matryoshka.toy_stack import StackResult, train_stack
 from matryoshka.trainer import Trainer
 
-if TYPE_CHECKING:  # scripts import this module, which needs them for its annotations alone
+if TYPE_CHECKING:  # for annotations only, because these scripts import this module
     from toy_model import ToyData
     from train_toy import Config
 
-SEEDS_A_STACK = 10  # on a CPU: a stack whose activations stay in a core's cache is fastest a seed
+# Seeds in a stack on a CPU: few enough that its activations stay in a core's cache.
+SEEDS_A_STACK = 10
 
 
 def train_stacks(
     config: "Config", data: "ToyData", trainer_class: type[Trainer] = Trainer
 ) -> Iterator[StackResult]:
-    """Trains and scores every seed, in stacks; yields the stacks in order of seed.
+    """Trains and scores every seed, in stacks; yields the stacks in the order of their seeds.
 
-    On a CPU they are side by side in processes. Raises `UserError` as `train_stack`, and where a
-    process was killed.
+    On a CPU, the stacks are divided among processes. Raises `UserError` as `train_stack` does, and
+    if a process was killed.
     """
     on_cpu = config.device == "cpu"
     workers = min(config.workers, config.seeds) if on_cpu else 1
@@ -41,7 +42,7 @@ def train_stacks(
     progress = Progress(multiprocessing.get_context("spawn"), config.saes)
     executor = _executor(len(stacks), workers, progress)
     with executor, _bar(len(stacks) * config.n_steps) as bar:
-        with ignoring_ctrl_c():  # processes that begin here inherit this: Ctrl-C is the parent's
+        with ignoring_ctrl_c():  # processes started here inherit this; the parent handles Ctrl-C
             futures = [
                 executor.submit(_pickled_stack, config, data, stack, trainer_class)
                 for stack in stacks
@@ -54,7 +55,7 @@ def train_stacks(
             _show(bar, progress)
         except concurrent.futures.process.BrokenProcessPool:
             raise UserError(
-                "a worker process was killed, perhaps since the memory was full: try fewer "
+                "a worker process was killed, perhaps because the memory was full: try fewer "
                 "--workers, or a smaller --n-eval"
             ) from None
         finally:
@@ -63,7 +64,7 @@ def train_stacks(
 
 
 def _executor(n_stacks: int, workers: int, progress: Progress) -> concurrent.futures.Executor:
-    """Processes; for one stack only a thread, beside that of the progress bar."""
+    """A pool of processes; for one stack, a single thread."""
     if n_stacks == 1:
         return concurrent.futures.ThreadPoolExecutor(
             1, initializer=_begin_worker, initargs=(progress,)
@@ -80,7 +81,7 @@ def _bar(total: int) -> "tqdm[Any]":
 
 
 def _show(bar: "tqdm[Any]", progress: Progress) -> None:
-    """Updates the bar, in which the figures of every SAE stand where a bar would be."""
+    """Updates the progress bar, which shows the figures of every SAE instead of a bar."""
     width = shutil.get_terminal_size().columns - len("100% 00:00:00<00:00:00 ") - 1
     bar.set_description_str(progress.text(width), refresh=False)
     bar.update(progress.steps.value - bar.n)
@@ -91,7 +92,7 @@ _progress: Progress | None = None
 
 
 def _begin_worker(progress: Progress) -> None:
-    """In a worker: remembers the progress that it shares with the parent, and dies with it."""
+    """Runs first in a worker: stores the shared progress, and ends the worker with its parent."""
     global _progress
     _progress = progress
     parent = multiprocessing.parent_process()
@@ -100,7 +101,7 @@ def _begin_worker(progress: Progress) -> None:
 
 
 def _die_after(parent: Any) -> None:
-    """Ends this process when its parent has ended, however that was."""
+    """Ends this process when its parent has ended, for whatever reason."""
     parent.join()
     os._exit(1)
 
@@ -108,10 +109,10 @@ def _die_after(parent: Any) -> None:
 def _pickled_stack(
     config: "Config", data: "ToyData", seeds: Sequence[int], trainer_class: type[Trainer]
 ) -> bytes:
-    """In a worker: the result of `train_stack`, on one thread, for its tensors are small.
+    """Runs in a worker: the pickled result of `train_stack`, on one thread, as tensors are small.
 
-    It is pickled here, by value: PyTorch would hand over each tensor as an open file, of which a
-    process may have a thousand.
+    It is pickled here because PyTorch would pass each tensor as an open file, and a process may
+    only have about a thousand of these.
     """
     assert _progress is not None
     with threads(1):

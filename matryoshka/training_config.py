@@ -1,4 +1,4 @@
-"""The settings of a training from a cache, and the recipes that change their defaults."""
+"""The settings of training from a cache, and the recipes that change their defaults."""
 
 import dataclasses
 import json
@@ -18,9 +18,9 @@ from matryoshka.trainer_config import L0Control, TrainerConfig
 
 ActivationName = Literal["relu", "topk", "batchtopk", "jumprelu"]
 
-# What each sets in place of the defaults; a flag that is given counts more. "paper": the language
-# models' of Bussmann et al. 2025, section 4: nested groups of 1/32, 1/16, 1/8, 1/4 and the rest.
-# "unhedged": that, in the two parts of unhedged.py.
+# The defaults that each recipe changes; flags on the command line override them. "paper" has those
+# for language models in Bussmann et al. 2025, section 4, where the nested groups are 1/32, 1/16,
+# 1/8, 1/4 and the rest. "unhedged" is the same, trained in the two parts of unhedged.py.
 RECIPES: dict[str, dict[str, Any]] = {
     "write-up": {},
     "paper": {
@@ -36,75 +36,80 @@ RECIPES["unhedged"] = RECIPES["paper"] | {"unhedged": 0.5}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig(TrainerConfig):
-    """How SAEs are trained from a cache: the trainer's settings, and where activations are."""
+    """How SAEs are trained from a cache: the trainer's settings, the cache, and the SAEs."""
 
     recipe: Literal["write-up", "paper", "unhedged"] = setting(
         "write-up",
-        "defaults: the write-up's; or the paper's for language models, which is batchtopk, five "
-        "fixed widths, the auxiliary loss, learning rate 3e-4 and batches of 2048; or unhedged: "
-        "the paper's with --unhedged 0.5 (--help shows the write-up's)",
+        "which defaults: the write-up's (shown here); the paper's for language models, which are "
+        "batchtopk, five fixed widths, the auxiliary loss, learning rate 3e-4 and batches of 2048; "
+        "or unhedged, the paper's with --unhedged 0.5",
     )
     cache: str = setting("cache/train", "folder that cache_activations.py wrote")
-    tokens: int = setting(0, "train on the cache's first so many activations; 0: on all")
+    tokens: int = setting(
+        0, "train on only this many activations, the cache's first ones; 0: on all"
+    )
     validation_cache: str | None = setting(
-        None, "another cache: FVU and L0 on a sample of it go to metrics.jsonl, too"
+        None, "another cache; FVU and L0 on a sample of it are added to metrics.jsonl"
     )
     saes: tuple[str, ...] = setting(
         tuple(KINDS), "which SAEs, each by the name of its kind", alias="sae"
     )
-    n_latents: int = setting(3072, "latents of an SAE")
+    n_latents: int = setting(3072, "latents of each SAE")
     activation: ActivationName = setting(
         "relu",
-        "which latents fire; relu: all over 0, at a price; topk: the --target-l0 largest of a "
-        "sample; batchtopk: as many on average, over a batch; jumprelu: all over thresholds that "
-        "are learnt, at a price",
+        "which latents fire; relu: all above 0, with a sparsity loss; topk: the --target-l0 "
+        "largest of a sample; batchtopk: --target-l0 on average over a batch; jumprelu: all above "
+        "learned thresholds, with a sparsity loss",
     )
     n_steps: int = inherited(TrainerConfig, "n_steps", default=30_000)
-    # --target-l0 fills target_l0s; target_l0 is each SAE's own, which members.py sets
+    # --target-l0 sets target_l0s; members.py then sets the target_l0 of each SAE.
     target_l0: float = inherited(TrainerConfig, "target_l0", default=30.0, is_flag=False)
     target_l0s: tuple[float, ...] = setting(
         (),
-        "active latents a sample (default: 30): topk and batchtopk take it as k; for relu and "
-        "jumprelu the sparsity weight is adapted until it is reached; several: an SAE of every "
-        "kind for each",
+        "active latents in a sample (default: 30); it is k for topk and batchtopk; for relu and "
+        "jumprelu the sparsity weight is adapted to reach it; for several values, an SAE of every "
+        "kind is trained for each",
         flag="target_l0",
     )
     members: str | None = setting(
         None,
-        "a TOML or JSON file of the SAEs, in place of --saes and --target-l0: a table [[sae]] "
-        "each, with kind, name and any setting of an SAE",
+        "instead of --saes and --target-l0: a TOML or JSON file with a table [[sae]] for each SAE, "
+        "which may have its kind, its name and any setting of an SAE",
     )
     lr: float = inherited(TrainerConfig, "lr", default=1e-3)
     l0_control: L0Control = inherited(TrainerConfig, "l0_control", default="steady")
     sparsity_weight: float = inherited(TrainerConfig, "sparsity_weight", default=1.2)
-    batch_size: int = setting(1024, "activations a step; 1024 x 30,000 is one pass over 30M")
+    batch_size: int = setting(
+        1024, "activations in a step; 30,000 steps of 1024 are one pass over 30M"
+    )
     refit: bool = setting(
-        False, "write the SAEs with their decoders refitted, too, to OUT/refit; see refit.py"
+        False, "also write the SAEs with refitted decoders, to OUT/refit; see refit.py"
     )
     seed: int = setting(0, "seed of the initialisation, the prefixes and the order of batches")
     out: str = setting("runs/saes", "folder for the SAEs, metrics and checkpoint")
-    resume: bool = setting(False, "go on from the checkpoint in --out, if there is one")
+    resume: bool = setting(False, "continue from the checkpoint in --out, if there is one")
     checkpoint_every: int = setting(1000, "steps between checkpoints")
-    checkpoint_seconds: float = setting(0.0, "and seconds between them, at least")
-    device: str = setting("auto", "torch device; auto: the GPU where there is one")
+    checkpoint_seconds: float = setting(0.0, "seconds between checkpoints, at least")
+    device: str = setting("auto", "torch device; auto: the GPU if there is one")
 
     @property
     def folder(self) -> Path:
+        """The folder of the run."""
         return Path(self.out)
 
     @property
     def targets(self) -> tuple[float, ...]:
-        """The target L0s, of which there is at least one."""
+        """The target L0s; at least one."""
         return self.target_l0s or (self.target_l0,)
 
     def as_json(self) -> dict[str, Any]:
-        """The settings as JSON gives them back; target_l0 is the first of target_l0s."""
+        """The settings as a JSON object; target_l0 is the first of the targets."""
         targets = {"target_l0": self.targets[0], "target_l0s": self.targets}
         return dict(json.loads(json.dumps(dataclasses.asdict(self) | targets)))
 
 
 def check_training(config: TrainingConfig) -> None:
-    """Raises `UserError` where a setting is impossible, whatever the cache and the SAEs."""
+    """Raises `UserError` if a setting is impossible for any cache and SAEs."""
     require_positive(config, "n_latents", "batch_size", "checkpoint_every")
     require_not_negative(config, "seed", "tokens", "checkpoint_seconds")
     require_recipe(config, RECIPES)

@@ -1,4 +1,4 @@
-"""What a training says of itself: in its bar, in its table, and of what is wrong with it."""
+"""What training prints about itself: its progress bar, its table, and warnings."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 from matryoshka.command_line import table
 from sae import WITH_K
 
-DEAD_AFTER = 2_000_000  # activations without firing after which training calls a latent dead
-L0_MISSED = 0.1  # off its target by more than this share, an SAE's L0 is worth a line at the end
-BAR_WIDTH = 58  # characters of a bar's text
-MANY_DEAD = 0.2  # and so is a share of dead latents above this
+DEAD_AFTER = 2_000_000  # activations without firing after which a latent counts as dead
+L0_MISSED = 0.1  # a warning is printed if L0 misses its target by more than this share
+MANY_DEAD = 0.2  # and if more than this share of latents is dead
+BAR_WIDTH = 58  # characters of the progress bar's text
 
 
 def bar_text(records: Sequence[Mapping[str, Any]]) -> str:
-    """FVU and L0 of each SAE, for a bar of 80 columns; metrics.jsonl has the rest.
+    """FVU and L0 of each SAE, for a progress bar of 80 columns; metrics.jsonl has the rest.
 
-    Where that is too long, FVU alone, in their order, as many as there is room for.
+    If that is too long, FVU alone, of as many SAEs as there is room for.
     """
     parts = (f"{r['sae']} FVU {short(r['fvu'], 3)} L0 {short(r['l0'], 1)}" for r in records)
     named = ", ".join(parts)
@@ -26,19 +26,19 @@ def bar_text(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def short(value: float, digits: int) -> str:
-    """With so many digits behind the point, but in few characters where it is large."""
+    """A value with `digits` decimals; from 100 on with none, and from 10,000 on as a power."""
     if value < 100:
         return f"{value:.{digits}f}"
     return f"{value:.0f}" if value < 1e4 else f"{value:.0e}"
 
 
 def share(value: float | None) -> str:
-    """As a percentage; "-" where it is not known."""
+    """A share as a percentage; "-" if it is not known."""
     return "-" if value is None else f"{value:.1%}"
 
 
 def problems(results: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a finished run, a line each, and what to try; see `is_broken`, too."""
+    """What is wrong with a finished run and what to try, a line each."""
     lines = [f"dropped: {reason}" for reason in results.get("dropped", {}).values()]
     for r in results["runs"]:
         target = r.get("target_l0", results["config"]["target_l0"])
@@ -62,24 +62,26 @@ def problems(results: Mapping[str, Any]) -> list[str]:
 
 
 def _try_for_l0(result: Mapping[str, Any], direction: str) -> str:
+    """What to try if L0 missed its target; direction: in which to change the sparsity weight."""
     if result.get("activation", "relu") in WITH_K:
         return "a lower --target-l0 or --lr: fewer latents have an activation than are asked for"
     return f"more --n-steps, or a {direction} --sparsity-weight"
 
 
 def _try_for_dead(result: Mapping[str, Any]) -> str:
+    """What else to try if many latents are dead."""
     if result.get("activation", "relu") in WITH_K:
         return ", --auxiliary all or --resample-every"
     return " or --sparsity-weight, or --resample-every"
 
 
 def is_broken(result: Mapping[str, Any]) -> bool:
-    """Whether the SAE is useless: its FVU is over 1, that of the mean."""
+    """Whether the SAE is useless: its FVU is not finite, or above 1, which is that of the mean."""
     return not result["training_fvu"] <= 1
 
 
 def summary(results: Mapping[str, Any]) -> str:
-    """What training ended with; held-out figures are `evaluate.py`'s."""
+    """The table of training's last figures; `evaluate.py` computes held-out ones."""
     return table(
         ["at the end of training", "batch FVU", "L0, last 5% of steps", "dead"],
         [
@@ -95,7 +97,7 @@ def summary(results: Mapping[str, Any]) -> str:
 
 
 def closing(results: Mapping[str, Any]) -> str:
-    """How long it took, and what dead means where that is known, or why it is not."""
+    """Lines that say what dead means, or why it is not known, and how long training took."""
     waited = results["waited_for_data"] / max(results["seconds"], 1e-9)
     known = all(r["dead_share"] is not None for r in results["runs"])
     return (

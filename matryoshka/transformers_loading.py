@@ -1,4 +1,4 @@
-"""Models and tokenizers of `transformers`, from a folder or the hub; what is wrong in one line."""
+"""Loads models and tokenizers of `transformers` from a folder or the hub; errors are one line."""
 
 import contextlib
 import logging
@@ -22,18 +22,18 @@ def load_transformers_model(
     trust_remote_code: bool = False,
     tokenizer: str | None = None,
 ) -> TransformersModel:
-    """The model of that name, as `language_models.load_language_model` says. Raises `UserError`."""
+    """Loads a model; see `language_models.load_language_model`. Raises `UserError`."""
     name = str(name_or_path)
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with naming_model(name, revision):
-        import transformers  # only here: it takes seconds
+        import transformers  # imported here because it takes seconds
 
-        # What it would warn of is checked here.
+        # It would warn of missing weights, which are checked below.
         transformers.logging.set_verbosity(logging.ERROR)
         config = transformers.AutoConfig.from_pretrained(name, **hub)
         has_head = predicts_next_token(config)
         kind = transformers.AutoModelForCausalLM if has_head else transformers.AutoModel
-        # Pickled weights are read by torch's reader that runs no code.
+        # weights_only: no code in pickled weights is run.
         loaded: Any = kind.from_pretrained(
             name,
             config=config,
@@ -44,7 +44,9 @@ def load_transformers_model(
         )
     model, info = loaded
     missing = tuple(sorted(info["missing_keys"]))
-    made_up = [key for key in missing if "pooler" not in key.split(".")]  # it follows the blocks
+    # `transformers` initializes missing weights at random. A pooler comes after the blocks, and
+    # does not matter.
+    made_up = [key for key in missing if "pooler" not in key.split(".")]
     if made_up:
         raise UserError(f"the weights of {name} lack {len(made_up)} tensors, such as {made_up[0]}")
     return TransformersModel(
@@ -56,9 +58,9 @@ def load_transformers_model(
 
 
 def load_tokenizer(asked: str | None, model_name: str, hub: dict[str, Any]) -> Any:
-    """The tokenizer that was asked for, or the model's own; None where the model has none.
+    """The tokenizer `asked`, or by default the model's own; None if the model has none.
 
-    Raises `UserError` where the one asked for is not there, or the hub does not answer.
+    Raises `UserError` if `asked` cannot be loaded, or the hub cannot be reached.
     """
     import transformers
 
@@ -70,7 +72,7 @@ def load_tokenizer(asked: str | None, model_name: str, hub: dict[str, Any]) -> A
         return found
     try:
         own = transformers.AutoTokenizer.from_pretrained(model_name, **hub)
-    except Exception as error:  # it has a dozen ways to say that there is none
+    except Exception as error:  # errors of many classes mean that there is none
         if is_passing(error):
             raise UserError(
                 f"cannot get the tokenizer of {model_name} from the Hugging Face hub "
@@ -81,13 +83,15 @@ def load_tokenizer(asked: str | None, model_name: str, hub: dict[str, Any]) -> A
 
 
 def has_text(tokenizer: Any) -> bool:
-    """Whether a tokenizer knows more than special tokens: of a folder that holds none,
-    `transformers` makes one that does not."""
+    """Whether a tokenizer has more than special tokens.
+
+    For a folder without a tokenizer, `transformers` makes one that has not.
+    """
     return not set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids)
 
 
 def predicts_next_token(config: Any) -> bool:
-    """Whether the weights are a causal language model's, by the class that they were saved from."""
+    """Whether the weights were saved from a causal language model, by the config's class names."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
@@ -99,10 +103,10 @@ def predicts_next_token(config: Any) -> bool:
 
 @contextlib.contextmanager
 def naming_model(name: str, revision: str | None, what: str = "language model") -> Iterator[None]:
-    """Turns whatever `transformers` says where there is no such model into one line."""
+    """A context in which any error of `transformers` becomes a `UserError` that names the model."""
     try:
         yield
-    # Its errors come from a dozen libraries and share no class.
+    # Its errors come from many libraries and have no common class.
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise UserError(
@@ -123,7 +127,7 @@ def naming_model(name: str, revision: str | None, what: str = "language model") 
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what it was raised from or while handling, and so on."""
+    """Yields the error, the one that it was raised from or while handling, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

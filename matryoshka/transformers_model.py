@@ -1,9 +1,9 @@
-"""Any language model that the library `transformers` loads, by the names of a `LanguageModel`.
+"""A `LanguageModel` made of any language model that the library `transformers` loads.
 
-Activations are read and replaced by hooks; a forward pass ends, by an exception, as soon as it has
-what was asked for. A pass from a layer on is the model's own, with the blocks before it left out:
-so what the model does around its blocks (positions, masks, the last norm, the head) is its own
-code throughout.
+Hooks read and replace activations; an exception ends a forward pass as soon as it has the
+activations that were asked for. A forward pass from a layer on is the model's own with the blocks
+before that layer skipped. So everything around the blocks (positions, masks, the last norm, the
+head) is computed by the model's own code.
 
 This module does not import `transformers`; `transformers_loading` does, when a model is loaded.
 """
@@ -31,12 +31,12 @@ from matryoshka.model_structure import (
 from matryoshka.sites import Replace, Site, check_site
 from matryoshka.tiny_model import hash_of
 
-PROBE = 3  # token ids that a model is tried on
-NO_LIMIT = 10**9  # a longer row than any; tokenizers that know no limit say 10^30
+PROBE = 3  # the number of token ids that a model is tried on
+NO_LIMIT = 10**9  # longer than any row; tokenizers without a limit say 10^30
 
 
 class _Found(Exception):
-    """Ends a forward pass: the activations are there."""
+    """Raised to end a forward pass when it has the activations."""
 
     def __init__(self, acts: Tensor) -> None:
         super().__init__()
@@ -46,9 +46,9 @@ class _Found(Exception):
 class TransformersModel:
     """A causal language model, or an encoder without a head, of `transformers`.
 
-    `model`: on its device, in its dtype, in evaluation mode. `tokenizer`: None where there is none.
-    `not_loaded`: names of weights that no file held, which play no part in activations. Raises
-    `UserError` where no blocks are found.
+    `model` is on its device, in its dtype and in evaluation mode. `tokenizer`: None if there is
+    none. `not_loaded`: names of weights that were in no file; activations do not depend on them.
+    Raises `UserError` if no blocks are found.
     """
 
     def __init__(
@@ -75,36 +75,36 @@ class TransformersModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         device: torch.device = self.model.device
         return device
 
     @functools.cached_property
     def weights_hash(self) -> str:
-        """SHA-256 of names, shapes and float32 values, sorted by name: 64 hex digits."""
+        """SHA-256 of the weights' names, shapes and float32 values, by name: 64 hex digits."""
         weights = self.model.state_dict()
         return hash_of({name: weights[name] for name in weights if name not in self._not_loaded})
 
     @property
     def begin_id(self) -> int | None:
-        """The tokenizer's [BOS], or the [CLS] of one that has none."""
+        """The id that begins a text: the tokenizer's [BOS], or [CLS] if it has no [BOS]."""
         begin = self._special("bos_token_id")
         return self._special("cls_token_id") if begin is None else begin
 
     @property
     def pad_id(self) -> int | None:
-        """What the tokenizer pads with."""
+        """The id that the tokenizer pads with."""
         return self._special("pad_token_id")
 
     @property
     def end_id(self) -> int | None:
-        """What ends a text: the tokenizer's [EOS], or the [SEP] of one that has none."""
+        """The id that ends a text: the tokenizer's [EOS], or [SEP] if it has no [EOS]."""
         end = self._special("eos_token_id")
         return self._special("sep_token_id") if end is None else end
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """The tokenizer's special ids, without the one that stands for unknown text."""
+        """The tokenizer's special ids, except that of unknown text, which stands for text."""
         if self.tokenizer is None:
             named = [self.begin_id, self.end_id, self.pad_id]
             return frozenset(token for token in named if token is not None)
@@ -118,19 +118,19 @@ class TransformersModel:
         return found if isinstance(found, int) else None
 
     def text_of(self, tok_id: int) -> str:
-        """The tokenizer's text of a token, with the space before it; without one the id itself.
+        """The text of a token, with its leading space; the id as text if there is no tokenizer.
 
-        Part of a character that several tokens spell is U+FFFD.
+        A token that is a part of a character is U+FFFD.
         """
         token = self.tokenizer and self.tokenizer.convert_ids_to_tokens(tok_id)
         if token is None:
             return str(tok_id)
         text: str = self.tokenizer.decode([tok_id], clean_up_tokenization_spaces=False)
-        # SentencePiece's mark of a space, which is lost at the beginning of a text.
+        # U+2581 is SentencePiece's mark of a space, which is lost at the beginning of a text.
         return " " + text if token.startswith("\u2581") and not text.startswith(" ") else text
 
     def check_site(self, layer: int, site: str) -> None:
-        """Raises `UserError` unless the model has this site at this layer."""
+        """Raises `UserError` if the model does not have this site at this layer."""
         check_site(layer, site, self.n_layers)
         if site in ("attn_out", "mlp_out"):
             self._parts(layer)
@@ -138,10 +138,7 @@ class TransformersModel:
     # ------------------------------------------------------------------------ what it computes
 
     def residual(self, tok_ids: Tensor, layer: int, is_real: Tensor | None = None) -> Tensor:
-        """The residual stream at `layer`, [batch, seq, d_model]: only the blocks before it run.
-
-        See `LanguageModel`.
-        """
+        """The residual stream at `layer`, [batch, seq, d_model]. See `LanguageModel`."""
         return self.activations(tok_ids, layer, "resid_pre", is_real)
 
     def activations(
@@ -154,14 +151,14 @@ class TransformersModel:
     def forward_from(self, residual: Tensor, layer: int, is_real: Tensor | None = None) -> Tensor:
         """Log-probabilities, [batch, seq, d_vocab], from the residual stream at `layer`.
 
-        See `LanguageModel`. Raises `UserError` where the blocks read the token ids beside it.
+        See `LanguageModel`. Raises `UserError` if the blocks also read the token ids.
         """
         self._require_head()
         self.check_site(layer, "resid_pre")
         if not self.stream_is_all:
             raise UserError(
-                f"{self._name}: its blocks read more of the token ids than the residual stream, so "
-                "that there is no forward pass from a layer alone"
+                f"{self._name}: its blocks also read the token ids, so no forward pass can begin "
+                "with the residual stream alone"
             )
         return self._from(residual, layer, is_real)
 
@@ -173,8 +170,10 @@ class TransformersModel:
         replace: Replace,
         is_real: Tensor | None = None,
     ) -> Tensor:
-        """Log-probabilities, [batch, seq, d_vocab], with `replace(acts)` where a site's activations
-        [batch, seq, d_model] were. See `LanguageModel`."""
+        """Log-probabilities, [batch, seq, d_vocab], if `replace(acts)` replaces the activations.
+
+        See `LanguageModel`.
+        """
         self._require_head()
         self.check_site(layer, site)
         with self._replacing(layer, site, lambda acts: replace(acts).to(acts.dtype)):
@@ -189,7 +188,7 @@ class TransformersModel:
             raise UserError(f"{self._name} has no head that predicts next tokens")
 
     def _from(self, residual: Tensor, layer: int, is_real: Tensor | None) -> Tensor:
-        """The model's own forward pass with the blocks before `layer` left out."""
+        """The model's own forward pass from `residual` on, without the blocks before `layer`."""
         tok_ids = torch.zeros(residual.shape[:2], dtype=torch.int64, device=self.device)
         stream = residual.to(self.device, self.model.dtype)
         with self._skipping(layer), self._replacing(layer, "resid_pre", lambda _: stream):
@@ -209,14 +208,14 @@ class TransformersModel:
         raise RuntimeError(f"the forward pass did not come to {site} of block {layer}")
 
     def _run(self, inputs: dict[str, Tensor]) -> Any:
-        """The model's forward pass, as far as hooks let it."""
+        """The model's forward pass, which a hook may end with an exception."""
         self._shape = inputs["input_ids"].shape  # [batch, seq]
         no_cache = {"use_cache": False} if "use_cache" in self._takes else {}
         return self.model(**inputs, **no_cache)
 
     @contextlib.contextmanager
     def _replacing(self, layer: int, site: Site, replace: Replace) -> Iterator[None]:
-        """Has a forward pass go on with `replace(acts)` where a site's activations were."""
+        """A context in which `replace(acts)` replaces the activations at a site."""
         if site == "resid_pre" and layer == self.n_layers:
             layer, site = layer - 1, "resid_post"
 
@@ -243,7 +242,7 @@ class TransformersModel:
 
     @contextlib.contextmanager
     def _skipping(self, layer: int) -> Iterator[None]:
-        """Has the blocks before `layer` return what they read."""
+        """A context in which the blocks before `layer` return their inputs."""
         skipped = self._calls[:layer]
         for call in skipped:
             call.module.forward = functools.partial(_read_through, call.output)
@@ -251,10 +250,10 @@ class TransformersModel:
             yield
         finally:
             for call in skipped:
-                del call.module.forward  # the class's own is there again
+                del call.module.forward  # restores the method of the class
 
     def _parts(self, layer: int) -> Parts:
-        """Which modules of a block are its attention and its MLP. Raises `UserError`."""
+        """The names of a block's attention and MLP. Raises `UserError` if they are not found."""
         if layer not in self._parts_of:
             self._parts_of[layer] = find_parts(self._calls[layer])
         return self._parts_of[layer]
@@ -262,7 +261,10 @@ class TransformersModel:
     # ------------------------------------------------------------------------ what it is given
 
     def _inputs(self, tok_ids: Tensor, is_real: Tensor | None = None) -> dict[str, Tensor]:
-        """What the forward pass gets: ids [batch, seq], and what keeps tokens from padding."""
+        """The arguments of the forward pass: ids [batch, seq]; with padding, mask and positions.
+
+        Raises `UserError` if rows are too long, or cannot be padded like this.
+        """
         seq = tok_ids.shape[1]
         if seq > self.max_seq_len:
             raise UserError(f"rows of {seq} tokens: the model has {self.max_seq_len} positions")
@@ -276,9 +278,10 @@ class TransformersModel:
 
     @functools.cached_property
     def _needs_positions(self) -> bool:
-        """Whether padding before a token asks for `position_ids`; else the model makes its own.
+        """Whether the model has to be given `position_ids` if padding comes before tokens.
 
-        Found by trying both. Raises `UserError` where neither gives what the row has alone.
+        Otherwise it computes them itself. Both are tried. Raises `UserError` if neither gives the
+        activations of the row without padding.
         """
         filled = self.pad_id if self.pad_id is not None and self.pad_id < self.d_vocab else 0
         ids = torch.cat([torch.full_like(self._probe, filled), self._probe], dim=1)
@@ -297,12 +300,12 @@ class TransformersModel:
 
     @functools.cached_property
     def _probe(self) -> Tensor:
-        """Some ids that are not special, [1, PROBE]."""
+        """The first ids that are not special, [1, PROBE]."""
         ordinary = (i for i in range(self.d_vocab) if i not in self.special_ids)
         return torch.tensor([list(itertools.islice(ordinary, PROBE))], device=self.device)
 
     def _try(self) -> None:
-        """A forward pass of the probe. Raises `UserError` where token ids are not all it takes."""
+        """Runs the model on the probe. Raises `UserError` if it needs more than token ids."""
         try:
             self._run(self._inputs(self._probe))
         except (TypeError, ValueError, RuntimeError) as error:
@@ -311,7 +314,7 @@ class TransformersModel:
 
     @functools.cached_property
     def stream_is_all(self) -> bool:
-        """Whether the later blocks see of the token ids only what is in the residual stream."""
+        """Whether each block's only input is the residual stream, and not also the token ids."""
         layer = self.n_layers // 2
         inputs = self._inputs(self._probe)
         whole = log_probabilities(self._run(inputs))
@@ -320,30 +323,32 @@ class TransformersModel:
 
 
 def _read_through(returned: Any, *args: Any, **kwargs: Any) -> Any:
-    """In place of a block's forward pass: what it reads, in the form in which it `returned`."""
+    """Replaces a block's forward method: returns its input, in the form of what it `returned`."""
     return with_stream(returned, input_of(args, kwargs))
 
 
 def log_probabilities(output: Any) -> Tensor:
-    """float32 [batch, seq, d_vocab] of what a model with a head returned."""
+    """Log-probabilities, float32 [batch, seq, d_vocab], from the output of a model with a head."""
     logits: Tensor = output.logits
     return logits.float().log_softmax(dim=-1)
 
 
 def positions_of(mask: Tensor) -> Tensor:
-    """A token's position among its row's tokens, 0 at padding before them: mask [batch, seq]."""
+    """Each token's index among the real tokens of its row; 0 at padding before them.
+
+    mask: [batch, seq], 1 at real tokens and 0 at padding.
+    """
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def longest_row(model: Any, config: Any, tokenizer: Any) -> int:
-    """The longest row that the model takes: by its config, or where that says nothing its
-    tokenizer."""
+    """The length of the longest row, from the model's config, or else from its tokenizer."""
     said = getattr(config, "max_position_embeddings", None)
     if said is None:
         said = getattr(tokenizer, "model_max_length", None)
     if not isinstance(said, int) or not 0 < said < NO_LIMIT:
         return NO_LIMIT
-    for module in model.modules():  # RoBERTa's positions begin after that of padding
+    for module in model.modules():  # RoBERTa's positions begin after padding_idx
         is_table = isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
         if is_table and module.num_embeddings == said and module.padding_idx is not None:
             return said - int(module.padding_idx) - 1

@@ -74,8 +74,9 @@ def _place(source: dict[str, Any]) -> str:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Formats the mean and the standard deviation (n - 1) over seeds."""
-    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+    """Formats the mean and the standard deviation (n - 1) over seeds; of one seed, the value."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def percent(share: float, digits: int) -> str:

@@ -33,6 +33,7 @@ from matryoshka.training_config import TrainingConfig
 from matryoshka.truth_scores import TruthScores
 from sae import SAE
 from studies.keep import results_in
+from studies.kept_results import spread
 from studies.synth_data import SIZES, SizeName, Truth, read_truth
 
 LRS: dict[str, float] = {"mini": 3e-3, "16k": 3e-4}  # the learning rate for each size
@@ -256,16 +257,10 @@ SHOWN |= {"uniqueness": "uniqueness", "shrinkage": "shrinkage"}
 
 def _cells(runs: Sequence[dict[str, Any]]) -> list[str]:
     """The figures of one SAE over its seeds."""
-    scores = [_spread([run[key] for run in runs]) for key in SHOWN.values()]
-    explained = _spread([1 - run["fvu"] for run in runs])
+    scores = [spread([run[key] for run in runs], 3) for key in SHOWN.values()]
+    explained = spread([1 - run["fvu"] for run in runs], 3)
     l0, dead = (float(np.mean([run[key] for run in runs])) for key in ("l0", "dead"))
     return [*scores, explained, f"{l0:.2f}", f"{dead:.1f}"]
-
-
-def _spread(values: Sequence[float]) -> str:
-    """Formats the mean and the standard deviation over seeds."""
-    mean = f"{np.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.3f}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -60,7 +60,7 @@ def test_padding_at_the_end_changes_no_token(model: TinyModel) -> None:
         padded = model.residual(TOK_IDS, layer, IS_REAL)
         alone = model.residual(TOK_IDS[1:, :3], layer)
         torch.testing.assert_close(padded[1:, :3], alone, atol=1e-5, rtol=1e-5)
-    with pytest.raises(UserError, match="padded at their end only"):
+    with pytest.raises(UserError, match="only be padded at their end"):
         model.residual(TOK_IDS, 1, IS_REAL.flip(1))
 
 

@@ -132,6 +132,7 @@ def test_a_count_has_its_exact_interval():
 
 def test_a_spread_is_mean_and_standard_deviation():
     assert kept_results.spread([1.0, 2.0, 6.0], 3) == "3.000 ± 2.646"  # sqrt((4 + 1 + 9) / 2)
+    assert kept_results.spread([1.0], 3) == "1.000"
 
 
 def test_seeds_that_never_come_to_it_have_no_steps():

@@ -55,5 +55,5 @@ def test_files_that_are_none_are_refused(files, monkeypatch):
     with pytest.raises(UserError, match="cannot be read"):
         load_texts(files / "ids.pt")
     (files / "vocab.json").unlink()
-    with pytest.raises(UserError, match="put GPT-2's there"):
+    with pytest.raises(UserError, match=r"put GPT-2's vocab\.json there"):
         load_texts(files / "ids.pt")
