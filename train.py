@@ -12,7 +12,7 @@ and SIGTERM write a checkpoint before they end the run. A folder holds one run, 
 time may write to it.
 """
 
-if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback; `main_guard` ends this
+if __name__ == "__main__":  # no traceback after Ctrl-C while torch is imported; see `main_guard`
     import signal
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -56,7 +56,7 @@ from sae import SAE
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(LiveConfig):
-    """Every setting."""
+    """Every setting of train.py: those of TrainingConfig, and those of --model."""
 
 
 def run(
@@ -150,7 +150,7 @@ def refusing_too_large(config: TrainingConfig) -> Iterator[None]:
 
 
 def require_variance(cache: Activations) -> None:
-    """Raises `UserError` where the activations are all the same: there is nothing to learn."""
+    """Raises `UserError` where all activations are the same, so that there is nothing to learn."""
     first: Tensor | None = None
     for batch in cache.sequential(4096):
         first = batch.acts[:1] if first is None else first
@@ -169,7 +169,7 @@ def complete(training: Training, results: dict[str, Any]) -> dict[str, Any]:
     wanted = lacking(out, results, config.refit) if results else None
     results = results or results_of(training)
     try:
-        for result, member in zip(results["runs"], training.going, strict=True):
+        for result, member in zip(results["runs"], training.remaining, strict=True):
             (sae,) = member.trainer.saes
             sae.about = about(training, member, result)
             name = f"{result['sae']}.safetensors"
@@ -200,7 +200,7 @@ def save(sae: SAE, path: Path) -> str:
 
 
 # The entries of a cache's recipe that another tool needs to compute the same activations.
-OF_TEXT = ("site", "model_revision", "context", "begin", "keep_begin")
+RECIPE_KEYS = ("site", "model_revision", "context", "begin", "keep_begin")
 
 
 def about(training: Training, member: MemberTraining, result: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def about(training: Training, member: MemberTraining, result: dict[str, Any]) ->
         "n_tokens": training.cache.n_tokens,
         **{name: without_path(recipe.get(name)) for name in ("model", "dataset")},
         **{name: recipe.get(name) for name in ("weights_hash", "layer", "split")},
-        **{name: recipe[name] for name in OF_TEXT if name in recipe},
+        **{name: recipe[name] for name in RECIPE_KEYS if name in recipe},
         "torch": torch.__version__,
     }
 
@@ -258,7 +258,7 @@ def results_of(training: Training) -> dict[str, Any]:
         "waited_for_data": round(training.waited, 2),
         "passes": round(config.n_steps * config.batch_size / cache.n_tokens, 3),
         "dropped": {member.name: member.dropped for member in training.members if member.dropped},
-        "runs": [result_of(member, last[member.name]) for member in training.going],
+        "runs": [result_of(member, last[member.name]) for member in training.remaining],
     }
 
 

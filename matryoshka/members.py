@@ -1,4 +1,4 @@
-"""The SAEs of a training, each with its name, its kind and its settings."""
+"""The SAEs that one training has, each with its name, its kind and its settings."""
 
 import dataclasses
 import json
@@ -14,24 +14,25 @@ from matryoshka.trainer_config import TrainerConfig
 from matryoshka.training_config import TrainingConfig
 from sae import WITH_K
 
-OF_ALL = ("n_steps",)  # shared by all SAEs of a training, since they take the same batches
-OF_ONE = {field.name for field in dataclasses.fields(TrainerConfig)} - {*OF_ALL}
-OF_ONE |= {"n_latents", "activation"}
+SHARED_SETTINGS = ("n_steps",)  # the same for all SAEs of a training, as they share its batches
+MEMBER_SETTINGS = {field.name for field in dataclasses.fields(TrainerConfig)} - {*SHARED_SETTINGS}
+MEMBER_SETTINGS |= {"n_latents", "activation"}
 RESERVED = ("checkpoint",)  # a file of this name has another meaning in the folder
 
 
 class Member(NamedTuple):
-    """One SAE."""
+    """One SAE of a training."""
 
-    name: str  # of its file
+    name: str  # its file is NAME.safetensors
     kind: str  # a key of KINDS
-    config: TrainingConfig  # its own settings in place of the training's
+    config: TrainingConfig  # the training's settings, but for those that are this SAE's own
 
 
 def members_of(config: TrainingConfig) -> list[Member]:
     """The SAEs that `config` asks for. Raises `UserError` where one is impossible.
 
-    They are called by their kinds, and by their target L0 where there are several: "vanilla_l0_20".
+    Without a file of members, each is named by its kind, and if there are several target L0s by its
+    own, too: "vanilla_l0_20".
     """
     if config.members is not None:
         if len(config.targets) > 1:
@@ -39,7 +40,7 @@ def members_of(config: TrainingConfig) -> list[Member]:
         members = [_from_table(table, config) for table in read_tables(Path(config.members))]
     else:
         members = [
-            Member(_name(kind, target, config), kind, _settled(kind, config, target_l0=target))
+            Member(_name(kind, target, config), kind, _own_config(kind, config, target_l0=target))
             for target in config.targets
             for kind in config.saes
         ]
@@ -50,12 +51,12 @@ def members_of(config: TrainingConfig) -> list[Member]:
 
 
 def settings_of(config: TrainingConfig, members: Sequence[Member]) -> dict[str, Any]:
-    """The settings as JSON has them, with what a file of members says in place of its name."""
+    """The settings as JSON, where "members" has the SAEs of a file of members, not its name."""
     settings = config.as_json()
     if config.members is not None:
         settings["members"] = [
             {"name": name, "kind": kind}
-            | {k: v for k, v in own.as_json().items() if k in OF_ONE and v != settings[k]}
+            | {k: v for k, v in own.as_json().items() if k in MEMBER_SETTINGS and v != settings[k]}
             for name, kind, own in members
         ]
     return settings
@@ -65,8 +66,8 @@ def _name(kind: str, target: float, config: TrainingConfig) -> str:
     return kind if len(config.targets) == 1 else f"{kind}_l0_{target:g}"
 
 
-def _settled(kind: str, config: TrainingConfig, **own: Any) -> TrainingConfig:
-    """The settings of one SAE: the training's, its own, and what its kind says."""
+def _own_config(kind: str, config: TrainingConfig, **own: Any) -> TrainingConfig:
+    """The settings of one SAE: the training's, overridden by its own and then by its kind's."""
     own = {"target_l0": config.targets[0], **own, "target_l0s": ()}
     return config_of(kind, dataclasses.replace(config, **own))
 
@@ -98,7 +99,10 @@ def _check_names(names: Sequence[str]) -> None:
 
 
 def read_tables(path: Path) -> list[dict[str, Any]]:
-    """The tables of a TOML or JSON file: {"sae": [{...}, ...]}. Raises `UserError`."""
+    """The tables [[sae]] of a TOML file, or the list of a JSON file {"sae": [{...}, ...]}.
+
+    Raises `UserError` where the file cannot be read, or holds anything else.
+    """
     try:
         text = path.read_text()
         content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
@@ -114,30 +118,32 @@ def read_tables(path: Path) -> list[dict[str, Any]]:
 
 
 def _from_table(table: Mapping[str, Any], config: TrainingConfig) -> Member:
-    """The member of a table of the file `config.members`. Raises `UserError`."""
+    """The SAE that a table of the file `config.members` describes. Raises `UserError` where a
+    setting in it is unknown or impossible."""
     where, settings = f"--members {config.members}", dict(table)
     kind = settings.pop("kind", "matryoshka")
-    if kind not in list(KINDS):  # it may be of any type
+    if kind not in list(KINDS):  # a list, since `kind` may be of a type that cannot be hashed
         raise UserError(f"{where}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
     name = settings.pop("name", kind)
     if not isinstance(name, str):
         raise UserError(f"{where}: name must be a string, got {name!r}")
     hints = typing.get_type_hints(TrainingConfig)
     for key, value in settings.items():
-        if key not in OF_ONE:
+        if key not in MEMBER_SETTINGS:
             raise UserError(f"{where}: {key} is no setting of an SAE; there are {_listed()}")
         if key in KINDS[kind]:
             raise UserError(f"{where}: a {kind} SAE has no {key} of its own")
         settings[key] = _of_type(value, hints[key], f"{where}: {key}")
-    return Member(name, kind, _settled(kind, config, **settings))
+    return Member(name, kind, _own_config(kind, config, **settings))
 
 
 def _listed() -> str:
-    return ", ".join(sorted({"kind", "name", *OF_ONE}))
+    return ", ".join(sorted({"kind", "name", *MEMBER_SETTINGS}))
 
 
 def _of_type(value: Any, hint: Any, what: str) -> Any:
-    """`value` as the type of a setting. Raises `UserError` where it is of another."""
+    """`value`, converted to the type `hint` of a setting. Raises `UserError` where it has another
+    type. `what` names the setting in the message."""
     values = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
         of_how_many = "" if Ellipsis in values else f" of {len(values)}"

@@ -1,5 +1,5 @@
-"""Training from a cache, or beside a language model: where it stands, its records, its
-checkpoints, and its loop."""
+"""The training of a folder's SAEs, from a cache or beside a language model: its state, its loop,
+its records in metrics.jsonl, and its checkpoints."""
 
 import contextlib
 import functools
@@ -25,17 +25,18 @@ from matryoshka.saved_runs import CHECKPOINT, METRICS, require_same_model
 from matryoshka.training_config import TrainingConfig
 from matryoshka.training_report import bar_text
 
-N_RECORDS = 300  # lines of metrics.jsonl an SAE, at most
-N_VALIDATION = 4096  # activations of --validation-cache that are looked at at each record
+N_RECORDS = 300  # about how many lines of metrics.jsonl each SAE gets
+N_VALIDATION = 4096  # how many activations of --validation-cache each record is measured on
 GO_ON = "the same command with --resume goes on from the last checkpoint"
 Activations = ActivationCache | LiveActivations
 
 
 class Training:
-    """Where the training of a folder's SAEs stands, and what of that is on disk."""
+    """The state of the training of a folder's SAEs, in memory and in the checkpoint."""
 
     def __init__(self, config: TrainingConfig, cache: Activations, device: torch.device):
-        """Raises `UserError` where an SAE is impossible, or --validation-cache is another's."""
+        """Raises `UserError` where an SAE is impossible, or where --validation-cache does not
+        match the cache."""
         self.config, self.out = config, config.folder
         self.cache, self.device = cache, device
         members = members_of(config)
@@ -44,8 +45,8 @@ class Training:
         self.names = [member.name for member in self.members]
         self.validation = validation_sample(config, cache, device)
         self.n_steps_done = 0
-        self.seconds = self.waited = 0.0  # training, and waiting for data meanwhile
-        self.metrics_bytes = 0  # length of metrics.jsonl at the checkpoint
+        self.seconds = self.waited = 0.0  # of training, and of those the seconds spent on data
+        self.metrics_bytes = 0  # length of metrics.jsonl at the checkpoint that was loaded
         self.saved_at = time.perf_counter()  # when the last checkpoint was written
 
     @property
@@ -54,14 +55,14 @@ class Training:
 
     @property
     def is_checkpoint_due(self) -> bool:
-        """Whether steps and seconds since the last one ask for a checkpoint."""
+        """Whether --checkpoint-every and --checkpoint-seconds ask for a checkpoint now."""
         seconds = time.perf_counter() - self.saved_at
-        is_in_turn = self.n_steps_done % self.config.checkpoint_every == 0
-        return is_in_turn and seconds >= self.config.checkpoint_seconds
+        is_multiple = self.n_steps_done % self.config.checkpoint_every == 0
+        return is_multiple and seconds >= self.config.checkpoint_seconds
 
     @property
-    def going(self) -> list[MemberTraining]:
-        """The SAEs that did not diverge."""
+    def remaining(self) -> list[MemberTraining]:
+        """The SAEs that have not diverged."""
         return [member for member in self.members if not member.dropped]
 
     @property
@@ -72,23 +73,24 @@ class Training:
     def step(self, x: Tensor) -> None:
         """One step of all SAEs on x [batch, d_model]. Raises `UserError` where x is not finite."""
         try:
-            for member in self.going:
+            for member in self.remaining:
                 member.step(x)
         except ValueError as error:
             raise UserError(f"{self.cache.folder}: {error}") from None
         self.n_steps_done += 1
 
     def record(self, x: Tensor) -> list[dict[str, Any]]:
-        """The records of this step, on the batch x [batch, d_model]: one an SAE.
+        """Each SAE's record of this step, whose batch was x [batch, d_model].
 
-        An SAE that diverged is dropped, and has none. Raises `UserError` where none is left.
+        An SAE that has diverged is dropped, and gets no record. Raises `UserError` where no SAE is
+        left.
         """
         if not x.isfinite().all():
             raise UserError(
                 f"step {self.n_steps_done}: the cache holds activations that are not finite"
             )
         records = []
-        for member in self.going:
+        for member in self.remaining:
             record = member.record(x, self.record_every, self.validation)
             member.dropped = member.diverged(record, x)
             if not member.dropped:
@@ -99,12 +101,12 @@ class Training:
         return records
 
     def save(self) -> None:
-        """The checkpoint, whole or not at all; with it, how long metrics.jsonl is by now.
+        """Writes the checkpoint, which also has the present length of metrics.jsonl.
 
-        Raises `UserError` where it cannot be written.
+        Raises `UserError` where it cannot be written; then the last checkpoint is still there.
         """
         metrics, tensors = self.out / METRICS, dict[str, Tensor]()
-        for member in self.going:
+        for member in self.remaining:
             tensors |= member.state_dict()
         about = {
             "config": self.settings,
@@ -122,7 +124,8 @@ class Training:
             raise UserError(f"{error}; {GO_ON}") from error
 
     def load(self) -> None:
-        """Goes on from the checkpoint. Raises `UserError` where it is damaged or of another run."""
+        """Continues from the checkpoint. Raises `UserError` where it is damaged or of another
+        run."""
         path = self.out / CHECKPOINT
         about, tensors = read_checkpoint(path)
         require_same(self.settings, about["config"], path)
@@ -139,7 +142,7 @@ class Training:
             for member in self.members:
                 member.dropped = about["dropped"].get(member.name, "")
                 member.last_good = last.get(member.name, {})
-            for member in self.going:
+            for member in self.remaining:
                 member.load_state_dict(tensors)
         except (KeyError, ValueError, RuntimeError, AttributeError) as error:
             raise no_checkpoint(path, error) from None
@@ -148,9 +151,10 @@ class Training:
 def validation_sample(
     config: TrainingConfig, cache: Activations, device: torch.device
 ) -> Tensor | None:
-    """The first activations of --validation-cache, [n, d_model]; None where there is none.
+    """The first activations of --validation-cache, [n, d_model], or None without that setting.
 
-    Raises `UserError` where that is of another model, layer, site or width than the cache.
+    Raises `UserError` where they are of another model, layer, site or d_model than the cache's,
+    not finite, or all the same.
     """
     if config.validation_cache is None:
         return None
@@ -161,16 +165,19 @@ def validation_sample(
     if not sample.isfinite().all():
         raise UserError(f"{other.folder} holds activations that are not finite")
     if len(sample) < 2 or (sample == sample[0]).all():
-        raise UserError(f"--validation-cache {config.validation_cache}: nothing there to explain")
+        raise UserError(
+            f"--validation-cache {config.validation_cache}: its activations are all the same, so "
+            "there is nothing to explain"
+        )
     return sample
 
 
 def train(training: Training, on_checkpoint: Callable[[], object] | None = None) -> None:
-    """Steps to the end, with a record now and then, and a checkpoint.
+    """Takes the remaining steps, and writes records and checkpoints.
 
-    Ctrl-C, SIGTERM and an error in reading the cache write a checkpoint first: `training` is
-    between two steps then. After an error in a step it may be half done, so the last checkpoint
-    stays. Raises `KeyboardInterrupt` after a signal, `UserError` where all SAEs diverge.
+    After Ctrl-C, SIGTERM or an error in reading the cache, it writes a checkpoint, since `training`
+    is then between two steps. After an error in a step it does not, since the step may be half
+    done. Raises `KeyboardInterrupt` after a signal, `UserError` where all SAEs have diverged.
     """
     config = training.config
     save = functools.partial(checkpoint, training, on_checkpoint)
@@ -189,7 +196,7 @@ def train(training: Training, on_checkpoint: Callable[[], object] | None = None)
         while not training.is_trained:
             started = time.perf_counter()
             try:
-                x = next(batches)
+                x = next(batches)  # [batch, d_model]
             except Exception:
                 save()
                 raise
@@ -208,21 +215,22 @@ def train(training: Training, on_checkpoint: Callable[[], object] | None = None)
 
 
 def checkpoint(training: Training, on_checkpoint: Callable[[], object] | None) -> None:
-    """Writes one and says so to `on_checkpoint`. Raises `UserError` where it cannot be written."""
+    """Writes a checkpoint, then calls `on_checkpoint`. Raises `UserError` where it cannot be
+    written."""
     training.save()
     if on_checkpoint is not None:
         on_checkpoint()
 
 
 def write_records(training: Training, x: Tensor) -> list[dict[str, Any]]:
-    """Adds the records of this step to metrics.jsonl, and returns them: one an SAE.
+    """Adds each SAE's record of this step to metrics.jsonl, and returns the records.
 
-    x [batch, d_model] is the step's. An SAE that diverged is reported and dropped. Raises
-    `UserError` where none is left, or the file cannot be written.
+    x [batch, d_model] is the step's batch. An SAE that has diverged is reported and dropped. Raises
+    `UserError` where no SAE is left, or the file cannot be written.
     """
-    path, going = training.out / METRICS, training.going
+    path, remaining = training.out / METRICS, training.remaining
     records = training.record(x)
-    for member in going:
+    for member in remaining:
         if member.dropped:
             tqdm.write(f"dropped: {member.dropped}", file=sys.stderr)
     try:
