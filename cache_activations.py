@@ -1,7 +1,7 @@
 """Caches the activations of a language model on text, or your own arrays, in a folder.
 
     python cache_activations.py --tokens 30_000_000 --layer 3 --out cache/train
-    python cache_activations.py --model gpt2 --layer 6 --dataset roneneldan/TinyStories
+    python cache_activations.py --model gpt2 --layer 6 --begin always --dataset my_stories
     python cache_activations.py --activations acts/*.npy --out cache/mine
 
 After an interruption, run the same command again: it continues after the last finished shard and

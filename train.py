@@ -1,7 +1,7 @@
 """Trains SAEs from one cache of activations: any number of them, of any kind, in one pass.
 
     python train.py --cache cache/train --n-latents 4096 --target-l0 10 20 40 80 --n-steps 20_000
-    python train.py --model gpt2 --layer 6 --dataset roneneldan/TinyStories   # without a cache
+    python train.py --model gpt2 --layer 6 --begin always --dataset my_stories   # without a cache
     python evaluate.py --run runs/saes --cache cache/validation
 
 All SAEs see the same batches, and each ends with the weights it would have if trained alone.
