@@ -244,7 +244,7 @@ def replace_folder(out: Path, write: Callable[[Path], None]) -> None:
         new, old = made / "new", made / "old"
         new.mkdir()
         write(new)
-        (new / MARKER).write_text(json.dumps({"format": 1}) + "\n")
+        (new / MARKER).write_text(json.dumps({"format": 1}) + "\n", encoding="utf-8")
         if out.exists():
             out.rename(old)
         new.rename(out)

@@ -231,7 +231,7 @@ def require_same_shape(run: Path, shape: Mapping[str, Any]) -> None:
     if not file.exists():
         return
     try:
-        before_all = dict(json.loads(file.read_text()))
+        before_all = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, OSError) as error:
         raise UserError(f"{file} is damaged ({error}): choose another --name") from None
     for key, before in before_all.items():

@@ -38,7 +38,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def _cpu() -> tuple[str, list[str]]:
     """The CPU's name, and those of its instruction sets that arithmetic may use."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:  # not Linux
         return platform.processor() or platform.machine(), []
     name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)  # None for an ARM CPU
@@ -95,6 +95,6 @@ def fix_kernels() -> None:
     An Intel and an AMD CPU gave different results all the same: see docs/toy_details.md.
     """
     cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.exists() and " avx2 " in cpu_info.read_text():
+    if cpu_info.exists() and " avx2 " in cpu_info.read_text(encoding="utf-8"):
         os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
         os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")

@@ -41,7 +41,7 @@ def one_writer(folder: Path, flag: str = "--out") -> Iterator[None]:
     file `folder`/.lock is never deleted, because then two writers could get in.
     """
     try:
-        file = (folder / ".lock").open("a")
+        file = (folder / ".lock").open("a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{flag} {folder} cannot be written: {error.strerror}") from None
     with file:

@@ -104,7 +104,7 @@ def read_tables(path: Path) -> list[dict[str, Any]]:
     Raises `UserError` where the file cannot be read, or holds anything else.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except OSError as error:
         raise UserError(f"--members {path} cannot be read: {error.strerror}") from None

@@ -92,7 +92,7 @@ def read_results(path: Path) -> dict[str, Any]:
     Raises `UserError`, which names the file, if it is damaged or another script's.
     """
     try:
-        results: dict[str, Any] = json.loads(path.read_text())
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         dict(results["config"]), summary(results), problems(results), closing(results)
     except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError,
             ArithmeticError) as error:  # fmt: skip
@@ -167,7 +167,7 @@ def last_records(path: Path, names: Sequence[str], n_bytes: int = -1) -> dict[st
 def cut_metrics(path: Path, n_bytes: int) -> None:
     """Cuts metrics.jsonl to its length at the checkpoint. Raises `UserError`."""
     try:
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.truncate(n_bytes)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror})") from None

@@ -33,7 +33,7 @@ def training_results(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        results: dict[str, Any] = json.loads(path.read_text())
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         # The entries that are read elsewhere must be there:
         float(results["config"]["target_l0"])
         str(results["config"]["cache"]), dict(results["cache"]["make"])
@@ -58,7 +58,7 @@ def training_curves(
     steps: dict[str, list[int]] = {}
     curves: dict[str, dict[str, list[float]]] = {}
     try:
-        for record in map(json.loads, path.read_text().splitlines()):
+        for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             name = str(record["sae"])
             if name in dropped:
                 continue

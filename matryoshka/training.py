@@ -234,7 +234,7 @@ def write_records(training: Training, x: Tensor) -> list[dict[str, Any]]:
         if member.dropped:
             tqdm.write(f"dropped: {member.dropped}", file=sys.stderr)
     try:
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}); {GO_ON}") from None

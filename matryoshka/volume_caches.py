@@ -130,7 +130,7 @@ class _Copying(TokenRows):
     def read(
         self, start: int, end: int | None, d_vocab: int, block_size: int = 1024
     ) -> Iterator[np.ndarray]:
-        with self.to.open("w") as file:
+        with self.to.open("w", encoding="utf-8") as file:
             for block in super().read(start, end, d_vocab, block_size):
                 file.writelines(json.dumps({"tok_ids": row}) + "\n" for row in block.tolist())
                 yield block

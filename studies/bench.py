@@ -317,7 +317,7 @@ def bench_data(repeats: int, device: torch.device) -> Times:
         out = Path(folder)
         torch.save(state, out / "model.pt")
         lines = (json.dumps({"tok_ids": row}) + "\n" for row in rows.tolist())
-        (out / "train.jsonl").write_text("".join(lines))
+        (out / "train.jsonl").write_text("".join(lines), encoding="utf-8")
         config = cache_activations.Config(
             model=str(out / "model.pt"),
             dataset=folder,

@@ -67,15 +67,15 @@ def run(config: Config) -> None:
     """Writes the file of concepts anew. Raises `UserError` where a file is not as described."""
     path = Path(config.concepts)
     try:
-        content = json.loads(path.read_text())
-        gpt2_ids = json.loads(Path(config.vocabulary).read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
+        gpt2_ids = json.loads(Path(config.vocabulary).read_text(encoding="utf-8"))
         gpt2_of = torch.load(config.tiny_to_gpt2, weights_only=True).tolist()
         fill_in(content, gpt2_ids, gpt2_of)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # torch.load raises errors of many classes
         raise UserError(f"cannot read the three files ({type(error).__name__}: {error})") from None
-    write_atomically(path, lambda part: part.write_text(as_text(content)))
+    write_atomically(path, lambda part: part.write_text(as_text(content), encoding="utf-8"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

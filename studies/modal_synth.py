@@ -137,7 +137,9 @@ def study(size: str, seeds: int, out: Path, call: Callable[..., Any]) -> list[Pa
     for name, waits in ((size, ours), (f"{size}_saelens", [peers])):
         path = out / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(merged([wait() for wait in waits]), indent=1) + "\n")
+        path.write_text(
+            json.dumps(merged([wait() for wait in waits]), indent=1) + "\n", encoding="utf-8"
+        )
         written.append(path)
     return written
 

@@ -146,7 +146,7 @@ def _swapped_in_list(
 
 def mutants_of(module: str) -> list[Mutant]:
     """Every mutant of a module. Docstrings and annotations contain nothing that is mutated."""
-    tree = ast.parse((ROOT / module).read_text())
+    tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
     return [
         Mutant(module, getattr(node, "lineno", 0), what, ast.unparse(tree))
         for node, what in mutations(tree)
@@ -159,7 +159,7 @@ def is_noticed(mutant: Mutant, timeout: int) -> bool:
         copy = Path(folder) / "copy"
         skipped = shutil.ignore_patterns(".git", "runs", "cache", "__pycache__", ".*_cache")
         shutil.copytree(ROOT, copy, ignore=skipped)
-        (copy / mutant.module).write_text(mutant.source)
+        (copy / mutant.module).write_text(mutant.source, encoding="utf-8")
         test = f"tests/{TESTS[mutant.module]}"
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
         with subprocess.Popen(
@@ -185,7 +185,9 @@ def run(config: Config) -> tuple[int, list[Mutant]]:
         raise UserError(f"--only {config.only}: no module of {', '.join(TESTS)} contains this")
     drawn = random.Random(config.seed).sample(every, min(config.n, len(every)))
     modules = sorted({mutant.module for mutant in drawn})
-    untouched = [Mutant(name, 0, "none", (ROOT / name).read_text()) for name in modules]
+    untouched = [
+        Mutant(name, 0, "none", (ROOT / name).read_text(encoding="utf-8")) for name in modules
+    ]
     survivors = []
     with concurrent.futures.ThreadPoolExecutor(config.workers) as pool:
         for mutant, noticed in zip(
@@ -206,7 +208,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         n, survivors = run(parse(Config, __doc__ or "", argv))
         rows = []
         for mutant in sorted(survivors, key=lambda m: (m.module, m.line)):
-            line = (ROOT / mutant.module).read_text().splitlines()[mutant.line - 1].strip()
+            line = (
+                (ROOT / mutant.module)
+                .read_text(encoding="utf-8")
+                .splitlines()[mutant.line - 1]
+                .strip()
+            )
             rows.append([f"{mutant.module}:{mutant.line}", mutant.what, line])
         if rows:
             print(table(["survived", "mutation", "line"], rows) + "\n")

@@ -1,5 +1,6 @@
 """Files that are whole, and folders with one writer."""
 
+import ast
 import errno
 import json
 import os
@@ -104,3 +105,23 @@ def test_json_has_a_line_a_key_and_a_line_an_item() -> None:
     assert json.loads(files.json_text([{"a": 1}, {"a": 2}])) == [{"a": 1}, {"a": 2}]
     with pytest.raises(ValueError, match="JSON compliant"):
         files.json_text({"a": float("nan")})
+
+
+def test_every_text_file_is_read_and_written_as_utf_8() -> None:
+    """Without an encoding the locale's is used, which may be another where a file is read."""
+    found = []
+    for path in [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("matryoshka/**/*.py"),
+        *ROOT.glob("studies/**/*.py"),
+    ]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                call = ast.unparse(node)
+                is_text = node.func.attr in ("read_text", "write_text") or (
+                    node.func.attr == "open"
+                    and call.endswith((".open('a')", ".open('w')", ".open()"))
+                )
+                if is_text and "encoding='utf-8'" not in call:
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {call}")
+    assert found == []
