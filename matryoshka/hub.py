@@ -72,20 +72,28 @@ def write_folder(
 def copy_results(source: Path, out: Path) -> dict[str, Any] | None:
     """Copies the SAE's results, without this machine's paths, and the run's figures.
 
-    Returns the SAE's entry in evaluation.json, or None if it was not evaluated; then no figures are
-    copied.
+    Returns the SAE's entry in evaluation.json with "held_out" (whether it was not trained on those
+    activations; None: not known), or None if it was not evaluated; then no figures are copied.
+    Raises `UserError` if the results cannot be read.
     """
     scores = None
     for name in (RESULTS, EVALUATION):
-        if not (source.parent / name).exists():
+        path = source.parent / name
+        if not path.exists():
             continue
-        results = read_object(source.parent / name)
-        runs = results.get("runs", [])
-        results["runs"] = [run for run in runs if run.get("sae") == source.stem]
+        results = read_object(path)
+        try:
+            results["runs"] = [run for run in results["runs"] if run["sae"] == source.stem]
+            held_out = results["cache"].get("held_out") if name == EVALUATION else None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path} is not of a run ({type(error).__name__}: {error}): move it away"
+            ) from None
         if not results["runs"]:
             continue  # the results are of other SAEs in that folder
         write_json(out / name, without_paths(results))
-        scores = results["runs"][0] if name == EVALUATION else scores
+        if name == EVALUATION:
+            scores = {**results["runs"][0], "held_out": held_out}
     if scores is not None:
         for figure in sorted(source.parent.glob("*.png")):
             shutil.copyfile(figure, out / figure.name)

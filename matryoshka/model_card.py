@@ -45,8 +45,15 @@ SCORES = {
 }
 
 
+MEASURED_ON = {  # by `held_out`
+    True: "On held-out activations.",
+    False: "On activations that it was TRAINED on.",
+    None: "It is not known whether it was trained on these activations.",
+}
+
+
 def model_card(sae: SAE, repo: str, licence: str, scores: Mapping[str, Any] | None) -> str:
-    """The text of a repository's README.md. scores: the SAE's line of evaluation.json, if any."""
+    """The text of a repository's README.md. scores: what `hub.copy_results` returns."""
     return "\n\n".join(
         [
             header(licence),
@@ -55,7 +62,7 @@ def model_card(sae: SAE, repo: str, licence: str, scores: Mapping[str, Any] | No
             f"dimensions. {what_it_is(sae)}",
             "## How it was trained",
             settings_table(sae),
-            "## Scores on held-out activations",
+            "## Scores",
             scores_table(scores),
             "## Loading it",
             loading(repo, sae.n_latents),
@@ -107,7 +114,7 @@ def text_of(value: Any) -> str:
 
 
 def scores_table(scores: Mapping[str, Any] | None) -> str:
-    """A table of the SAE's line of evaluation.json."""
+    """A table of the SAE's scores, and whether it was trained on the activations."""
     if scores is None:
         return "Not evaluated."
     rows = [
@@ -115,7 +122,7 @@ def scores_table(scores: Mapping[str, Any] | None) -> str:
         for name, label in SCORES.items()
         if isinstance(scores.get(name), int | float)
     ]
-    return table(["", "value"], rows)
+    return f"{MEASURED_ON[scores.get('held_out')]}\n\n{table(['', 'value'], rows)}"
 
 
 def loading(repo: str, n_latents: int) -> str:

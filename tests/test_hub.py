@@ -27,7 +27,11 @@ def run(tmp_path):
     for name, seed in (("matryoshka", 1), ("vanilla", 2)):
         any_sae("relu", seed).save(folder / f"{name}.safetensors")
     runs = [{"sae": "matryoshka", "fvu": 0.25, "l0": 5.5}, {"sae": "vanilla", "fvu": 0.5}]
-    results = {"config": {"cache": str(tmp_path / "cache")}, "runs": runs}
+    results = {
+        "config": {"cache": str(tmp_path / "cache")},
+        "cache": {"held_out": True},
+        "runs": runs,
+    }
     for name in ("results.json", "evaluation.json"):
         (folder / name).write_text(json.dumps(results))
     (folder / "fvu_by_prefix.png").write_bytes(b"picture")
@@ -184,3 +188,25 @@ def test_the_card_says_what_it_is_and_how_it_scored():
         assert text in card
     assert "loss recovered" not in card
     assert "Not evaluated" in model_card(sae, REPO, "mit", None)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "words"),
+    [(True, "On held-out"), (False, "TRAINED on"), (None, "not known whether it was trained on")],
+)
+def test_the_card_says_whether_it_was_scored_on_what_it_was_trained_on(
+    run, tmp_path, there, held_out, words
+):
+    results = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps(results | {"cache": {"held_out": held_out}}))
+    push(run, tmp_path / "out", "--dry-run")
+    assert words in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("content", [{}, {"runs": 3}, {"runs": [3]}, {"runs": [{"a": 1}]}])
+def test_results_of_something_else_are_refused(run, tmp_path, there, capsys, content):
+    (run / "results.json").write_text(json.dumps(content))
+    sae, out = str(run / "matryoshka.safetensors"), str(tmp_path / "out")
+    stderr = refused(capsys, "--sae", sae, "--out", out, "--push", REPO, "--dry-run")
+    assert "results.json is not of a run" in stderr
+    assert not Path(out).exists()
