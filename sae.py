@@ -39,7 +39,7 @@ Sparsity = Literal["l1", "log"]
 def seeded_generator(seed: int, *stream: int) -> torch.Generator:
     """A CPU generator that depends on `seed` and `stream` alone, which may be of any size.
 
-    PyTorch takes a seed of 32 bits, so two streams are the same with a probability of 2^-32.
+    PyTorch uses 32 bits of a seed, so two streams are the same with a probability of 2^-32.
     """
     name = " ".join(str(int(part)) for part in (seed, *stream))
     digest = hashlib.sha256(name.encode()).digest()
@@ -107,8 +107,8 @@ def jumprelu(preacts: Tensor, gate: Gate) -> Tensor:
 
 # Every activation function, by its name in an SAE's file. It takes pre-activations
 # [..., n_latents], which it may overwrite, and returns activations of the same shape, none of them
-# negative. The kernels' gradients are right if its slope is 1 where it is not 0, and 0 where it is;
-# any other trains with `gradient="autograd"`.
+# negative. Whatever else it needs is a field of Gate. The kernels' gradients are right if its slope
+# is 1 where it is not 0, and 0 where it is; any other trains with `gradient="autograd"`.
 Activation = Callable[[Tensor, Gate], Tensor]
 ACTIVATIONS: dict[str, Activation] = {
     "relu": relu,
@@ -116,7 +116,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "batchtopk": batchtopk,
     "jumprelu": jumprelu,
 }
-WITH_K = ("topk", "batchtopk")  # those whose L0 is given, as k, and not steered by a sparsity loss
+WITH_K = ("topk", "batchtopk")  # they fix L0 at k, and have no sparsity loss that steers it
 
 
 def _check_activation(name: str, k: float | None, threshold: Tensor | None, n_latents: int) -> None:

@@ -57,7 +57,7 @@ class Trainer:
         self._input_scale = InputScale(self.d_model, flat)
         self._controller = SparsityController(self.config, flat, self.activation not in WITH_K)
         self._latent_order = LatentOrder(configs, self.n_latents, flat)
-        self._state = {  # updated in place; what a checkpoint keeps
+        self._state = {  # updated in place, and saved in checkpoints
             "params": flat,
             "adam_mean": torch.zeros_like(flat),
             "adam_square": torch.zeros_like(flat),
@@ -78,12 +78,12 @@ class Trainer:
         self._graphs: dict[tuple[object, ...], CudaGraph] = {}
         self._block_schedule: tuple[int, Tensor] | None = None
         self.kernels: tuple[str, ...] = ()  # for each SAE, which kernel wrote its last gradient
-        self._prefixes = PrefixDraws(
-            self.n_latents,
-            [PrefixRule.of(*of_sae, self.n_latents) for of_sae in zip(configs, seeds, strict=True)],
-            flat,
-            flat.device if self._is_replayed else torch.device("cpu"),
-        )
+        rules = [
+            PrefixRule.of(config, seed, self.n_latents)
+            for config, seed in zip(configs, seeds, strict=True)
+        ]
+        ends_on = flat.device if self._is_replayed else torch.device("cpu")
+        self._prefixes = PrefixDraws(self.n_latents, rules, flat, ends_on)
 
     @torch.inference_mode()
     def step(self, x: Tensor) -> dict[str, Tensor]:
@@ -166,7 +166,7 @@ class Trainer:
             k=config.target_l0,
             # --bandwidth is for inputs of mean square norm 1, and that of x is about d_model
             bandwidth=config.bandwidth * math.sqrt(self.d_model),
-            unhedged=config.unhedged > 0,
+            unhedged=config.unhedged > 0,  # no change while tied, when all reaches are 1
         )
 
     def _track_threshold(self, stats: Stats, share: float | Tensor) -> None:
@@ -256,7 +256,9 @@ class Trainer:
     def saes(self) -> list[SAE]:
         """Copies of the SAEs as they are now, with their latents in order; see `LatentOrder`."""
         mean_norm = self._state["mean_norm"]
-        mean_norm = torch.where(mean_norm > 0, mean_norm, 1.0)  # it is 0 until an input is not
+        mean_norm = torch.where(
+            mean_norm > 0, mean_norm, 1.0
+        )  # it is 0 if all inputs were 0 so far
         saes = []
         for i, order in enumerate(self.order()):
             tensors = {**in_order(self._params.one(i), order), "mean_norm": mean_norm[i]}
@@ -354,6 +356,7 @@ def _remade(
     seeds: Sequence[int],
     state: Mapping[str, Tensor],
 ) -> Trainer:
+    """A trainer that continues from `state`; see `Trainer.__reduce__`."""
     trainer = kind(saes, configs, seeds)
     trainer.load_state_dict(state)
     return trainer

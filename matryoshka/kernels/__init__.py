@@ -15,6 +15,9 @@ the weighted sum of x_hat - x over the prefixes that contain latent j:
     d loss / d a_j = 2 <d_j, r_j> + p_j ||d_j||
     d loss / d d_j = 2 a_j r_j    + p_j a_j d_j / ||d_j||
 
+The gradients of W_enc and b_enc follow by the chain rule: an activation has slope 1 in its
+pre-activation where it is not 0, and slope 0 where it is. The gradient of b_dec is 2 r for reach 1.
+
 In an *unhedged* objective only the encoder has this gradient. The decoder has the gradient for
 s_j = 1, the full reconstruction (matryoshka/unhedged.py).
 

@@ -39,7 +39,7 @@ def write(task: Task, dtype: torch.dtype, grouped: bool) -> Tensor:
     g_W_dec = W_dec * shrink[:, None]
     blocks = Blocks(acts.to(dtype), W_dec.to(dtype), sorted_reach, task)
     add = blocks.add_grouped if grouped else blocks.add_sliced
-    g_b_dec = add(g_acts, g_W_dec)
+    g_b_dec = add(g_acts, g_W_dec)  # adds to both in place
     if near is not None:
         threshold = task.params.log_threshold[0, latents].exp()
         slopes = threshold * (g_acts * near).sum(1) + price * near.sum(1) / batch
@@ -63,8 +63,9 @@ class Blocks:
 
     `add_sliced` and `add_grouped` add 2 <d_j, r> / batch to g_acts [n_latents, batch], and the sum
     over the batch of 2 a_j r / batch to g_W_dec [n_latents, d_model]. They return the gradient of
-    b_dec [d_model]: the sum over the batch of 2 r / batch for the first block, which every prefix
-    contains. If unhedged, the decoder's parts have the residual of the full reconstruction.
+    b_dec [d_model]: the sum over the batch of 2 r / batch, with r that of the first block, which is
+    in every prefix, and of a prefix of length 0 if there is one. If unhedged, the gradients of
+    W_dec and b_dec have the residual of the full reconstruction instead.
     """
 
     def __init__(self, acts: Tensor, W_dec: Tensor, sorted_reach: Tensor, task: Task):
