@@ -76,7 +76,7 @@ class LanguageModel(Protocol):
 
     @property
     def special_ids(self) -> Set[int]:
-        """Ids that stand for no text: a cache leaves their positions out by default."""
+        """The special ids, such as [BEGIN]; by default, a cache leaves their positions out."""
 
     @property
     def weights_hash(self) -> str:

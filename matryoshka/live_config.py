@@ -1,4 +1,4 @@
-"""The settings of training from a language model that runs meanwhile, instead of from a cache."""
+"""The settings of training from a language model that runs during training, without a cache."""
 
 import dataclasses
 from typing import Any

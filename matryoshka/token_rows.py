@@ -79,7 +79,7 @@ class TokenRows:
             yield ids
 
     def _parsed_rows(self, start: int, block_size: int) -> Iterator[Any]:
-        """Yields the rows from `start` on, unchecked. Raises `UserError` if there is no dataset."""
+        """The rows from `start` on, unchecked. Raises `UserError` if there is no dataset."""
         if os.path.isdir(self.dataset):
             if not os.path.isfile(self.file):
                 raise UserError(f"dataset folder {self.dataset} holds no {self.split}.jsonl")

@@ -55,7 +55,7 @@ class Config:
 
 
 def placed_sae(config: Config) -> SAE:
-    """An SAE whose latents fire on l0 of the random activations' tokens, on average each."""
+    """An SAE of which l0 latents fire on a random activation, on average."""
     generator = seeded_generator(0)
     sae = SAE(config.d_model, config.n_latents).requires_grad_(False)
     share = torch.rand(config.n_latents, generator=generator) ** 3
