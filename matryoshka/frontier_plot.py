@@ -9,8 +9,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from matryoshka import plots
 from matryoshka.frontier import Lines, by_target, mean
+from matryoshka.plot_style import (
+    colours_of,
+    count_of,
+    legend,
+    log_axis,
+    new_figure,
+    style,
+    write,
+)
 
 PANELS = {
     "fvu": "FVU (lower is better)",
@@ -28,12 +36,12 @@ Looks = dict[str, dict[str, Any]]  # a line's name -> matplotlib's settings for 
 def draw(path: str | Path, lines: Lines) -> None:
     """Draws the four scores against L0: a dot for each SAE, and a line through the mean at each
     target L0. SAEs of a kind with a single target have diamonds and no line."""
-    plots._write(path, _figure(lines))
+    write(path, _figure(lines))
 
 
-@plots._style
+@style
 def _figure(lines: Lines) -> Figure:
-    figure = plots._figure(6.2)
+    figure = new_figure(6.2)
     axes = figure.subplots(
         2, 2, gridspec_kw={"left": 0.075, "right": 0.985, "top": 0.92, "bottom": 0.075,
                            "wspace": 0.2, "hspace": 0.3},
@@ -44,15 +52,15 @@ def _figure(lines: Lines) -> Figure:
         ax.set_title(title)
         if key == "fvu":
             values = [run[key] for points in lines.values() for run in points]
-            plots._log_axis(ax, np.array(values, dtype=float))
+            log_axis(ax, np.array(values, dtype=float))
     for ax in axes[1]:
         ax.set_xlabel("L0: active latents a token (log scale)")
     handles = [
         Line2D([], [], **looks[name], markersize=4,
-               label=f"{name}, {plots._count(len({run.get('seed') for run in points}), 'seed')}")
+               label=f"{name}, {count_of(len({run.get('seed') for run in points}), 'seed')}")
         for name, points in lines.items()
     ]  # fmt: skip
-    plots._legend(figure, handles, 0.06, handlelength=3.2)
+    legend(figure, handles, 0.06, handlelength=3.2)
     return figure
 
 
@@ -85,7 +93,7 @@ def _panel(ax: Axes, lines: Lines, looks: Looks, key: str) -> None:
 def _looks(lines: Lines) -> Looks:
     """How each line is drawn: its colour shows the kind, its dashes the activation function, and
     hollow diamonds that there is only one target L0."""
-    colours = plots._colours(dict.fromkeys(name.split(",")[0] for name in lines))
+    colours = colours_of(dict.fromkeys(name.split(",")[0] for name in lines))
     looks = {}
     for name, points in lines.items():
         is_line, colour = len(by_target(points)) > 1, colours[name.split(",")[0]]

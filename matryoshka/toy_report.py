@@ -111,7 +111,10 @@ def figures_of(n_seeds: int) -> list[str]:
 
 def draw(config: "Config", data: "ToyData", finished: Sequence[StackResult]) -> None:
     """Draws the figures: activations and cosines of the first seed, curves and features of all."""
-    from matryoshka import plots  # imported here: matplotlib takes a second, and workers draw none
+    from matryoshka import (  # imported here: it takes a second, and workers draw none
+        heatmaps,
+        plots,
+    )
 
     activations, of_decoder, of_encoder, curves = (Path(config.out) / name for name in FIGURES)
     first = finished[0]
@@ -119,9 +122,9 @@ def draw(config: "Config", data: "ToyData", finished: Sequence[StackResult]) -> 
     features, x = (samples[:N_DRAWN] for samples in data.held_out(seed, N_REFERENCE))
     views = {name: matched_views(data, first.sae(name), seed, x) for name in config.saes}
     acts, decoder, encoder = ({name: view[i] for name, view in views.items()} for i in range(3))
-    plots.toy_activations(activations, features, acts, data.tree)
-    plots.toy_cosines(of_decoder, decoder, data.tree, "decoder")
-    plots.toy_cosines(of_encoder, encoder, data.tree, "encoder")
+    heatmaps.toy_activations(activations, features, acts, data.tree)
+    heatmaps.toy_cosines(of_decoder, decoder, data.tree, "decoder")
+    heatmaps.toy_cosines(of_encoder, encoder, data.tree, "encoder")
     plots.training_curves(
         curves,
         first.curves["step"],

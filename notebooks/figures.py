@@ -1,4 +1,4 @@
-"""The figures that only the notebook has, each a PNG in the style of matryoshka/plots.py."""
+"""The figures that only the notebook has, each a PNG in the style of matryoshka/plot_style.py."""
 
 import math
 from collections.abc import Mapping
@@ -11,8 +11,20 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 import train_toy
-from matryoshka import plots
-from matryoshka.plots import COLOURS, FAINT, INK, MISSED, _figure, _legend, _style, _write
+from matryoshka.plot_style import (
+    COLOURS,
+    FAINT,
+    INK,
+    MISSED,
+    colours_of,
+    in_order,
+    label_of,
+    legend,
+    new_figure,
+    patch,
+    style,
+    write,
+)
 from matryoshka.prefix_draws import expected_reach, reach
 from sae import STREAM_PREFIXES, prefix_probabilities, sample_prefixes, seeded_generator
 from studies import tables, toy_tables
@@ -31,7 +43,7 @@ def log_ticks(axes: Axes) -> None:
 
 def kinds_in(results: Results) -> list[str]:
     """The kinds of SAE that were trained, in the order in which every figure has them."""
-    return [sae for sae, _ in plots._in_order(dict.fromkeys(tables.kinds_of(results)))]
+    return [sae for sae, _ in in_order(dict.fromkeys(tables.kinds_of(results)))]
 
 
 # ----------------------------------------------------------------------------------- 1. the idea
@@ -40,10 +52,10 @@ TOY_LATENTS, TOY_PREFIXES = 20, 10
 N_DRAWS = 20_000
 
 
-@_style
+@style
 def nested(path: Path) -> None:
     """Ten prefixes of the toy's first step, the law they are drawn from, and the reach."""
-    drawing = _figure(3.1)
+    drawing = new_figure(3.1)
     left, middle, right = drawing.subplots(
         1, 3, gridspec_kw={"left": 0.045, "right": 0.985, "top": 0.82, "bottom": 0.15,
                            "wspace": 0.28, "width_ratios": (1.15, 1, 1)},
@@ -58,8 +70,8 @@ def nested(path: Path) -> None:
         Line2D([], [], color=BLUE, linestyle="--", label="1,024 latents"),
         Line2D([], [], color=COLOURS["vanilla"], linewidth=2, label="vanilla: one prefix"),
     ]
-    _legend(drawing, key, 0.035)
-    _write(path, drawing)
+    legend(drawing, key, 0.035)
+    write(path, drawing)
 
 
 def _draw_first_step(axes: Axes) -> None:
@@ -124,7 +136,7 @@ PREDICTED = {
 }
 
 
-@_style
+@style
 def cosines(path: Path, results: Results) -> None:
     """Best decoder cosines over seeds: a row a kind of SAE, a column a kind of feature."""
     tree = train_toy.load_tree(results["sources"][0]["config"]["tree"])
@@ -133,8 +145,8 @@ def cosines(path: Path, results: Results) -> None:
         sae: np.array([run["best_cosine"] for run in tables.runs_of(results, sae)])
         for sae in kinds_in(results)
     }  # [n_seeds, n_features] each
-    colours = plots._colours(best)
-    drawing = _figure(0.9 + 1.6 * len(best))
+    colours = colours_of(best)
+    drawing = new_figure(0.9 + 1.6 * len(best))
     axes = drawing.subplots(
         len(best), 3, sharex=True, sharey=True, squeeze=False,
         gridspec_kw={"left": 0.075, "right": 0.985, "top": 0.87, "bottom": 0.12, "wspace": 0.06,
@@ -150,20 +162,20 @@ def cosines(path: Path, results: Results) -> None:
             _mark_prediction(ax, PREDICTED.get((sae, kind)))
             ax.set_xlim(lowest, 1.01)
             ax.xaxis.set_major_locator(MaxNLocator(4, prune="lower"))  # else neighbours touch
-        row[0].set_ylabel(plots._label(sae), color=colours[sae], fontweight="bold")
+        row[0].set_ylabel(label_of(sae), color=colours[sae], fontweight="bold")
         row[0].set_ylim(0.7, 30 * len(of_sae))
     for ax, kind in zip(axes[-1], ("parent", "child", "rare feature"), strict=True):
         n = int((kinds == kind.split()[0]).sum())
         ax.set_xlabel(f"best cosine to a {kind} ({n} a seed)")
     key = [
-        *(plots._patch(sae, len(of), colours[sae]) for sae, of in best.items()),
+        *(patch(sae, len(of), colours[sae]) for sae, of in best.items()),
         Line2D([], [], color=INK, linewidth=1, linestyle=(0, (4, 2)), label="clean above"),
         Line2D([], [], color=INK, linewidth=0.8, linestyle=":", label="predicted"),
     ]
-    _legend(drawing, key, 0.065)
+    legend(drawing, key, 0.065)
     drawing.text(0.985, 0.965, "height: features over all seeds (log scale)", ha="right",
                  va="center", fontsize=7.5, color=INK)  # fmt: skip
-    _write(path, drawing)
+    write(path, drawing)
 
 
 def _draw_cosines(
@@ -190,10 +202,10 @@ def _mark_prediction(axes: Axes, predicted: tuple[float, str] | None) -> None:
     )  # fmt: skip
 
 
-@_style
+@style
 def recipes(path: Path) -> None:
     """FVU of every Matryoshka seed by recipe; those that lost a feature are marked."""
-    drawing = _figure(2.5)
+    drawing = new_figure(2.5)
     ax = drawing.subplots(gridspec_kw={"left": 0.19, "right": 0.9, "top": 0.87, "bottom": 0.17})
     for row, file in enumerate(tables.RECIPES.values()):
         runs = tables.runs_of(tables.read(f"toy/{file}.json"), "matryoshka")
@@ -219,14 +231,14 @@ def recipes(path: Path) -> None:
                label="a seed with 20/20"),
         Line2D([], [], color=MISSED, linestyle="", marker="X", markersize=5.5, label="with fewer"),
     ]  # fmt: skip
-    _legend(drawing, key, 0.18)
-    _write(path, drawing)
+    legend(drawing, key, 0.18)
+    write(path, drawing)
 
 
-@_style
+@style
 def clean_by_threshold(path: Path, results: Results) -> None:
     """Clean features by the cosine that counts as clean: a panel a stage of refitting."""
-    drawing = _figure(2.7)
+    drawing = new_figure(2.7)
     titles = ("As trained", "Decoder refitted", "Both refitted")
     axes = drawing.subplots(
         1, len(titles), sharey=True,
@@ -234,7 +246,7 @@ def clean_by_threshold(path: Path, results: Results) -> None:
     )  # fmt: skip
     thresholds = np.linspace(0.6, 1.0, 401)
     kinds = kinds_in(results)
-    colours = plots._colours(kinds)
+    colours = colours_of(kinds)
     for ax, title, how in zip(axes, titles, toy_tables.REFITS, strict=True):
         for sae in kinds:
             runs = tables.runs_of(results, sae + how)
@@ -252,26 +264,26 @@ def clean_by_threshold(path: Path, results: Results) -> None:
     axes[0].set_ylabel("clean features of 20, mean over seeds")
     axes[1].set_xlabel("cosine above which a feature is clean (dotted: 0.9, 0.95, 0.99)")
     n_seeds = {sae: len(tables.runs_of(results, sae)) for sae in kinds}
-    _legend(drawing, [plots._patch(sae, n_seeds[sae], colours[sae]) for sae in kinds], 0.05)
-    _write(path, drawing)
+    legend(drawing, [patch(sae, n_seeds[sae], colours[sae]) for sae in kinds], 0.05)
+    write(path, drawing)
 
 
 # -------------------------------------------------------------------------------------- 4. speed
 
 
-@_style
+@style
 def speed(path: Path) -> None:
     """A step at full size by kind, and by the size of the dictionary, beside the products."""
     times = tables.read("bench/step.json")["sources"][0]["step"]
     shown = {name: t for name, t in times.items() if not name.startswith("of these")}
-    drawing = _figure(0.6 + 0.2 * len(shown))
+    drawing = new_figure(0.6 + 0.2 * len(shown))
     left, right = drawing.subplots(
         1, 2, gridspec_kw={"left": 0.29, "right": 0.985, "top": 0.9, "bottom": 0.16,
                            "wspace": 0.24, "width_ratios": (1.35, 1)},
     )  # fmt: skip
     _draw_steps(left, shown, times["five dense products"]["median"])
     _draw_growth(right, tables.read("bench/growth.json")["sources"][0]["growth"])
-    _write(path, drawing)
+    write(path, drawing)
 
 
 def _draw_steps(axes: Axes, times: Mapping[str, Mapping[str, float]], yardstick: float) -> None:

@@ -181,7 +181,7 @@ def test_predicted_cosines_are_those_of_the_text():
 def drawn(monkeypatch, tmp_path):
     """Draws a figure and returns it: drawn(figures.speed) -> matplotlib's Figure."""
     kept: list[Figure] = []
-    monkeypatch.setattr(figures, "_write", lambda path, figure: kept.append(figure))
+    monkeypatch.setattr(figures, "write", lambda path, figure: kept.append(figure))
 
     def draw(function, *args):
         function(tmp_path / "figure.png", *args)

@@ -2,6 +2,7 @@
 
 import itertools
 import struct
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from matryoshka import plots
+from matryoshka import heatmaps, plot_style, plots
+from matryoshka.heatmaps import toy_activations, toy_cosines
 from matryoshka.metrics import density_histogram
+from matryoshka.plot_style import colours_of
+from matryoshka.tree_axis import tree_axis
 from toy_model import FeatureTree
 
 PAPER = FeatureTree.from_json(Path(__file__).parent.parent / "tree.json")
@@ -126,18 +130,28 @@ def cases() -> dict[str, tuple[Any, ...]]:
         acts, cosines = truth, rng.uniform(-1, 1, (n, n))
         if tree is not PAPER:  # a column, or a row, of NaN
             acts, cosines = nan_column(acts), nan_column(cosines).T
-        out[f"activations, {name}"] = (plots.toy_activations, truth, both(acts), tree)
-        out[f"cosines, {name}"] = (plots.toy_cosines, both(cosines), tree, "decoder")
+        out[f"activations, {name}"] = (toy_activations, truth, both(acts), tree)
+        out[f"cosines, {name}"] = (toy_cosines, both(cosines), tree, "decoder")
         out[f"seeds, {name}"] = (plots.toy_seeds, runs_of(7, tree), tree)
     nothing = np.zeros((60, 20))
     dead = dict.fromkeys(("sae", "seed")) | {"sae": "vanilla", "clean_features": 0}
     densities = 10 ** rng.uniform(-5, 0, (3, 64))
     return out | {
-        "activations, one sample": (plots.toy_activations, nothing[:1], both(nothing[:1]), PAPER),
-        "activations, nothing": (plots.toy_activations, nothing, both(nothing), PAPER),
-        "activations, all NaN": (plots.toy_activations, nothing, both(nothing + np.nan), PAPER),
-        "cosines, one SAE": (plots.toy_cosines, {"vanilla": np.eye(20)}, PAPER, "decoder"),
-        "cosines, all NaN": (plots.toy_cosines, both(np.full((20, 20), np.nan)), PAPER, "decoder"),
+        "activations, one sample": (
+            toy_activations,
+            nothing[:1],
+            both(nothing[:1]),
+            PAPER,
+        ),
+        "activations, nothing": (toy_activations, nothing, both(nothing), PAPER),
+        "activations, all NaN": (toy_activations, nothing, both(nothing + np.nan), PAPER),
+        "cosines, one SAE": (toy_cosines, {"vanilla": np.eye(20)}, PAPER, "decoder"),
+        "cosines, all NaN": (
+            heatmaps.toy_cosines,
+            both(np.full((20, 20), np.nan)),
+            PAPER,
+            "decoder",
+        ),
         "curves": (plots.training_curves, steps, curves_of(5), 1.2, 1.1),
         "curves, one seed": (plots.training_curves, steps, curves_of(1), 1.2),
         "curves, one point": (plots.training_curves, [0], curves_of(2, 1), 1.2),
@@ -171,12 +185,12 @@ def cases() -> dict[str, tuple[Any, ...]]:
         "refit, another SAE": (plots.refit_cosines, stages_of(3, ODD), ODD, MANY[2]),
         "refit, low": (plots.refit_cosines, {"before": np.zeros((2, 20))}, PAPER, "vanilla", 0.5),
         "many, activations": (
-            plots.toy_activations,
+            toy_activations,
             truth_of(PAPER),
             of_many(truth_of(PAPER)),
             PAPER,
         ),
-        "many, cosines": (plots.toy_cosines, of_many(np.eye(4)), ODD, "encoder"),
+        "many, cosines": (toy_cosines, of_many(np.eye(4)), ODD, "encoder"),
         "many, curves": (plots.training_curves, steps, of_many(curves_of(3)["vanilla"]), 1.2, 1.1),
         "many, seeds": (
             plots.toy_seeds,
@@ -232,10 +246,12 @@ def test_every_figure_is_one_png_with_all_its_text_and_nothing_else_changes(
     function, *arguments = CASES[name]
     before = dict(matplotlib.rcParams)
     drawn: list[Figure] = []
-    write = plots._write
-    monkeypatch.setattr(
-        plots, "_write", lambda path, figure: (drawn.append(figure), write(path, figure))
-    )
+
+    def write(path: Path, figure: Figure) -> None:
+        drawn.append(figure)
+        plot_style.write(path, figure)
+
+    monkeypatch.setattr(sys.modules[function.__module__], "write", write)
     function(tmp_path / "figure.png", *arguments)
     assert dict(matplotlib.rcParams) == before
     assert [file.name for file in tmp_path.iterdir()] == ["figure.png"]
@@ -268,7 +284,7 @@ def test_nested_lists_and_tensors_draw_what_arrays_do(tmp_path: Path) -> None:
     truth = truth_of(PAPER)
     kinds = {"array": truth, "list": truth.tolist(), "tensor": torch.tensor(truth).float()}
     for name, values in kinds.items():
-        plots.toy_activations(tmp_path / f"{name}.png", values, both(values), PAPER)
+        heatmaps.toy_activations(tmp_path / f"{name}.png", values, both(values), PAPER)
     assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
 
 
@@ -310,7 +326,7 @@ def texts(ax: Axes) -> list[str]:
 def test_activations_are_sorted_by_the_tree_and_absorption_is_marked() -> None:
     truth = truth_of(PAPER, 300)
     by_sae = {"matryoshka": truth, "vanilla": absorbed(truth, PAPER)}
-    figure = plots._toy_activations_figure(truth, by_sae, PAPER)
+    figure = heatmaps._toy_activations_figure(truth, by_sae, PAPER)
     shown, vanilla, matryoshka = figure.axes[:3]
     titles = [ax.get_title(loc="left") for ax in figure.axes[:3]]
     assert titles == ["Ground truth", "Vanilla SAE", "Matryoshka SAE"]
@@ -319,7 +335,7 @@ def test_activations_are_sorted_by_the_tree_and_absorption_is_marked() -> None:
     expected = sorted((r for r in truth.tolist() if any(r)), reverse=True)
     assert drawn.tolist() == expected
     acts, missed = images(vanilla)
-    assert to_hex(vanilla.images[1].cmap(0)) == plots.MISSED.lower()
+    assert to_hex(vanilla.images[1].cmap(0)) == plot_style.MISSED.lower()
     assert (~np.ma.getmaskarray(missed) == ((np.array(expected) > 0) & (acts == 0))).all()
     children_active = truth[:, [1, 2, 3, 5, 6, 7, 9, 10, 11]].sum()
     assert (~np.ma.getmaskarray(missed)).sum() == children_active
@@ -330,9 +346,9 @@ def test_activations_are_sorted_by_the_tree_and_absorption_is_marked() -> None:
 
 def test_a_missing_latent_is_grey_and_not_silent() -> None:
     truth = truth_of(PAPER)
-    figure = plots._toy_activations_figure(truth, {"vanilla": nan_column(truth, 4)}, PAPER)
+    figure = heatmaps._toy_activations_figure(truth, {"vanilla": nan_column(truth, 4)}, PAPER)
     overlays = figure.axes[1].images[1:]
-    assert [to_hex(image.cmap(0)) for image in overlays] == [plots.ABSENT.lower()]
+    assert [to_hex(image.cmap(0)) for image in overlays] == [plot_style.ABSENT.lower()]
     grey = ~np.ma.getmaskarray(overlays[0].get_array())
     assert grey[:, 4].all()
     assert grey.sum() == len(grey)
@@ -342,27 +358,27 @@ def test_a_missing_latent_is_grey_and_not_silent() -> None:
 
 def test_too_many_samples_are_thinned_and_counted() -> None:
     truth = np.tile(truth_of(PAPER, 100), (20, 1))
-    figure = plots._toy_activations_figure(truth, {"vanilla": truth}, PAPER)
-    assert len(images(figure.axes[0])[0]) == plots.MAX_ROWS
+    figure = heatmaps._toy_activations_figure(truth, {"vanilla": truth}, PAPER)
+    assert len(images(figure.axes[0])[0]) == heatmaps.MAX_ROWS
     assert figure.axes[0].get_ylabel() == "400 of 2000 samples"
 
 
 def test_features_are_grouped_by_their_topmost_parent_the_rare_last() -> None:
-    assert plots._layout(PAPER).spans() == [
+    assert tree_axis(PAPER).spans() == [
         (0, 3, "parent 0"), (4, 7, "parent 1"), (8, 11, "parent 2"), (12, 19, "rare")
     ]  # fmt: skip
-    assert plots._layout(PAPER).marks == ["P", "c", "c", "c"] * 3 + [""] * 8
-    assert plots._layout(ODD).order == [1, 2, 3, 0]
-    assert plots._layout(ODD).marks == ["P", "P", "c", ""]
-    assert plots._layout(FLAT).spans() == [(0, 1, "rare")]
-    figure = plots._toy_cosines_figure({"vanilla": np.eye(20)}, PAPER, "decoder")
+    assert tree_axis(PAPER).marks == ["P", "c", "c", "c"] * 3 + [""] * 8
+    assert tree_axis(ODD).order == [1, 2, 3, 0]
+    assert tree_axis(ODD).marks == ["P", "P", "c", ""]
+    assert tree_axis(FLAT).spans() == [(0, 1, "rare")]
+    figure = heatmaps._toy_cosines_figure({"vanilla": np.eye(20)}, PAPER, "decoder")
     for label in ("parent 0", "parent 1", "parent 2", "rare"):
         assert texts(figure.axes[0]).count(label) == 2  # below and beside
 
 
 def test_cosines_are_in_the_order_of_the_groups_and_centred_on_zero() -> None:
     cosines = np.arange(16).reshape(4, 4) / 16 - 0.5
-    figure = plots._toy_cosines_figure({"vanilla": cosines}, ODD, "encoder")
+    figure = heatmaps._toy_cosines_figure({"vanilla": cosines}, ODD, "encoder")
     ax = figure.axes[0]
     order = [1, 2, 3, 0]
     assert (images(ax)[0] == cosines[order][:, order]).all()
@@ -381,7 +397,7 @@ def test_curves_show_each_seed_their_median_and_the_targets() -> None:
         assert ax.get_xlabel() == "training step"
         assert ax.get_ylabel()
         for sae, lines in zip(("vanilla", "matryoshka"), ax.collections, strict=True):
-            assert to_hex(lines.get_color()[0]) == plots.COLOURS[sae].lower()
+            assert to_hex(lines.get_color()[0]) == plot_style.COLOURS[sae].lower()
             drawn = np.array([segment[:, 1] for segment in lines.get_segments()])
             np.testing.assert_array_equal(drawn, curves[sae][key])
         for sae, line in zip(("vanilla", "matryoshka"), ax.lines, strict=False):
@@ -418,7 +434,7 @@ def test_seeds_show_every_cosine_and_count_the_clean() -> None:
         (to_hex(bar.get_facecolor()), round(bar.get_y() + bar.get_height() / 2), bar.get_width())
         for bar in counts.patches
     }
-    blue, red = (plots.COLOURS[sae].lower() for sae in ("matryoshka", "vanilla"))
+    blue, red = (plot_style.COLOURS[sae].lower() for sae in ("matryoshka", "vanilla"))
     assert bars == {(blue, 20, 8), (blue, 16, 1), (red, 11, 9)}
     assert {"0.9", "0.95", "0.99"} <= set(texts(ax))
 
@@ -491,7 +507,9 @@ def test_refits_are_drawn_apart_by_kind_and_named() -> None:
     for i, (ax, kind) in enumerate(zip(figure.axes, ["parent", "child", "rare"] * 3, strict=True)):
         area, outline = ax.patches
         colours = {to_hex(area.get_facecolor()), to_hex(outline.get_edgecolor())}
-        assert colours == {plots.KIND_COLOURS[kind].lower()}, "one kind a strip: nothing overlaps"
+        assert colours == {plot_style.KIND_COLOURS[kind].lower()}, (
+            "one kind a strip: nothing overlaps"
+        )
         best = list(stages.values())[i // 3][:, np.array(PAPER.kind) == kind]
         counts = np.histogram(best, np.linspace(0.9, 1, 41))[0]
         np.testing.assert_allclose(ax.patches[0].get_data().values, counts / counts.max())
@@ -508,12 +526,12 @@ def test_what_is_below_the_axis_stands_where_it_begins() -> None:
 
 
 def test_every_sae_has_one_colour_and_those_known_have_theirs() -> None:
-    colours = plots._colours(["x", "vanilla", "y", "matryoshka", "z"])
-    assert colours["vanilla"] == plots.COLOURS["vanilla"]
-    assert colours["matryoshka"] == plots.COLOURS["matryoshka"]
-    assert [colours[name] for name in "xyz"] == list(plots.CYCLE[:3])
+    colours = colours_of(["x", "vanilla", "y", "matryoshka", "z"])
+    assert colours["vanilla"] == plot_style.COLOURS["vanilla"]
+    assert colours["matryoshka"] == plot_style.COLOURS["matryoshka"]
+    assert [colours[name] for name in "xyz"] == list(plot_style.CYCLE[:3])
     assert len(set(colours.values())) == len(colours)
-    assert not set(plots.CYCLE) & set(plots.COLOURS.values())
+    assert not set(plot_style.CYCLE) & set(plot_style.COLOURS.values())
 
 
 def test_saes_of_any_names_are_drawn_the_known_ones_first() -> None:
@@ -523,9 +541,11 @@ def test_saes_of_any_names_are_drawn_the_known_ones_first() -> None:
     names = ["vanilla", "Matryoshka", "b", "a"]
     assert labels[:4] == [f"{name}, median of 2 seeds" for name in names]
     colours = [to_hex(line.get_color()) for line in figure.axes[1].lines]
-    wanted = [*(plots.COLOURS[n] for n in ("vanilla", "matryoshka")), *plots.CYCLE[:2]]
+    wanted = [*(plot_style.COLOURS[n] for n in ("vanilla", "matryoshka")), *plot_style.CYCLE[:2]]
     assert colours == [colour.lower() for colour in wanted]
-    panels = plots._toy_cosines_figure({"b": np.eye(20), "vanilla": np.eye(20)}, PAPER, "decoder")
+    panels = heatmaps._toy_cosines_figure(
+        {"b": np.eye(20), "vanilla": np.eye(20)}, PAPER, "decoder"
+    )
     titles = [ax.get_title(loc="left") for ax in panels.axes[:2]]
     assert titles == ["Vanilla SAE", "b"]
 
