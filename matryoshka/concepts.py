@@ -15,6 +15,7 @@ from torch import Tensor
 from matryoshka.errors import UserError
 
 CONCEPTS = Path(__file__).with_name("concepts.json")
+MAX_ID = 10**7  # above every vocabulary; `membership` has room for all ids up to the largest
 
 Tokenize = Callable[[str], list[int]]  # a text -> its token ids, without special tokens
 
@@ -53,6 +54,12 @@ def load_concepts(path: Path = CONCEPTS) -> dict[str, Concept]:
     for name, (words, ids) in concepts.items():
         if not words + ids or not all(type(i) is int for i in ids):
             raise UserError(f"--concepts {path}: {name!r} needs words or token ids, found {ids}")
+        wrong = [i for i in ids if not 0 <= i <= MAX_ID]
+        if wrong:
+            raise UserError(
+                f"--concepts {path}: {name!r} has the token id {wrong[0]}, which must be between 0 "
+                f"and {MAX_ID}"
+            )
         if not all(isinstance(word, str) and word.strip() for word in words):
             raise UserError(f"--concepts {path}: {name!r} needs words, found {words}")
     if not concepts:

@@ -141,6 +141,7 @@ def test_a_local_dataset_needs_no_home_to_write_to(sources: Path, tmp_path: Path
         ({"split": "test"}, "holds no test.jsonl"),
         ({"dataset": "./nowhere"}, "no folder here, and no hub dataset's name"),
         ({"device": "nonsense"}, "--device nonsense is not there"),
+        ({"device": "meta"}, "--device meta is not there"),
     ],
 )
 def test_impossible_settings(

@@ -26,6 +26,9 @@ from matryoshka.tiny_model import BEGIN
         ('{"concepts": {"a": {"ids": []}}}', "'a' needs words or token ids"),
         ('{"concepts": {"a": {"ids": ["x"]}}}', "'a' needs words or token ids"),
         ('{"concepts": {"a": {"ids": [true]}}}', "'a' needs words or token ids"),
+        ('{"concepts": {"a": {"ids": [3, -1]}}}', "'a' has the token id -1, which must be between"),
+        ('{"concepts": {"a": {"ids": [1e9]}}}', "'a' needs words or token ids"),
+        ('{"concepts": {"a": {"ids": [1000000000]}}}', "'a' has the token id 1000000000"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, text, named):
