@@ -14,7 +14,7 @@ from torch import Tensor
 
 from matryoshka.trainer_config import TrainerConfig
 
-MIN_MEAN_NORM = 1e-30  # what a mean norm of 0 counts as, so that inputs of 0 stay 0
+MIN_MEAN_NORM = 1e-30  # replaces a mean norm of 0, so that inputs of 0 stay 0
 
 
 class Schedule(NamedTuple):
@@ -36,8 +36,8 @@ class Schedule(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """Which operations a step consists of. Steps of the same phase differ in their tensors alone,
-    so that a GPU can record one of them and replay it."""
+    """Which operations a step has. Steps of the same phase differ only in their tensors, so that a
+    GPU can record one of them and replay it."""
 
     is_tied: bool  # one prefix of all latents, and the encoder stays tied; see unhedged.py
     may_restart_last: bool  # the last latent may be moved after the step; see restart.py

@@ -63,6 +63,7 @@ def settings_of(config: TrainingConfig, members: Sequence[Member]) -> dict[str, 
 
 
 def _name(kind: str, target: float, config: TrainingConfig) -> str:
+    """The name of an SAE that no file of members names."""
     return kind if len(config.targets) == 1 else f"{kind}_l0_{target:g}"
 
 
@@ -73,6 +74,7 @@ def _own_config(kind: str, config: TrainingConfig, **own: Any) -> TrainingConfig
 
 
 def _check(member: Member) -> None:
+    """Raises `UserError`, which names the SAE, where one of its settings is impossible."""
     config = member.config
     try:
         config.check(config.n_latents, config.batch_size)
@@ -87,6 +89,7 @@ def _check(member: Member) -> None:
 
 
 def _check_names(names: Sequence[str]) -> None:
+    """Raises `UserError` where a name is there twice, or cannot be that of a file."""
     for i, name in enumerate(names):
         if name in names[:i]:
             raise UserError(f"two SAEs are called {name}: an SAE's file is called by its name")
@@ -138,6 +141,7 @@ def _from_table(table: Mapping[str, Any], config: TrainingConfig) -> Member:
 
 
 def _listed() -> str:
+    """The settings that a table may have, for an error message."""
     return ", ".join(sorted({"kind", "name", *MEMBER_SETTINGS}))
 
 

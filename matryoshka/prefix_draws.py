@@ -114,7 +114,7 @@ class PrefixDraws:
         ]
         reaches = torch.stack([reaches for reaches, _ in of_saes], dim=1)
         reaches = reaches.to(self._like)  # [n_steps, n_saes, n_latents]
-        ends = zip(*(ends for _, ends in of_saes), strict=True)  # for each step, those of the SAEs
+        ends = zip(*(ends for _, ends in of_saes), strict=True)  # for each step, every SAE's ends
         return [StepPrefixes(*of_step) for of_step in zip(reaches, ends, strict=True)]
 
     def _random(self, rule: PrefixRule, block: int) -> tuple[Tensor, Sequence[Tensor]]:
@@ -183,7 +183,7 @@ def _inclusion(p: np.ndarray, n_drawn: int, t: np.ndarray) -> np.ndarray:
     below = [no_clocks]  # below[m] counts the clocks of the lengths below m
     for m in range(len(p) - 1):
         below.append(with_clock(below[-1], m))
-    above, integrals = no_clocks, np.empty(len(p))  # `above` counts those of the lengths above m
+    above, integrals = no_clocks, np.empty(len(p))  # `above` counts the clocks above m
     for m in reversed(range(len(p))):
         fewer = (below[m] * above.cumsum(axis=0)[::-1]).sum(axis=0)
         integrals[m] = (t * p[m] * np.exp(-p[m] * t) * fewer).sum()

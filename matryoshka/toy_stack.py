@@ -116,8 +116,8 @@ def refits_of(
     seeds = dict.fromkeys(seed for _, seed in trained)
     x = {seed: data.for_refit(seed, config.n_eval) for seed in seeds}
     return {
-        Member(name + how, seed): _refitted(how, sae, x[seed])
-        for how in REFITS
+        Member(name + refit, seed): _refitted(refit, sae, x[seed])
+        for refit in REFITS
         for (name, seed), sae in trained.items()
     }
 
@@ -137,6 +137,7 @@ def _untrained(config: "Config", member: Member) -> SAE:
 
 
 def _require_variance(x: Tensor, seed: int) -> None:
+    """Raises `UserError` where all samples of x [n, d_model] are the same."""
     if (x == x[0]).all():
         raise UserError(
             f"the {len(x)} held-out samples of seed {seed} are all the same, so that FVU is not "
@@ -144,9 +145,11 @@ def _require_variance(x: Tensor, seed: int) -> None:
         )
 
 
-def _refitted(how: str, sae: SAE, x: Tensor) -> SAE:
+def _refitted(refit: str, sae: SAE, x: Tensor) -> SAE:
+    """The refit of an SAE on x [n, d_model] by a key of REFITS. Raises `UserError` where it is
+    impossible."""
     try:
-        return REFITS[how](sae, x)
+        return REFITS[refit](sae, x)
     except ValueError as error:
         raise UserError(f"no refit is possible ({error}): --no-refit does without") from None
 

@@ -256,9 +256,7 @@ class Trainer:
     def saes(self) -> list[SAE]:
         """Copies of the SAEs as they are now, with their latents in order; see `LatentOrder`."""
         mean_norm = self._state["mean_norm"]
-        mean_norm = torch.where(
-            mean_norm > 0, mean_norm, 1.0
-        )  # it is 0 if all inputs were 0 so far
+        mean_norm = torch.where(mean_norm > 0, mean_norm, 1.0)  # 0 if all inputs were 0
         saes = []
         for i, order in enumerate(self.order()):
             tensors = {**in_order(self._params.one(i), order), "mean_norm": mean_norm[i]}

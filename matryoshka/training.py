@@ -45,7 +45,7 @@ class Training:
         self.names = [member.name for member in self.members]
         self.validation = validation_sample(config, cache, device)
         self.n_steps_done = 0
-        self.seconds = self.waited = 0.0  # of training, and of those the seconds spent on data
+        self.seconds = self.waited = 0.0  # spent training, and the part of it spent reading data
         self.metrics_bytes = 0  # length of metrics.jsonl at the checkpoint that was loaded
         self.saved_at = time.perf_counter()  # when the last checkpoint was written
 

@@ -39,7 +39,7 @@ def write(grads: Params, params: Params, objective: Objective) -> Stats:
     norms = gram.diagonal(dim1=1, dim2=2).sqrt()  # [n_saes, n_latents]
 
     slope, length_slope = sparsity_slopes(acts, norms[:, None], objective.sparsity)
-    sparsity_gradient = price.mT * norms[:, None] * slope  # broadcasts to that of acts
+    sparsity_gradient = price.mT * norms[:, None] * slope  # broadcasts to the shape of acts
 
     g_acts = torch.baddbmm(sparsity_gradient, acts, gram * shared)  # [n_saes, batch, n_latents]
     g_acts.baddbmm_(x_centred, W_dec_reached.mT, alpha=-1)

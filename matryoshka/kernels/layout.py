@@ -11,13 +11,13 @@ from torch import Tensor
 from sae import ACTIVATIONS, Gate, Sparsity
 
 MatmulDtype = Literal["float32", "bfloat16"]
-# What an active latent costs, to be multiplied by its price. "l0" is for jumprelu: a cost of 1.
+# The cost of an active latent, which its price multiplies. "l0", for jumprelu, is a cost of 1.
 Cost = Sparsity | Literal["l0"]
 
 WITHOUT_NORMS = ("relu", "jumprelu")  # activation functions that do not use ||d_j||
 
-# What the norm of a decoder row of zeros counts as where it divides. The row's part of the sparsity
-# loss then has gradient 0, as with autograd, and not NaN.
+# The least norm of a decoder row that is divided by. A row of zeros then gets gradient 0 from the
+# sparsity loss, as with autograd, and not NaN.
 MIN_NORM = 1e-12
 
 

@@ -118,7 +118,7 @@ class Active:
         n_runs, (batch, d_model) = len(first), x_centred.shape
         starts = starts_of(self.run, n_runs)
         by_run = csr(starts, self.latent, self.a, self.n_latents)
-        # what the runs decode to, and then -x of each sample
+        # the reconstruction of each run, then -x of each sample
         decoded = task.workspace.empty("decoded", task.x, n_runs + batch, d_model)
         torch.addmm(decoded[:n_runs], by_run, task.params.W_dec, beta=0, out=decoded[:n_runs])
         torch.neg(x_centred, out=decoded[n_runs:])
@@ -142,7 +142,7 @@ def shared_reaches(run_sample: Tensor, run_reach: Tensor, batch: int) -> Tensor:
     shift = pick(n_runs_of.cumsum(0) - n_runs_of, run_sample) - row_starts
     column = torch.arange(len(row)) + pick(shift, row)
     weights = torch.minimum(pick(run_reach, row), pick(run_reach, column.clamp_max(n_runs - 1)))
-    last = row_starts + n_in_row - 1  # each row's last entry is that of -x
+    last = row_starts + n_in_row - 1  # the last entry of each row, for -x
     column[last] = n_runs + run_sample
     weights[last] = run_reach
     return csr(row_starts, column, weights, n_runs + batch)
