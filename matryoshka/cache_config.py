@@ -1,6 +1,7 @@
 """The settings of a cache, and the source of activations that they describe."""
 
 import dataclasses
+import os
 from typing import Literal
 
 import torch
@@ -77,6 +78,14 @@ class CacheConfig:
                 raise UserError(str(error)) from None
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
+        of_hub = {"model_revision": self.model}
+        of_hub |= dict.fromkeys(("dataset_revision", "dataset_config"), self.dataset)
+        for setting_name, path in of_hub.items():
+            if getattr(self, setting_name) is not None and os.path.exists(path):
+                raise UserError(
+                    f"--{setting_name.replace('_', '-')} is for the hub, and {path} is a file or "
+                    "folder here: leave it out"
+                )
 
 
 OF_TEXT = ("dataset_config", "text_column", "tokenizer", "context", "packing", "begin")

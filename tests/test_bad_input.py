@@ -41,6 +41,13 @@ CASES = [
     ("cache_activations", "{SRC} --token 5 --out {W}/o", "--token"),
     (
         "cache_activations",
+        "{SRC} --model-revision v1 --out {W}/o",
+        "--model-revision is for the hub",
+    ),
+    ("cache_activations", "{SRC} --dataset-revision v1 --out {W}/o", "--dataset-revision is for"),
+    ("cache_activations", "{SRC} --dataset-config en --out {W}/o", "--dataset-config is for"),
+    (
+        "cache_activations",
         "--model {W}/model.pt --dataset {W}/floats --layer 1 --out {W}/o",
         "row 0",
     ),

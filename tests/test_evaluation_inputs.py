@@ -163,9 +163,10 @@ def test_the_revision_that_was_cached_is_the_one_that_is_loaded(
         asked.append((name, revision))
         return load_language_model(name, None, *rest)
 
-    cache = write_cache(
-        world, "gpt2", "validation", out=str(tmp_path / "c"), model_revision="step3"
-    )
+    cache = write_cache(world, "gpt2", "validation", out=str(tmp_path / "c"))
+    manifest = json.loads((Path(cache) / "manifest.json").read_text())
+    manifest["make"]["model_revision"] = "step3"
+    (Path(cache) / "manifest.json").write_text(json.dumps(manifest))
     monkeypatch.setattr("matryoshka.evaluation_inputs.load_language_model", load)
     device = torch.device("cpu")
     for changed in ({}, {"model_revision": "main"}):
