@@ -94,8 +94,8 @@ class SparsityController:
         settled_weight *= exp(clip(0.02 e, +-10 / n_steps))
         weight = settled_weight * exp(e / 2)
 
-    Over 30,000 steps the clip is the original's 3e-4 a step. Over any number of steps it lets the
-    weight change by a factor of up to exp(10).
+    Over 30,000 steps the clip is about the original's 3e-4 a step. Over any number of steps it lets
+    the settled weight change by a factor of up to exp(10).
     """
 
     def __init__(self, config: TrainerConfig, like: Tensor, has_sparsity_loss: bool = True):

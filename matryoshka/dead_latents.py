@@ -113,9 +113,9 @@ def resample(
     replacement. The direction of the sample's error becomes that of the latent's decoder row, with
     the mean norm of the live latents' rows, and of its encoder column, with a fifth of the mean
     norm of theirs. Its bias becomes 0, as do Adam's moments (Bricken et al. 2023, "Towards
-    monosemanticity", appendix). Its threshold, for jumprelu, becomes the mean of theirs, taken of
-    the logarithms. If there are more dead latents than samples, only the first are moved. An SAE
-    whose latents are all dead stays as it is.
+    monosemanticity", appendix). Its threshold, for jumprelu, becomes the geometric mean of theirs.
+    If there are more dead latents than samples, only the first are moved. An SAE whose latents are
+    all dead stays as it is.
 
     state: that of the trainer, changed in place. dead: bool [n_saes, n_latents]. generators: one
     for each SAE.

@@ -22,7 +22,7 @@ STEPS_A_BLOCK = 256  # how many steps' prefixes are drawn at once
 class StepPrefixes(NamedTuple):
     """The prefixes of one step, for a stack of SAEs."""
 
-    reach: Tensor  # [n_saes, n_latents]: of each place, that is in the order of latents
+    reach: Tensor  # [n_saes, n_latents]: the reach of each place in the order of latents
     ends: Sequence[Tensor]  # for each SAE, int64 [n_reaches]: the prefix lengths, rising
 
 

@@ -39,7 +39,7 @@ def restart_last(
             tensor.scatter_(1, rows, torch.where(moves[..., None], row, tensor.gather(1, rows)))
         bias = part.b_enc[:, 0]
         bias.scatter_(1, last, bias.gather(1, last) * ~moves)
-        if part.log_threshold.shape[-1]:  # jumprelu's starts at the mean of all
+        if part.log_threshold.shape[-1]:  # jumprelu's starts at the geometric mean of all
             threshold = part.log_threshold[:, 0]
             start = threshold.mean(dim=1, keepdim=True) if name == "params" else 0 * worth
             threshold.scatter_(1, last, torch.where(moves, start, threshold.gather(1, last)))

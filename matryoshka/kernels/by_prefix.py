@@ -88,6 +88,7 @@ class Blocks:
         blocks = list(zip(residuals, acts, W_dec, strict=True))
         for residual, a, d in blocks:
             error = torch.addmm(error, a.T, d, out=residual)
+        # `residuals` has each prefix's x_hat - x by now; it gets each block's residual * 2 / batch
         full = error * (2 / batch) if self.unhedged else None
         residuals[-1].mul_(weights[-1] * (2 / batch))
         for k in reversed(range(len(sizes) - 1)):
@@ -104,7 +105,8 @@ class Blocks:
         sum_q min(s_k, s_q) D_q. Adding b_dec - x to D_0 alone suffices, as min(s_k, s_0) = s_k."""
         batch, n_blocks = len(self.bias_residual), len(self.ends)
         ends = self.ends.to(self.acts.device, torch.int32)
-        residuals = grouped_mm(self.acts.T, self.W_dec, offs=ends)  # [n_blocks, batch, d_model]
+        # D_q of each block at first: [n_blocks, batch, d_model]
+        residuals = grouped_mm(self.acts.T, self.W_dec, offs=ends)
         residuals[0] += self.bias_residual
         full = residuals.sum(0) if self.unhedged else None
         if n_blocks > 1:

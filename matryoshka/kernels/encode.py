@@ -29,7 +29,7 @@ def encode(
     preacts = pre_activations(params, x, matmul_dtype, workspace)  # [n_latents, batch]
     is_batchtopk = objective.activation == "batchtopk"
     if is_batchtopk and preacts.device.type == "cpu":
-        # `sae.batchtopk` selects among n_latents x batch scores, which would outlast the step
+        # `sae.batchtopk` sorts n_latents x batch scores, which takes longer than the whole step
         n_kept = max(1, round(objective.k * len(x)))
         return keep_largest(preacts, params.W_dec.norm(dim=1), n_kept, workspace)
     gate = objective.gate(params)
