@@ -291,7 +291,7 @@ def report(results: dict[str, Any], out: str) -> None:
     for line in problems(results):
         print(f"warning: {line}", file=sys.stderr)
     if any(map(is_broken, results["runs"])):
-        raise UserError(f"what {out} holds is of no use; see the warnings above")
+        raise UserError(f"an SAE in {out} is of no use; see the warnings above")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

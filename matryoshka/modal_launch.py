@@ -69,7 +69,7 @@ def launch_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS, exit_on_error=False
     )
-    group = parser.add_argument_group("flags of Modal's")
+    group = parser.add_argument_group("flags for Modal")
     for field in dataclasses.fields(Launch)[:-1]:
         flag, text = "--" + field.name.replace("_", "-"), HELP[field.name]
         if field.default is False:

@@ -60,18 +60,19 @@ def require_same(config: Mapping[str, Any], saved: Mapping[str, Any], path: Path
         if name in RESUMABLE:
             continue
         if name not in saved:
-            whose = "from a cache" if name == "model" else "of an earlier version"
+            whose = "on a cache" if name == "model" else "of an earlier version"
             raise UserError(
-                f"{path} is of a run {whose}, which had no --{as_flag(name)}: choose another --out"
+                f"{path} is from a run {whose}, which had no --{as_flag(name)}: choose another "
+                "--out"
             )
         if saved[name] != asked and name == "members":  # the values are too long for a message
             raise UserError(
-                f"{path} is of a run with other SAEs than --members asks for now: ask for those, "
+                f"{path} is from a run with other SAEs than --members asks for now: ask for those, "
                 "or choose another --out"
             )
         if saved[name] != asked:
             raise UserError(
-                f"{path} is of a run with --{as_flag(name)} {shown(saved[name])}, not "
+                f"{path} is from a run with --{as_flag(name)} {shown(saved[name])}, not "
                 f"{shown(asked)}: ask for that, or choose another --out"
             )
 
@@ -97,8 +98,8 @@ def read_results(path: Path) -> dict[str, Any]:
     except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError,
             ArithmeticError) as error:  # fmt: skip
         raise UserError(
-            f"{path} is no results of this script ({type(error).__name__}: {error}): move it away "
-            "and --resume, or choose another --out"
+            f"{path} was not written by this script ({type(error).__name__}: {error}): move it "
+            "away and --resume, or choose another --out"
         ) from None
     return results
 

@@ -134,8 +134,8 @@ def load_sae(
     sha256 = "" if path.is_dir() else file_sha256(path)
     if recorded_sha256 not in (None, sha256):
         raise UserError(
-            f"{path} is not the file that {RESULTS} beside it is of: its checksum is another; "
-            "train again, or move it to a folder of its own"
+            f"{path} is not the file that training wrote: its checksum is not the one in "
+            f"{RESULTS}; train again, or move it to a folder of its own"
         )
     if sae.n_latents < 2:
         raise UserError(f"{path}: an SAE of {sae.n_latents} latents; at least 2 are needed")

@@ -301,7 +301,9 @@ def locate_weights(name_or_path: str | Path, revision: str | None) -> Path:
     if os.path.exists(path):
         return path
     if name.count("/") != 1 or name[0] in "./~" or path.suffix in (".pt", ".safetensors"):
-        raise UserError(f"there are no weights at {name}: no such file, and no hub repo's name")
+        raise UserError(
+            f"there are no weights at {name}: it is neither a file nor the name of a hub repo"
+        )
     try:
         return Path(huggingface_hub.hf_hub_download(name, WEIGHTS_FILE, revision=revision))
     # The client raises errors of many classes, its own and those of its HTTP library.

@@ -86,7 +86,9 @@ class TokenRows:
             return self._local_rows(start)
         if self.dataset.count("/") == 1 and self.dataset[0] not in "./~":
             return self._hub_rows(start, block_size)
-        raise UserError(f"--dataset {self.dataset} is no folder here, and no hub dataset's name")
+        raise UserError(
+            f"--dataset {self.dataset} is neither a folder here nor the name of a hub dataset"
+        )
 
     def _local_rows(self, start: int) -> Iterator[Any]:
         """Yields the contents of the file's lines that are not blank, from row `start` on."""

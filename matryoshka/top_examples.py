@@ -225,15 +225,13 @@ def collect(
     """Collects examples of every latent, and how pairs of latents fire together, in one pass.
 
     The pairs are None if there are more than `MAX_LATENTS` latents. Raises `UserError` if the
-    cache's width is not the SAE's, if it has no activations, or if one is not finite.
+    cache's width is not the SAE's, or an activation is not finite.
     """
     if cache.d_model != sae.d_model:
         raise UserError(
-            f"{cache.folder} is of d_model {cache.d_model}, the SAE of d_model {sae.d_model}: "
+            f"{cache.folder} has d_model {cache.d_model}, but the SAE has d_model {sae.d_model}: "
             "give the cache of the model and layer that it was trained on"
         )
-    if not cache.n_tokens:
-        raise UserError(f"{cache.folder} holds no activations: cache some text")
     collector = Collector(sae.n_latents, seed)
     sums = PairSums(sae.n_latents) if sae.n_latents <= MAX_LATENTS else None
     lengths = lengths_added(sae)

@@ -89,7 +89,7 @@ class TrainingConfig(TrainerConfig):
     out: str = setting("runs/saes", "folder for the SAEs, metrics and checkpoint")
     resume: bool = setting(False, "continue from the checkpoint in --out, if there is one")
     checkpoint_every: int = setting(1000, "steps between checkpoints")
-    checkpoint_seconds: float = setting(0.0, "seconds between checkpoints, at least")
+    checkpoint_seconds: float = setting(0.0, "and at least this many seconds between them")
     device: str = setting("auto", "torch device; auto: the GPU if there is one")
 
     @property

@@ -77,7 +77,7 @@ def run(config: Config) -> dict[str, Any]:
     for path, sae in saes.items():
         if sae.d_model != cache.d_model:
             raise UserError(
-                f"{path} is of d_model {sae.d_model}, {config.cache} of {cache.d_model}"
+                f"{path} has d_model {sae.d_model}, but {config.cache} has {cache.d_model}"
             )
     settings = {"cosine": config.cosine, "cache": Path(config.cache).name}
     made = {"config": settings, "environment": environment(torch.device("cpu"))}

@@ -96,7 +96,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
         rows = json.loads(path.read_text(encoding="utf-8"))["runs"]
         return [{key: row[key] for key in row.keys() - IGNORED} for row in rows]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is no results.json of a run") from None
+        raise UserError(f"{path} is not results.json of a run") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -83,7 +83,7 @@ def run(config: Config, on_checkpoint: Callable[[], object] | None = None) -> di
     data = Path(config.data)
     truth, held_out = read_truth(data), ActivationCache(data / "held_out")
     if truth.about["size"] != config.size:
-        raise UserError(f"{data} is of size {truth.about['size']}, not {config.size}")
+        raise UserError(f"{data} has samples of size {truth.about['size']}, not {config.size}")
     results = results_so_far(Path(config.out), source(config, truth))
     done = {(one["sae"], one["seed"]) for one in results["runs"]}
     for seed, name in itertools.product(config.seeds, config.saes):

@@ -334,7 +334,7 @@ def test_a_checkpoint_of_another_model_or_text_is_refused(
     config = config_for(dataset=str(text), n_steps=30, resume=True)
     train.run(config)
     (config.folder / "results.json").unlink()
-    with pytest.raises(UserError, match="of a run with --layer 1, not 2"):
+    with pytest.raises(UserError, match="from a run with --layer 1, not 2"):
         train.run(dataclasses.replace(config, layer=2))
     write_documents(text, ["another beginning", *make_documents()])
     with pytest.raises(UserError, match=r"on other activations than those of .*train\.jsonl"):
@@ -343,5 +343,5 @@ def test_a_checkpoint_of_another_model_or_text_is_refused(
     with pytest.raises(UserError, match=r"on other activations than those of .*/cache: "):
         train.run(cached)
     train.run(dataclasses.replace(cached, out=str(tmp_path / "cached")))
-    with pytest.raises(UserError, match="of a run from a cache, which had no --model"):
+    with pytest.raises(UserError, match="from a run on a cache, which had no --model"):
         train.run(dataclasses.replace(config, out=str(tmp_path / "cached")))

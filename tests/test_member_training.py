@@ -135,7 +135,8 @@ def test_a_file_of_members_that_was_changed_is_not_gone_on_with(
     kill(config_of(cache, out, [{"name": "a", "lr": 0.01}]), "step", 20)
     config = config_of(cache, out, [{"name": "a", "lr": 0.02}])
     before = contents(out)
-    assert "is of a run with other SAEs than --members asks for" in refused(resumed(config), capsys)
+    said = refused(resumed(config), capsys)
+    assert "is from a run with other SAEs than --members asks for" in said
     assert contents(out) == before
     config_of(cache, tmp_path / "moved", [{"lr": 0.01, "name": "a"}])  # the same, elsewhere
     moved = config_for(cache, out, members=str(tmp_path / "moved.json"))

@@ -114,7 +114,7 @@ def test_folders_without_results_are_not_the_same(folders, tmp_path, capsys):
 @pytest.mark.parametrize("content", ["", "[]", '{"config": {}}', '{"runs": [3]}'])
 def test_a_damaged_file_is_refused_in_one_line(folders, content):
     (folders[1] / "results.json").write_text(content)
-    with pytest.raises(UserError, match=r"results.json is no results.json of a run"):
+    with pytest.raises(UserError, match=r"results\.json is not results\.json of a run"):
         differences(*folders)
 
 

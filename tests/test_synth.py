@@ -94,7 +94,7 @@ def test_results_of_other_settings_are_not_added_to(data):
     [
         ({"saes": ("vanilla",)}, "--saes vanilla is none of matryoshka_batchtopk, "),
         ({"data": "nowhere"}, "nowhere/truth.safetensors is not there, or damaged"),
-        ({"size": "16k"}, "is of size mini, not 16k"),
+        ({"size": "16k"}, "has samples of size mini, not 16k"),
     ],
 )
 def test_what_cannot_be_right_is_refused(data, settings, message):

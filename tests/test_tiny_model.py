@@ -250,7 +250,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
     "name", ["missing.pt", "./missing", "a/b/c", "missing", "some/w.pt", "long" * 100]
 )
 def test_no_such_weights(name: str) -> None:
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="neither a file nor the name of a hub repo"):
         TinyModel.from_pretrained(name)
 
 

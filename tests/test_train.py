@@ -265,7 +265,7 @@ def test_a_finished_run_without_its_checkpoint_is_returned_or_refused(
     before = contents(tmp_path)
     assert run(resumed(config)) == results
     other = dataclasses.replace(resumed(config), lr=1e-3)
-    assert "results.json is of a run with --lr 0.003, not 0.001" in refused(other, capsys)
+    assert "results.json is from a run with --lr 0.003, not 0.001" in refused(other, capsys)
     refit = dataclasses.replace(resumed(config), refit=True)
     said = refused(refit, capsys)
     assert "without its checkpoint" in said
@@ -307,7 +307,7 @@ def test_a_useless_run_is_an_error_once_everything_is_written(
         printed = capsys.readouterr()
         assert "at the end of training" in printed.out
         assert "reconstructs worse than the activations' mean does" in printed.err
-        assert f"error: what {tmp_path} holds is of no use" in printed.err.splitlines()[-1]
+        assert f"error: an SAE in {tmp_path} is of no use" in printed.err.splitlines()[-1]
         assert (tmp_path / "results.json").exists()
 
 
