@@ -31,12 +31,12 @@ def test_a_result_says_which_cpu_and_code_made_it(monkeypatch: pytest.MonkeyPatc
 
 def test_an_arm_cpu_and_a_system_without_proc_have_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     arm = "processor\t: 0\nFeatures\t: fp asimd crc32 sve bf16\n"
-    monkeypatch.setattr(Path, "read_text", lambda self: arm)
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: arm)
     name, sets = environment._cpu()
     assert name
     assert sets == ["asimd", "bf16", "sve"]
 
-    def missing(self: Path) -> str:
+    def missing(self: Path, encoding: str) -> str:
         raise FileNotFoundError(self)
 
     monkeypatch.setattr(Path, "read_text", missing)
