@@ -236,15 +236,15 @@ HEADERS = ["SAE", "lr", "seed", "F1", "MCC", "unique", "explained", "L0", "dead"
 def summary(*results: dict[str, Any]) -> str:
     """The table of several results: for each SAE, the mean and standard deviation over seeds.
 
-    An SAE's row is that of the learning rate with the most seeds.
+    An SAE's row is that of the learning rate with the most seeds; among several, with the best F1.
     """
     runs = [run for one in results for run in one["runs"]]
     rows = []
     for name in dict.fromkeys(run["sae"] for run in runs):
         of_name = [run for run in runs if run["sae"] == name]
-        lrs = [run["lr"] for run in of_name]
-        best = max(set(lrs), key=lrs.count)
-        rows.append([name, f"{best:g}", *_cells([run for run in of_name if run["lr"] == best])])
+        by_lr = {run["lr"]: [r for r in of_name if r["lr"] == run["lr"]] for run in of_name}
+        lr = max(by_lr, key=lambda lr: (len(by_lr[lr]), max(run["f1"] for run in by_lr[lr])))
+        rows.append([name, f"{lr:g}", *_cells(by_lr[lr])])
     n_seeds = len({run["seed"] for run in runs})
     true_l0 = results[0]["sources"][0]["true_l0"]
     first = f"{n_seeds} seeds, true L0 {true_l0:.2f}"

@@ -152,3 +152,11 @@ def test_the_table_is_of_the_rate_that_all_seeds_were_trained_at():
     assert rows[0][:3] == ["ours", "0.001", "0.600 ± 0.141"]
     assert rows[1][:3] == ["peer", "0.0003", "0.700 ± 0.141"]
     assert rows[1][-3:] == ["0.750 ± 0.000", "2.00", "3.5"]
+
+
+@pytest.mark.parametrize("best", [0.01, 3e-3, 1e-3])
+def test_of_rates_with_as_many_seeds_the_best_is_shown(best):
+    runs = [run_of("once", 0, lr, 0.5 if lr == best else 0.4) for lr in (0.01, 3e-3, 1e-3)]
+    row = synth.summary({"sources": [{"true_l0": 2.5}], "runs": runs}).splitlines()[2]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:3] == ["once", f"{best:g}", "0.500"]
