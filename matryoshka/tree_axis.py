@@ -29,6 +29,7 @@ class TreeAxis:
 
 
 def tree_axis(tree: "FeatureTree") -> TreeAxis:
+    """The order, groups and marks of a tree's features along an axis."""
     groups: dict[int, list[int]] = {}  # topmost feature, or -1 for rare ones -> features
     top: list[int] = []
     for feature, above in enumerate(tree.parent):
@@ -110,4 +111,5 @@ def _fitted(label: str, room: float, upright: bool) -> tuple[str, float]:
 
 
 def feature_key(layout: TreeAxis, what: str) -> str:
+    """A line that says what `what`, such as "Columns", are, and what P and c mean."""
     return f"{what}: features" + (" (P parent, c child)" if any(layout.marks) else "")
