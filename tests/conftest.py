@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,10 @@ import torch
 from matryoshka.process import threads
 
 OF_KERNELS = ("MKL_CBWR", "ATEN_CPU_CAPABILITY")  # what `fix_kernels` sets
+# A shell starts what runs in the background with Ctrl-C ignored, and so would all processes be that
+# tests start: those that are sent Ctrl-C would never end.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 (torch.ones(8, 8) @ torch.ones(8, 8)).exp()  # now this process has chosen its kernels
 
 
