@@ -388,8 +388,9 @@ text(tables.at_the_truth)
 # (`docs/synth.md`).
 
 # %%
-text(tables.synth)
-text("SAELens's learning rates:", tables.synth_lrs)
+text("After 4,096 steps:", tables.synth)
+text("At each learning rate, with seed 0:", tables.synth_lrs)
+text("After 1,024 steps:", tables.synth_short)
 
 # %% [markdown]
 # ## 6. Limits

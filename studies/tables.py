@@ -6,7 +6,7 @@ from matryoshka.command_line import table
 from matryoshka.errors import UserError
 from studies import bench
 from studies import synth as synth_study
-from studies.kept_results import RESULTS, ROOT, Run, kinds_of, read, runs_of, where
+from studies.kept_results import RESULTS, ROOT, kinds_of, read, runs_of, where
 from studies.standin_tables import (
     FRONTIER,
     ON_GPU,
@@ -38,19 +38,29 @@ __all__ = ["RECIPES", "RESULTS", "ROOT", "TABLES", "TREES", "kinds_of", "named",
 # --------------------------------------------------------------- synthetic models of known features
 
 
+LONG = ("synth/mini_4096.json", "synth/mini_4096_saelens.json")  # four times mini's own steps
+LONG_LRS = ("synth/mini_4096_lr0.001.json", "synth/mini_4096_lr0.01.json")  # ours at other rates
+
+
 def synth() -> str:
-    """The SAEs on the synthetic model `mini`: ours, then SAELens's on the same samples."""
+    """The SAEs on the synthetic model `mini` after 4,096 steps: ours, then SAELens's."""
+    return synth_study.summary(*map(read, LONG))
+
+
+def synth_short() -> str:
+    """The same after mini's own 1,024 steps."""
     return synth_study.summary(read("synth/mini.json"), read("synth/mini_saelens.json"))
 
 
 def synth_lrs() -> str:
-    """SAELens's SAEs with the first seed, at every learning rate."""
-    return table(synth_study.HEADERS, synth_study.rows_of(_first_seed("synth/mini_saelens.json")))
-
-
-def _first_seed(name: str) -> list[Run]:
-    runs = read(name)["runs"]
-    return [run for run in runs if run["seed"] == runs[0]["seed"]]
+    """Every SAE that was trained at several learning rates, with the first seed."""
+    runs = [run for file in (*LONG, *LONG_LRS) for run in read(file)["runs"] if run["seed"] == 0]
+    rates = {(run["sae"], run["lr"]) for run in runs}
+    names = [run["sae"] for run in runs if "," not in run["sae"]]
+    tried = [name for name in dict.fromkeys(names) if sum(sae == name for sae, _ in rates) > 1]
+    shown = [run for name in tried for run in runs if run["sae"] == name]
+    shown.sort(key=lambda run: (tried.index(run["sae"]), run["lr"]))
+    return table(synth_study.HEADERS, synth_study.rows_of(shown))
 
 
 # ------------------------------------------------------------------------------------------ speed
@@ -142,8 +152,9 @@ TABLES: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     "standin_variants": (standin_variants, (FRONTIER, ON_GPU)),
     "standin_short": (standin_short, ("standin/evaluation.json",)),
     "concepts": (concepts, ("standin/evaluation.json",)),
-    "synth": (synth, ("synth/mini.json", "synth/mini_saelens.json")),
-    "synth_lrs": (synth_lrs, ("synth/mini_saelens.json",)),
+    "synth": (synth, LONG),
+    "synth_short": (synth_short, ("synth/mini.json", "synth/mini_saelens.json")),
+    "synth_lrs": (synth_lrs, (*LONG, *LONG_LRS)),
     "bench": (step, ("bench/step.json",)),
     "bench_xeon": (step_xeon, ("bench/step_xeon.json",)),
     "bench_gpu": (step_gpu, ("bench/step_gpu.json",)),
