@@ -157,6 +157,7 @@ def test_only_the_blocks_that_are_needed_run(load: Callable[[str], TransformersM
     model, ran = load("llama"), []
     norms = [f"model.layers.{layer}.input_layernorm" for layer in range(3)]
     model.check_site(1, "attn_out")  # finding a block's parts runs it, once for a layer
+    assert model.stream_is_all  # finding that out runs the model, once
     hooks = [
         model.model.get_submodule(name).register_forward_hook(lambda *_, i=i: ran.append(i))
         for i, name in enumerate([*norms, "model.norm"])
