@@ -261,7 +261,7 @@ def test_a_worker_that_dies_is_named_and_gone_on_from(
     launch = launch_for(data, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         dies_at(patch, module, name, call)
-        with pytest.raises(UserError, match=f"{message}.* the same command continues after"):
+        with pytest.raises(UserError, match=f"{message}.* the same command continues from there"):
             modal_tinystories.run(launch)
     before = {path: path.stat().st_mtime_ns for path in caches(launch)[0].glob("*.acts")}
     assert before
