@@ -23,12 +23,11 @@ from matryoshka.contexts import Text
 from matryoshka.errors import CannotWrite, UserError
 from matryoshka.evaluation_inputs import NO_MODEL, ModelSettings, is_of_model, load_model_of
 from matryoshka.example_files import FOLDER, examples_of
-from matryoshka.files import make_folder
+from matryoshka.files import file_sha256, make_folder
 from matryoshka.language_models import LanguageModel, load_language_model
 from matryoshka.latent_data import OneSAE, Outputs, Shown, output_effects, shown_examples
 from matryoshka.saved_runs import (
     check_cache,
-    file_sha256,
     load_saes,
     require_same_model,
     training_results,

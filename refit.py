@@ -30,9 +30,9 @@ from matryoshka.command_line import (
     table,
 )
 from matryoshka.errors import UserError
-from matryoshka.files import make_folder
+from matryoshka.files import file_sha256, make_folder
 from matryoshka.refit import RIDGE, refit_both, refit_decoder, streamed_fvu
-from matryoshka.saved_runs import checksums_used, file_sha256
+from matryoshka.saved_runs import checksums_used
 from sae import SAE
 
 

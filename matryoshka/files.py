@@ -4,6 +4,7 @@ On systems other than Linux and macOS folders are not locked, and a line on stde
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -92,6 +93,12 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal. Raises `OSError` if it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

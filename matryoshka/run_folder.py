@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka.errors import UserError
-from matryoshka.saved_runs import CHECKPOINT, METRICS, RESULTS, file_sha256
+from matryoshka.files import file_sha256
+from matryoshka.saved_runs import CHECKPOINT, METRICS, RESULTS
 from matryoshka.training_report import closing, problems, summary
 
 # Settings that may differ between a run and the command that resumes it.

@@ -4,7 +4,6 @@ An SAE is a file NAME.safetensors or a folder NAME of another tool; NAME is its 
 if there is one, says which SAEs are part of the run, and what they were trained on.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -18,6 +17,7 @@ from matryoshka import convert
 from matryoshka.cache_format import MANIFEST, read_record
 from matryoshka.cache_reader import ActivationCache
 from matryoshka.errors import UserError
+from matryoshka.files import file_sha256
 from matryoshka.live_activations import LiveActivations
 from sae import SAE
 
@@ -140,12 +140,6 @@ def load_sae(
     if sae.n_latents < 2:
         raise UserError(f"{path}: an SAE of {sae.n_latents} latents; at least 2 are needed")
     return sae, sha256
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file in hexadecimal. Raises `OSError` if it cannot be read."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def refit_of(sae: SAE) -> dict[str, Any]:

@@ -6,7 +6,6 @@ is read without the library `datasets`, which would read the name as a pattern a
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -18,6 +17,7 @@ import numpy as np
 
 from matryoshka.cache_format import whole_number
 from matryoshka.errors import UserError
+from matryoshka.files import file_sha256
 from matryoshka.tiny_model import BEGIN, PAD
 
 
@@ -135,8 +135,7 @@ class TokenRows:
 def _sha256(file: Path) -> str:
     """The SHA-256 of a file in hexadecimal. Raises `UserError` if it cannot be read."""
     try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        return file_sha256(file)
     except OSError as error:
         raise UserError(f"cannot read {file} ({error.strerror})") from None
 

@@ -6,7 +6,7 @@ from matryoshka.command_line import table
 from matryoshka.errors import UserError
 from studies import bench
 from studies import synth as synth_study
-from studies.kept_results import RESULTS, ROOT, kinds_of, read, runs_of, where
+from studies.kept_results import RESULTS, ROOT, Run, kinds_of, read, runs_of, where
 from studies.standin_tables import (
     FRONTIER,
     ON_GPU,
@@ -54,12 +54,13 @@ def synth_short() -> str:
 
 def synth_lrs() -> str:
     """Every SAE that was trained at several learning rates, with the first seed."""
-    runs = [run for file in (*LONG, *LONG_LRS) for run in read(file)["runs"] if run["seed"] == 0]
-    rates = {(run["sae"], run["lr"]) for run in runs}
-    names = [run["sae"] for run in runs if "," not in run["sae"]]
-    tried = [name for name in dict.fromkeys(names) if sum(sae == name for sae, _ in rates) > 1]
-    shown = [run for name in tried for run in runs if run["sae"] == name]
-    shown.sort(key=lambda run: (tried.index(run["sae"]), run["lr"]))
+    files = (*LONG, *LONG_LRS)
+    runs = [run for file in files for run in read(file)["runs"] if run["seed"] == 0]
+    by_name: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run["lr"]):
+        by_name.setdefault(run["sae"], []).append(run)
+    names = [name for name in kinds_of({"runs": runs}) if len(by_name[name]) > 1]
+    shown = [run for name in names for run in by_name[name]]
     return table(synth_study.HEADERS, synth_study.rows_of(shown))
 
 

@@ -12,9 +12,9 @@ from tiny_factory import write_dataset, write_model
 import cache_activations
 import refit
 from matryoshka.cache_reader import ActivationCache
+from matryoshka.files import file_sha256
 from matryoshka.metrics import fvu
 from matryoshka.refit import refit_both, refit_decoder
-from matryoshka.saved_runs import file_sha256
 from sae import SAE
 
 
